@@ -1,0 +1,49 @@
+# Two commands set everything up on a machine with Python >= 3.11, pip and make:
+#   make quickstart   .venv, clipkit, and the main job on the embedded glyphs
+#   make test         the same with the development tools, then the tests
+PYTHON ?= python3
+BIN := .venv/bin
+UV := $(shell command -v uv 2>/dev/null)
+PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
+
+.PHONY: quickstart test check format clean
+
+quickstart: .venv/installed
+	$(BIN)/clipkit quickstart --overwrite
+
+test: .venv/installed-dev
+	$(BIN)/pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+.venv/python-ready:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "clipkit needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(if $(UV),true,$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  v=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  echo "$(PYTHON) cannot make a virtual environment: its ensurepip is missing. On Debian or Ubuntu: apt install python$$v-venv"; exit 1; })
+	@echo "creating .venv with $$($(PYTHON) --version)$(if $(UV), and uv)"
+	@$(if $(UV),$(UV) venv --quiet --allow-existing --python $$(command -v $(PYTHON)) .venv,$(PYTHON) -m venv .venv)
+	@$(if $(UV),true,$(PIP) --upgrade pip)
+	@touch $@
+
+.venv/installed: pyproject.toml constraints.txt | .venv/python-ready
+	@echo "installing clipkit and what it needs (torch is large: some minutes on a slow line)"
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "installing the development tools"
+	@$(PIP) --constraint constraints.txt --editable . --group dev
+	@touch $@

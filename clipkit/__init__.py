@@ -1,0 +1,91 @@
+"""Train, measure and use text-image dual encoders: what "similar" means is yours to decide.
+
+Every public name is loaded on first use: ``import clipkit`` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clipkit.data.check import check_data
+    from clipkit.data.pairs import load_pairs
+    from clipkit.data.split import split_pairs
+    from clipkit.embedding.embed import embed
+    from clipkit.embedding.store import EmbeddingStore
+    from clipkit.errors import BadImage, ClipkitError
+    from clipkit.evaluation.retrieval import RetrievalEvaluator
+    from clipkit.evaluation.zero_shot import ZeroShotEvaluator
+    from clipkit.images import load_image
+    from clipkit.labelling.classifier import ZeroShotClassifier
+    from clipkit.losses.contrastive import info_nce
+    from clipkit.losses.similar import Paired, SameGroup
+    from clipkit.models.dual_encoder import DualEncoder
+    from clipkit.models.fingerprint import Fingerprint
+    from clipkit.search.index import EmbeddingIndex
+    from clipkit.training.config import RunConfig, TrainConfig
+    from clipkit.training.run import run
+    from clipkit.training.trainer import Trainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BadImage": "errors",
+    "ClipkitError": "errors",
+    "DualEncoder": "models.dual_encoder",
+    "EmbeddingIndex": "search.index",
+    "EmbeddingStore": "embedding.store",
+    "Fingerprint": "models.fingerprint",
+    "Paired": "losses.similar",
+    "RetrievalEvaluator": "evaluation.retrieval",
+    "RunConfig": "training.config",
+    "SameGroup": "losses.similar",
+    "TrainConfig": "training.config",
+    "Trainer": "training.trainer",
+    "ZeroShotClassifier": "labelling.classifier",
+    "ZeroShotEvaluator": "evaluation.zero_shot",
+    "check_data": "data.check",
+    "embed": "embedding.embed",
+    "info_nce": "losses.contrastive",
+    "load_image": "images",
+    "load_pairs": "data.pairs",
+    "run": "training.run",
+    "split_pairs": "data.split",
+}
+
+__all__ = [
+    "BadImage",
+    "ClipkitError",
+    "DualEncoder",
+    "EmbeddingIndex",
+    "EmbeddingStore",
+    "Fingerprint",
+    "Paired",
+    "RetrievalEvaluator",
+    "RunConfig",
+    "SameGroup",
+    "TrainConfig",
+    "Trainer",
+    "ZeroShotClassifier",
+    "ZeroShotEvaluator",
+    "check_data",
+    "embed",
+    "info_nce",
+    "load_image",
+    "load_pairs",
+    "run",
+    "split_pairs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'clipkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"clipkit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

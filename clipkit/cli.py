@@ -1,0 +1,317 @@
+"""The verbs. Bodies import late, so that `clipkit --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from clipkit.errors import ClipkitError, UsageError
+
+if TYPE_CHECKING:
+    from clipkit.models.dual_encoder import DualEncoder
+
+app = typer.Typer(
+    help="Train, measure and use text-image dual encoders.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+check = typer.Typer(help="Look for what is wrong.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(check, name="check")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
+ModelName = Annotated[
+    str, typer.Option("--model", "-m", help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")
+]
+ImageColumn = Annotated[str | None, typer.Option("--image", help="Column of the image; found by itself if obvious.")]
+TextColumn = Annotated[list[str] | None, typer.Option("--text", help="Column of the text; repeat for several.")]
+LabelColumn = Annotated[str | None, typer.Option("--label", help="Column of the class.")]
+OnBad = Annotated[str, typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it.")]
+BatchSize = Annotated[int, typer.Option(help="Items embedded at once.", min=1)]
+Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: this one.", min=0)]
+Templates = Annotated[
+    list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
+]
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+
+@app.command(epilog="Example: clipkit quickstart --output runs/quickstart")
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder of an earlier quickstart.")] = False,
+    seed: Annotated[int, typer.Option(help="Draws the unseen characters, the weights and the batches.")] = 0,
+    max_steps: Annotated[int | None, typer.Option(help="Stop early, to try the command out.", min=1)] = None,
+) -> None:
+    """The main job on embedded data: train, evaluate, label, index, search, report."""
+    from clipkit.quickstart import main
+
+    main(output, overwrite=overwrite, seed=seed, max_steps=max_steps)
+
+
+@app.command(
+    epilog="Example: clipkit train model.name=openai/clip-vit-base-patch32 data.train=birds.csv train.output_dir=runs/b"
+)
+def train(
+    settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both.")],
+    print_config: Annotated[bool, typer.Option(help="Print the whole config and stop.")] = False,
+) -> None:
+    """Train a model on pairs, from a config."""
+    from clipkit.training.config import RunConfig
+
+    files = [each for each in settings if "=" not in each]
+    if len(files) > 1:
+        raise UsageError(f"expected one YAML file, found {len(files)}: {', '.join(files)}")
+    config = RunConfig.load(files[0] if files else None, [each for each in settings if "=" in each])
+    if print_config:
+        typer.echo(config.dump(), nl=False)
+        return
+    from clipkit import distributed
+    from clipkit.training.run import run
+
+    done = run(config)
+    if distributed.is_main():
+        _print_metrics(done.result.metrics)
+        _say(f"model:   {done.folder / 'model'}   (step {done.result.step} of {done.result.steps})")
+        _say(f"results: {done.folder / 'result.json'}")
+
+
+@app.command(epilog="Example: clipkit evaluate birds.csv --model runs/birds/model --image file --text caption")
+def evaluate(
+    data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
+    model: ModelName,
+    image: ImageColumn = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    group: Annotated[str | None, typer.Option(help="Column whose members all count as correct.")] = None,
+    template: Templates = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    on_bad: OnBad = "error",
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    to: Annotated[Path | None, typer.Option(help="Write result.json here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: retrieval both ways, and zero-shot classification where there is a label."""
+    import time
+
+    from clipkit import distributed
+    from clipkit.data.pairs import load_pairs
+    from clipkit.evaluation.report import build_result
+    from clipkit.evaluation.retrieval import RetrievalEvaluator
+    from clipkit.evaluation.zero_shot import ZeroShotEvaluator
+    from clipkit.files import write_json
+
+    distributed.start()
+    start = time.perf_counter()
+    pairs = load_pairs(
+        data, image=image, text=text or None, label=label, split=split, templates=template, on_bad=on_bad
+    )
+    opened = _open(model)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
+    evaluators: list[Any] = [RetrievalEvaluator(pairs, group=group, **options)]
+    if "label" in pairs.column_names:
+        evaluators.append(ZeroShotEvaluator(pairs, templates=template or DEFAULT_TEMPLATE, **options))
+    metrics: dict[str, float] = {}
+    for evaluator in evaluators:
+        metrics |= evaluator(opened)
+    result = build_result(opened, metrics, evaluators, 0, time.perf_counter() - start)
+    if not distributed.is_main():
+        return
+    if to:
+        write_json(to, result)
+    if as_json:
+        _print_json(result)
+    else:
+        _print_metrics(metrics, result["chance"])
+
+
+@app.command(
+    epilog="Example: clipkit label photos/ --model runs/birds/model --class robin --class crow --to labels.csv"
+)
+def label(
+    folder: Annotated[Path, typer.Argument(help="A folder of images, or one image.")],
+    model: ModelName,
+    classes: Annotated[list[str], typer.Option("--class", "-c", help="A class, in words; repeat.")],
+    template: Templates = None,
+    top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 1,
+    on_bad: OnBad = "skip",
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    to: Annotated[Path | None, typer.Option(help="Write a CSV file: image, label, score.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Name what is on each image, out of the classes you give."""
+    from clipkit.labelling.classifier import ZeroShotClassifier
+    from clipkit.search.listing import list_images
+
+    paths = list_images(folder)
+    classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE)
+    found = classify.label(
+        paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
+    )
+    _report_rejects(found.rejected, len(paths))
+    rows = [(paths[row], each) for row, each in zip(found.rows, found.predictions, strict=True)]
+    if to:
+        _write_csv(to, ["image", "label", "score"], [[str(path), p.label, f"{p.score:.4f}"] for path, p in rows])
+    if as_json:
+        _print_json([{"image": str(path), "label": p.label, "score": p.score, "top": p.top} for path, p in rows])
+    elif not to:
+        for path, each in rows:
+            _say(f"{path}\t" + "\t".join(f"{name} {score:.2f}" for name, score in each.top))
+
+
+@app.command(epilog="Example: clipkit index photos/ --model runs/birds/model --to photos.index")
+def index(
+    folder: Annotated[Path, typer.Argument(help="A folder of images.")],
+    model: ModelName,
+    to: Annotated[Path, typer.Option(help="The index to write.")],
+    on_bad: OnBad = "skip",
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
+) -> None:
+    """Embed a folder of images, to be searched."""
+    from clipkit.search.index import EmbeddingIndex
+
+    built = EmbeddingIndex.build(
+        _open(model), folder, to, batch_size=batch_size, workers=workers, progress=True, on_bad=on_bad,
+        overwrite=overwrite,
+    )  # fmt: skip
+    _report_rejects(built.rejected, len(built) + len(built.rejected))
+    _say(f"{to}: {len(built)} images")
+    _say(f'next: clipkit search {to} "what you look for"')
+
+
+@app.command(epilog='Example: clipkit search photos.index "two dogs on a beach" -k 5')
+def search(
+    index: Annotated[Path, typer.Argument(help="An index that `clipkit index` wrote.")],
+    query: Annotated[str, typer.Argument(help="A text, or the path of an image.")],
+    k: Annotated[int, typer.Option("-k", help="Images to show.", min=1)] = 10,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find images by text or by image."""
+    from clipkit.images import is_image_name
+    from clipkit.search.index import EmbeddingIndex
+
+    opened = EmbeddingIndex.open(index, model=model)
+    by_image = is_image_name(query) and Path(query).is_file()
+    hits = opened.search(Path(query) if by_image else query, k=k)
+    if as_json:
+        _print_json([{"path": str(hit.path), "score": hit.score} for hit in hits])
+        return
+    for hit in hits:
+        _say(f"{hit.score:.3f}  {hit.path}")
+
+
+@check.command("data", epilog="Example: clipkit check data birds.csv --image file --text caption")
+def check_data_command(
+    data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
+    image: ImageColumn = None,
+    text: TextColumn = None,
+    label: LabelColumn = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Open every image and caption of a data set and tell what is wrong with it."""
+    from clipkit.data.check import check_data
+    from clipkit.data.pairs import load_pairs
+
+    pairs = load_pairs(data, image=image, text=text or None, label=label, split=split, on_bad="skip")
+    report = check_data(pairs, _open(model).processor if model else None, progress=not as_json)
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        _say(str(report))
+    if not report.ok:
+        raise typer.Exit(3)
+
+
+@app.command(epilog="Example: clipkit env --json")
+def env(as_json: Json = False) -> None:
+    """Versions, devices and threads: what to put into a bug report."""
+    from clipkit.evaluation.report import environment
+
+    facts = environment()
+    if as_json:
+        _print_json(facts)
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        _say(f"{name:<{width}}  {value}")
+
+
+def _open(model: str) -> DualEncoder:
+    from clipkit import distributed
+    from clipkit.models.dual_encoder import DualEncoder
+
+    return DualEncoder.from_pretrained(model, device=distributed.start())
+
+
+def _say(text: str) -> None:
+    # control characters in names and captions could rewrite the terminal
+    typer.echo("".join(c if c.isprintable() or c in "\t\n" else f"\\x{ord(c):02x}" for c in text))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2, default=str))
+
+
+def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items():
+        beside = f"   chance {chance[name]:.4f}" if chance and name in chance else ""
+        _say(f"{name:<{width}}  {value:.4f}{beside}")
+
+
+def _report_rejects(rejected: Iterable[Any], total: int) -> None:
+    rows = list(rejected)
+    if rows:
+        typer.echo(f"{total} images = {total - len(rows)} used + {len(rows)} rejected:", err=True)
+        for each in rows[:10]:
+            typer.echo(f"  {each.where}: {each.code}: {each.message}", err=True)
+
+
+def _write_csv(path: Path, head: list[str], rows: list[list[str]]) -> None:
+    import csv
+    import io
+
+    from clipkit.files import write_text
+
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(head)
+    writer.writerows([[_plain_cell(cell) for cell in row] for row in rows])
+    write_text(path, buffer.getvalue())
+    _say(f"{path}: {len(rows)} rows")
+
+
+def _plain_cell(cell: str) -> str:
+    return f"'{cell}" if cell[:1] in ("=", "+", "@") else cell  # spreadsheets would run it
+
+
+def main() -> NoReturn:
+    """The console script: exit codes as in `clipkit.errors`."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "accelerate", "transformers", "datasets"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        app(standalone_mode=True)
+    except ClipkitError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `clipkit search … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(0)

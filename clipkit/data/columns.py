@@ -1,0 +1,150 @@
+"""Which column is the image, which are the texts, which is the label; and what a cell of each means."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from clipkit.data.tables import Table
+from clipkit.errors import DataError, UsageError
+
+# In the order of preference; compared without case.
+# fmt: off
+IMAGE_NAMES = ["image", "images", "img", "image_path", "image_file", "filepath", "file_path", "file", "filename",
+               "file_name", "path", "photo"]
+TEXT_NAMES = ["texts", "captions", "text", "caption", "sentences", "sentence", "title", "description", "alt_text",
+              "alt", "prompt"]
+# fmt: on
+LABEL_NAMES = ["label"]
+
+
+class Columns(NamedTuple):
+    """The columns chosen. `texts` is empty where templates make texts out of the label."""
+
+    image: str
+    texts: list[str]
+    label: str | None
+    label_needed: bool
+    """Whether a row without a label is to be rejected: it was asked for, or the texts are made of it."""
+
+
+def choose(
+    table: Table,
+    *,
+    image: str | None,
+    text: str | Sequence[str] | None,
+    label: str | None,
+    templates: bool,
+) -> Columns:
+    """Find the columns that were named, or that have an obvious name.
+
+    Raises:
+        DataError: a named column is not there, or none has an obvious name; lists what there is.
+        UsageError: `text` and `templates` are both given, or one column is given two roles.
+    """
+    if templates and text is not None:
+        raise UsageError("templates make texts out of the label; text names columns of texts: give one of the two")
+    wanted = [text] if isinstance(text, str) else list(text or ())
+    the_image = _named(table, image, "image") if image else _obvious(table, IMAGE_NAMES) or _of_images(table)
+    if the_image is None:
+        raise _unknown(table, "image", None)
+    the_label = _named(table, label, "label") if label else _obvious(table, LABEL_NAMES)
+    the_texts = [_named(table, name, "text") for name in wanted]
+    if not the_texts and not templates and (found := _obvious(table, TEXT_NAMES)):
+        the_texts = [found]
+    if not the_texts and (not templates or the_label is None):
+        raise _unknown(table, "label" if templates else "text", None)
+    chosen = [the_image, *the_texts] + ([the_label] if label or templates else [])
+    if len(set(chosen)) != len(chosen):
+        raise UsageError(f"a column can have one role; found {', '.join(map(repr, chosen))}", where=table.name)
+    _refuse_overwriting(table, the_image, the_texts, the_label)
+    return Columns(the_image, the_texts, the_label, bool(label or templates))
+
+
+def texts_of(cell: Any) -> list[str]:
+    """The captions of one cell as they stand; "" for each that is empty: nothing, whitespace, None or NaN.
+
+    Raises:
+        TypeError: the cell holds something that is no text.
+    """
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return [""]
+    if isinstance(cell, str):
+        return [cell if cell.strip() else ""]
+    if isinstance(cell, (list, tuple)):
+        return [text for part in cell for text in texts_of(part)]
+    raise TypeError(f"expected text, or a list of texts; found {type(cell).__name__} {repr(cell)[:40]}")
+
+
+def label_of(cell: Any) -> str | None:
+    """A label as text; None where the cell is empty."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return None
+    text = str(cell).strip()
+    return text or None
+
+
+def check_templates(templates: str | Sequence[str] | None) -> list[str]:
+    """Templates as a list.
+
+    Raises:
+        UsageError: there is none, or one has no place for the name.
+    """
+    found = [templates] if isinstance(templates, str) else list(templates or ())
+    for template in found:
+        if template.count("{}") != 1:
+            raise UsageError(f"a template has one {{}} for the class name; found {template!r}", fix="a photo of a {}.")
+    if templates is not None and not found:
+        raise UsageError("expected at least one template; found none")
+    return found
+
+
+def fill(templates: Sequence[str], name: str) -> list[str]:
+    """One text a template. Plain replacement: str.format would evaluate what stands in braces."""
+    return [template.replace("{}", name.replace("_", " ")) for template in templates]
+
+
+def _named(table: Table, name: str, role: str) -> str:
+    if name not in table.names:
+        raise _unknown(table, role, name)
+    return name
+
+
+def _obvious(table: Table, candidates: Sequence[str]) -> str | None:
+    by_name = {name.strip().lower(): name for name in reversed(table.names)}
+    return next((by_name[candidate] for candidate in candidates if candidate in by_name), None)
+
+
+def _of_images(table: Table) -> str | None:
+    """The one column of a `datasets.Dataset` that is typed as images."""
+    typed = [n for n, f in getattr(table.columns, "features", {}).items() if type(f).__name__ == "Image"]
+    return typed[0] if len(typed) == 1 else None
+
+
+def _unknown(table: Table, role: str, name: str | None) -> DataError:
+    columns = ", ".join(map(repr, table.names))
+    if name is None:
+        message = f"COLUMN: no column is obviously the {role}; there are {columns}"
+        fix = f"name it: {role}=..."
+        if role == "text" and _obvious(table, LABEL_NAMES):
+            fix += ', or make texts out of the label: templates="a photo of a {}."'
+    else:
+        message = f"COLUMN: no column {name!r} for the {role}; there are {columns}"
+        lower = {column.lower(): column for column in table.names}
+        near = difflib.get_close_matches(name.lower(), lower, n=1)
+        fix = f"did you mean {role}={lower[near[0]]!r}?" if near else f"name one of them: {role}=..."
+    if other := next((s for s in ";\t|" if any(s in column for column in table.names)), None):
+        fix += f" If the columns look wrong, the separator may be sep={other!r}"
+    return DataError(message, where=table.name, fix=fix)
+
+
+def _refuse_overwriting(table: Table, image: str, texts: Sequence[str], label: str | None) -> None:
+    for role, chosen in (("image", [image]), ("texts", texts), ("label", [label])):
+        if role in table.names and chosen != [None] and role not in [image, *texts, label]:
+            raise DataError(
+                f"HEADER: the result has a column {role!r} of its own, but one of that name is there already",
+                where=table.name,
+                fix=f"rename the column {role!r}, or use it as {role.removesuffix('s')}={role!r}",
+            )

@@ -1,0 +1,196 @@
+"""Images with their texts, from wherever the user keeps them, as one kind of data set.
+
+The result is a `datasets.Dataset` with `image` (undecoded), `texts` (one or more), where there is one `label`
+(`ClassLabel`), and every other column as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from clipkit.data.assemble import Item, assemble
+from clipkit.data.columns import Columns, check_templates, choose, fill, label_of, texts_of
+from clipkit.data.pictures import Pictures
+from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
+from clipkit.data.sources import open_source
+from clipkit.data.tables import Table
+from clipkit.errors import BadImage
+from clipkit.paths import show
+
+if TYPE_CHECKING:
+    from datasets import ClassLabel, Dataset
+
+Source: TypeAlias = "str | os.PathLike[str] | Dataset"
+
+
+def load_pairs(
+    source: Source,
+    *,
+    image: str | None = None,
+    text: str | Sequence[str] | None = None,
+    label: str | None = None,
+    split: str = "train",
+    templates: str | Sequence[str] | None = None,
+    sep: str | None = None,
+    encoding: str = "utf-8-sig",
+    on_bad: OnBad = "error",
+    max_bad: int | float = 0.1,
+    rejects: str | os.PathLike[str] | None = None,
+    ledger: Ledger | None = None,
+) -> Dataset:
+    """Image-text pairs from a table, a folder or a data set.
+
+    Captions are the text of their cells, unchanged: "None", "NA" and "007" are words. Only a cell with nothing in it
+    (or whitespace, null, NaN) is empty. Several rows of one image file become one row with several texts; its other
+    columns are those of the first row. Each image file is looked at (there, not empty, begins as an image) but not
+    decoded: `check_data` does that.
+
+    Args:
+        source: a .csv, .tsv, .jsonl or .parquet file; a folder of images with same-named .txt files, one caption a
+            line; a folder of class folders; a `datasets.Dataset`, a `DatasetDict`, a folder that `save_to_disk` wrote,
+            or the name (org/name) of a data set of the hub.
+        image: column of the images: paths (absolute, or relative to the table; of a `Dataset`, to the working
+            directory), or encoded images in a `Dataset` or Parquet file. URLs are refused. By default a column with an
+            obvious name, such as image, file, filepath.
+        text: column or columns of the texts; each may hold a text or a list of them. By default one obvious column.
+        label: column of the class. By default a column named label, if there is one.
+        split: which split of a `DatasetDict` or of a data set of the hub.
+        templates: one or more texts with {} for the class name (underscores become spaces). They make the texts out
+            of the label. For class folders "a photo of a {}." by default.
+        sep: separator of a text table, if not comma (tab for .tsv).
+        encoding: of text files.
+        on_bad: ``error`` lists the rows that cannot be used and stops; ``skip`` leaves them out and counts them.
+        max_bad: how many rows (int) or what fraction of them (float) may be skipped.
+        rejects: file to which every row that cannot be used is written as JSON lines: row, code, message, where, path.
+        ledger: a fresh `Ledger` to be filled with the counts, the rejects and the notes.
+
+    Raises:
+        DataError: the source cannot be read without doubt, or `on_bad` is ``error`` and a row cannot be used.
+        TooManyRejected: more than `max_bad` rows were skipped.
+        UsageError: arguments that contradict each other.
+    """
+    check_policy(on_bad, max_bad)
+    ledger = Ledger() if ledger is None else ledger
+    if not isinstance(source, str) and isinstance(source, os.PathLike):
+        source = Path(source)
+    table = open_source(source, ledger, split=split, sep=sep, encoding=encoding)
+    filled = check_templates(templates) or list(table.templates)
+    columns = choose(table, image=image, text=text, label=label, templates=bool(filled))
+    pictures = Pictures.of(table, columns.image)
+    ledger.rows = len(table) + len(table.rejects)
+    ledger.rejects += table.rejects
+    items, names = _collect(table, columns, pictures, filled, ledger)
+    ledger.images = len(items)
+    hint = _wrong_root(table, ledger)
+    ledger.settle(table.name, on_bad=on_bad, max_bad=max_bad, rejects=rejects, hint=hint)
+    return assemble(pictures, columns, items, names)
+
+
+def _wrong_root(table: Table, ledger: Ledger) -> str | None:
+    """When no file at all is found, one sentence helps more than ten rows."""
+    if ledger.used or any(reject.code != "MISSING" for reject in ledger.rejects):
+        return None
+    return f"no file is found at all: relative paths start at {table.root.absolute()}"
+
+
+class _BadRow(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+def _collect(
+    table: Table, columns: Columns, pictures: Pictures, templates: Sequence[str], ledger: Ledger
+) -> tuple[list[Item], ClassLabel | None]:
+    labels, classes = _labels(table, columns)
+    texts = [table.cells(name) for name in columns.texts]
+    groups = table.cells("group") if "group" in table.names else None
+    items: dict[str | int, Item] = {}
+    empty = 0
+    for index in range(len(table)):
+        try:
+            found, blank = _texts(texts, index, table.no_text) if texts else ([], 0)
+            name = labels[index] if labels else None
+            if name is None and columns.label_needed:
+                raise _BadRow("EMPTY_LABEL", "the label is empty")
+            key = _key(pictures, index)
+            item = Item(index, key if isinstance(key, str) else None, found, name, groups[index] if groups else None)
+            _merge(items, key, item, table)
+        except _BadRow as bad:
+            path = pictures.paths[index]
+            shown = show(path) if isinstance(path, str) else None
+            ledger.rejects.append(Reject(table.row(index), bad.code, bad.message, table.where(index), shown))
+        else:
+            ledger.used += 1
+            empty += blank
+    if templates and not texts:
+        for item in items.values():
+            item.texts = fill(templates, str(item.label))
+    _take_notes(ledger, table, items, empty, classes)
+    return list(items.values()), classes
+
+
+def _key(pictures: Pictures, index: int) -> str | int:
+    try:
+        return pictures.key(index)
+    except BadImage as bad:
+        message = bad.message.removeprefix(f"{bad.code}: ") + (f"; {bad.fix}" if bad.fix else "")
+        raise _BadRow(bad.code, message) from bad
+
+
+def _texts(columns: Sequence[Sequence[Any]], index: int, no_text: str) -> tuple[list[str], int]:
+    """The captions of a row, and how many of its captions are empty while others are not."""
+    try:
+        found = [text for column in columns for text in texts_of(column[index])]
+    except TypeError as error:
+        raise _BadRow("NOT_TEXT", str(error)) from error
+    full = [text for text in found if text]
+    if not full:
+        raise _BadRow("EMPTY_TEXT", no_text)
+    return full, len(found) - len(full)
+
+
+def _merge(items: dict[str | int, Item], key: str | int, item: Item, table: Table) -> None:
+    first = items.setdefault(key, item)
+    if first is item:
+        return
+    for name, one, other in (("label", first.label, item.label), ("group", first.group, item.group)):
+        if one != other:
+            where = table.where(first.row)
+            raise _BadRow("CONFLICT", f"the image has the {name} {other!r} here and {one!r} at {where}")
+    first.texts += item.texts
+
+
+def _labels(table: Table, columns: Columns) -> tuple[list[str | None], ClassLabel | None]:
+    """The name of each row's class, and all classes in order."""
+    if columns.label is None:
+        return [], None
+    from datasets import ClassLabel
+
+    cells = table.cells(columns.label)
+    if not columns.label_needed and any(isinstance(cell, (list, dict, float)) and cell == cell for cell in cells):
+        return [], None  # a column that is merely called label
+    feature = getattr(table.columns, "features", {}).get(columns.label)
+    if isinstance(feature, ClassLabel):
+        names = [None if cell is None or cell < 0 else feature.int2str(cell) for cell in cells]
+        return names, feature
+    names = [label_of(cell) for cell in cells]
+    found = {name for name in names if name is not None}
+    if not found:
+        return names, None
+    numbers = all(name.isdecimal() for name in found)
+    return names, ClassLabel(names=sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
+
+
+def _take_notes(
+    ledger: Ledger, table: Table, items: dict[str | int, Item], empty: int, classes: ClassLabel | None
+) -> None:
+    if ledger.used > len(items):
+        ledger.note(f"{table.name}: {ledger.used:,} rows name {len(items):,} images: merged")
+    if empty:
+        ledger.note(f"{table.name}: {empty:,} empty captions left out where the row has others")
+    if classes is not None and (unlabelled := sum(item.label is None for item in items.values())):
+        ledger.note(f"{table.name}: {unlabelled:,} images without a label")

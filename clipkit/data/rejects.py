@@ -1,0 +1,117 @@
+"""Rows that cannot be used: listed, counted against a budget, and never lost from the sum."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from os import PathLike
+from typing import Literal
+
+from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
+from clipkit.files import write_text
+
+log = logging.getLogger("clipkit")
+OnBad = Literal["error", "skip"]
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One row that cannot be used."""
+
+    row: int
+    """Line of a text table (from 1, as an editor counts), else index of the row (from 0)."""
+    code: str
+    """Short reason: a code of `clipkit.images`, or EMPTY_TEXT, NOT_TEXT, EMPTY_LABEL, CONFLICT, BAD_JSON, BAD_NAME."""
+    message: str
+    """The reason in words, with what to do where that is known."""
+    where: str
+    """As a person would look for it: ``birds.csv:12``."""
+    path: str | None = None
+    """The image as the row names it."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.code}: {self.message}" + (f" [{self.path}]" if self.path else "")
+
+
+@dataclass
+class Ledger:
+    """What became of every row that came in: ``rows == used + len(rejects)``, always.
+
+    Hand one to ``load_pairs(..., ledger=ledger)`` to read it afterwards.
+    """
+
+    rows: int = 0
+    used: int = 0
+    images: int = 0
+    """Distinct rows of the result: several table rows of one image become one."""
+    rejects: list[Reject] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was put right or passed over, in words."""
+
+    def summary(self) -> str:
+        """One line: ``1,003 rows = 1,000 used + 3 rejected (2 MISSING, 1 EMPTY_TEXT); 200 images``."""
+        codes = Counter(reject.code for reject in self.rejects)
+        why = ", ".join(f"{n:,} {code}" for code, n in codes.most_common())
+        rejected = f"{len(self.rejects):,} rejected" + (f" ({why})" if why else "")
+        return f"{self.rows:,} rows = {self.used:,} used + {rejected}; {self.images:,} images"
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        log.info(text)
+
+    def settle(
+        self,
+        source: str,
+        *,
+        on_bad: OnBad,
+        max_bad: int | float,
+        rejects: str | PathLike[str] | None = None,
+        hint: str | None = None,
+    ) -> None:
+        """Write the list, check the sum, and raise if the rejects are not to be tolerated; `hint` says why they are.
+
+        Raises:
+            DataError: `on_bad` is ``error`` and there are rejects, or nothing is left.
+            TooManyRejected: more than `max_bad` rows (int) or that fraction of them (float).
+        """
+        self.rejects.sort(key=lambda reject: reject.row)
+        if rejects is not None:
+            lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in self.rejects]
+            write_text(rejects, "".join(lines))
+        if self.rows != self.used + len(self.rejects):
+            raise ClipkitError(f"rows do not add up: {self.summary()}", where=source, fix="this is a bug: report it")
+        log.info("%s: %s", source, self.summary())
+        if self.rejects and on_bad == "error":
+            fix = hint or 'mend them, or leave them out with on_bad="skip" (--on-bad skip)'
+            raise DataError(self._listed("cannot be used"), where=source, fix=fix)
+        allowed = max_bad if isinstance(max_bad, int) else max_bad * self.rows
+        if len(self.rejects) > allowed:
+            budget = f"max_bad={max_bad}" if isinstance(max_bad, int) else f"max_bad={max_bad:g} of the rows"
+            fix = hint or "mend them, or raise max_bad if losing that many is right"
+            raise TooManyRejected(self._listed(f"are rejected; {budget} allows fewer"), where=source, fix=fix)
+        if not self.used:
+            raise DataError(self._listed("are rejected: none is left"), where=source, fix=hint)
+        for reject in self.rejects[:_SHOWN]:
+            log.warning("skipped %s", reject)
+
+    def _listed(self, verdict: str) -> str:
+        lines = [f"{len(self.rejects):,} of {self.rows:,} rows {verdict}"]
+        lines += [f"  {reject}" for reject in self.rejects[:_SHOWN]]
+        if len(self.rejects) > _SHOWN:
+            lines.append(f"  ... and {len(self.rejects) - _SHOWN:,} more")
+        return "\n".join(lines)
+
+
+def check_policy(on_bad: str, max_bad: int | float) -> None:
+    """Refuse a policy that means nothing, before any work is done.
+
+    Raises:
+        UsageError: an unknown `on_bad`, or a `max_bad` that is neither a count nor a fraction.
+    """
+    if on_bad not in ("error", "skip"):
+        raise UsageError(f"on_bad is 'error' or 'skip'; found {on_bad!r}")
+    if isinstance(max_bad, bool) or max_bad < 0 or (isinstance(max_bad, float) and not max_bad <= 1):
+        raise UsageError(f"max_bad is a count (int) or a fraction in [0, 1] (float); found {max_bad!r}")

@@ -1,0 +1,233 @@
+"""embed(): every embedding outside the training step is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.data.rejects import Reject
+from clipkit.embedding.encode import Encoder, Kind, checked_text, reject
+from clipkit.embedding.store import EmbeddingStore, Key, content_hash
+from clipkit.errors import ClipkitError, DataError, UsageError
+from clipkit.images import bytes_of
+from clipkit.models.dual_encoder import DualEncoder
+
+T = TypeVar("T")
+_GET = 4096  # rows fetched from the store at once
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What `embed` gives: ``len(rows) + len(rejected)`` is the number of items, always.
+
+    Attributes:
+        vectors: (n, dim) float32 on the CPU, unit length; row i belongs to item ``rows[i]``.
+        rows: the items that were used, in order.
+        rejected: the items that were not, in order.
+        content: SHA-256 of each used item's content; empty without a store.
+    """
+
+    vectors: Tensor
+    rows: list[int]
+    rejected: list[Reject]
+    content: list[bytes]
+
+
+def embed(
+    model: DualEncoder,
+    items: Sequence[Any],
+    *,
+    kind: Kind = "image",
+    store: EmbeddingStore | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    progress: bool = False,
+    on_bad: Literal["error", "skip"] = "error",
+) -> Embedded:
+    """Embeddings of images or texts, in order, each distinct item computed once.
+
+    Under several processes every one must call this with the same items: they share the work by whole batches and all
+    return the same result, which is that of one process (batches are the same however many share them).
+
+    Args:
+        items: images (paths, bytes, PIL images, arrays, undecoded `datasets` images) or texts. Any sequence with
+            ``len`` and ``[i]``; it is read item by item.
+        kind: which tower.
+        store: keeps embeddings by content; what is there is not computed again, and every batch is committed as soon
+            as it is done, so that a killed run goes on where it was. Without one nothing is hashed.
+        batch_size: items at once.
+        workers: processes that decode images; 0 decodes here.
+        progress: a progress bar on the main process.
+        on_bad: "error" stops at an item that cannot be used, "skip" lists it in ``rejected``.
+
+    Raises:
+        BadImage, DataError: an item cannot be used and ``on_bad`` is "error".
+        ModelError: an embedding is NaN or infinite; names the item.
+    """
+    _check_options(items, kind, batch_size, on_bad)
+    work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip")
+    keys = [Key(content, kind, _tower(model, kind)) for content in work.content] if store is not None else []
+    vectors = torch.zeros(len(work.first), model.dim)
+    known = _recall(store, keys, vectors) if store is not None else set()
+    missing = {n for part in together(lambda: set(range(len(vectors))) - known) for n in part}  # of any process
+    batches = list(batched(sorted(missing), batch_size))
+    encode = Encoder(model, items, kind, work.first, work.content, workers, skip=on_bad == "skip")
+    done: list[int] = []
+
+    def compute() -> tuple[list[int], dict[int, Reject]]:
+        mine = batches[distributed.rank() :: distributed.world_size()]
+        for numbers, fresh in shown(encode.batches(mine), len(mine), kind, progress):
+            vectors[numbers] = fresh
+            done.extend(numbers)
+            if store is not None and numbers:
+                store.put([keys[n] for n in numbers], fresh.numpy())
+        return done, encode.rejected
+
+    shares = together(compute)
+    numbers = [n for share, _ in shares for n in share]
+    vectors[numbers] = _gather(vectors[done], model.device)
+    if store is not None and store.path is None and distributed.world_size() > 1 and numbers:
+        store.put([keys[n] for n in numbers], vectors[numbers].numpy())  # each process has a memory of its own
+    return work.assemble(vectors, {n: reject for _, rejects in shares for n, reject in rejects.items()})
+
+
+def _check_options(items: Sequence[Any], kind: str, batch_size: int, on_bad: str) -> None:
+    if isinstance(items, (str, bytes)):
+        raise UsageError(f"expected a list of items, found one {type(items).__name__}", fix="put it in a list: [item]")
+    if kind not in ("image", "text") or on_bad not in ("error", "skip"):
+        raise UsageError(f'kind is "image" or "text", on_bad "error" or "skip"; found {kind!r} and {on_bad!r}')
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, found {batch_size}")
+
+
+def _tower(model: DualEncoder, kind: Kind) -> str:
+    fingerprint = model.fingerprint()
+    return fingerprint.image if kind == "image" else fingerprint.text
+
+
+# -------------------------------------------------------------------------------------------------- what there is to do
+
+
+@dataclass
+class _Work:
+    """The distinct items.
+
+    number: for each row, which distinct item it is; None where it was refused.
+    first: for each distinct item, its first row.
+    content: for each distinct item, the SHA-256 of its content; empty without a store.
+    rejected: by row.
+    """
+
+    number: list[int | None]
+    first: list[int]
+    content: list[bytes]
+    rejected: dict[int, Reject]
+
+    def assemble(self, vectors: Tensor, rejected: Mapping[int, Reject]) -> Embedded:
+        """One row of ``vectors`` (one a distinct item) for each item that was used."""
+        out = dict(self.rejected)
+        out |= {r: replace(rejected[n], row=r) for r, n in enumerate(self.number) if n is not None and n in rejected}
+        used = [(row, n) for row, n in enumerate(self.number) if n is not None and row not in out]
+        if len(used) + len(out) != len(self.number):
+            raise ClipkitError(f"{len(self.number)} items, but {len(used)} used and {len(out)} rejected: a bug")
+        content = [self.content[n] for _, n in used] if self.content else []
+        return Embedded(vectors[[n for _, n in used]], [r for r, _ in used], [out[r] for r in sorted(out)], content)
+
+
+def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool) -> _Work:
+    """With a store an item is known by its content; without one, a text by itself and an image by its row."""
+
+    def name(row: int) -> Hashable:
+        try:
+            if kind == "text":
+                text = checked_text(items[row])
+                return content_hash(text) if hashed else text
+            return content_hash(bytes_of(items[row])) if hashed else row
+        except DataError as error:
+            if not skip:
+                raise
+            return reject(row, items[row] if kind == "image" else None, error)
+
+    here, world = distributed.rank(), distributed.world_size()
+    shares = together(lambda: [name(row) for row in range(here, len(items), world)] if hashed or kind == "text" else [])
+    names = [shares[row % world][row // world] if hashed or kind == "text" else row for row in range(len(items))]
+    codes: dict[Hashable, int] = {}
+    work = _Work([], [], [], {})
+    for row, found in enumerate(names):
+        if isinstance(found, Reject):
+            work.rejected[row] = found
+            work.number.append(None)
+            continue
+        if found not in codes:
+            codes[found] = len(codes)
+            work.first.append(row)
+        work.number.append(codes[found])
+    work.content = [code for code in codes if isinstance(code, bytes)] if hashed else []
+    return work
+
+
+def _recall(store: EmbeddingStore, keys: Sequence[Key], vectors: Tensor) -> set[int]:
+    """Copies what the store has into ``vectors``; which rows those are."""
+    known = set()
+    for numbers in batched(range(len(keys)), _GET):
+        found = store.get([keys[n] for n in numbers])
+        rows = [n for n in numbers if keys[n] in found]
+        if rows:
+            vectors[rows] = torch.from_numpy(np.stack([found[keys[n]] for n in rows]))
+        known.update(rows)
+    return known
+
+
+def shown(batches: Iterator[T], total: int, kind: Kind, progress: bool) -> Iterator[T]:
+    if not progress or not distributed.is_main() or not total:
+        yield from batches
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, transient=True) as bar:
+        yield from bar.track(batches, total=total, description=f"embedding {kind}s, in batches")
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` items, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Every process's result. If one fails all raise, where they would otherwise wait for it for ever."""
+    if distributed.world_size() == 1:
+        return [work()]
+    result: T | None = None
+    error: ClipkitError | None = None
+    try:
+        result = work()
+    except ClipkitError as own:
+        error = own
+    except Exception as own:
+        error = ClipkitError(f"rank {distributed.rank()}: {type(own).__name__}: {own}")
+        error.__cause__ = own
+    shares = distributed.all_gather_object((result, error))
+    for _, found in shares:
+        if found is not None:
+            raise error or found
+    return [share for share, _ in shares]  # type: ignore[misc]
+
+
+def _gather(vectors: Tensor, device: torch.device) -> Tensor:
+    if distributed.world_size() == 1:
+        return vectors
+    with torch.no_grad():
+        return distributed.gather_rows(vectors.to(device)).cpu()

@@ -1,0 +1,98 @@
+"""Every error that clipkit raises on purpose.
+
+    ClipkitError                 exit code 1
+    ├── UsageError               2   a wrong option, a missing extra, a batch larger than the data
+    │   └── ConfigError          2   an unknown or ill-typed key of a config
+    ├── DataError                3   a table, caption or label that cannot be used
+    │   └── BadImage             3   one image that cannot be used; carries a reason code
+    ├── TooManyRejected          4   more bad rows than the user allowed
+    ├── ResourceError            5   disk, memory, permissions
+    ├── CorruptArtefact          6   a model, index or checkpoint that is not what was saved
+    │   └── ModelMismatch        6   two artefacts of different models, mixed
+    ├── ModelError               2   a model that cannot be opened as asked
+    └── Interrupted             75   stopped by a signal; can be resumed
+
+A message says what was expected and what was found, then where, then how to mend it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ClipkitError(Exception):
+    """Base of all clipkit errors.
+
+    Args:
+        message: what was expected and what was found.
+        where: file, row, column or key, as the user would look for it.
+        fix: what to type or change.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, where: object = None, fix: str | None = None) -> None:
+        self.message, self.where, self.fix = message, None if where is None else str(where), fix
+        lines = [message]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if fix:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+
+class UsageError(ClipkitError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    pass
+
+
+class ModelError(ClipkitError):
+    exit_code = 2
+
+
+class DataError(ClipkitError):
+    exit_code = 3
+
+
+class BadImage(DataError):
+    """An image that cannot be used.
+
+    Args:
+        code: short reason, e.g. ``EMPTY``, ``NOT_IMAGE``, ``TRUNCATED``, ``TOO_LARGE``.
+        message: the reason in words.
+        where: the file's name, or a description of the object that was passed.
+    """
+
+    def __init__(self, code: str, message: str, *, where: object = None, fix: str | None = None) -> None:
+        self.code = code
+        super().__init__(f"{code}: {message}", where=where, fix=fix)
+
+    def __reduce__(self) -> tuple[object, ...]:  # crosses worker processes
+        return _rebuild_bad_image, (self.code, self.message.removeprefix(f"{self.code}: "), self.where, self.fix)
+
+
+def _rebuild_bad_image(code: str, message: str, where: str | None, fix: str | None) -> BadImage:
+    return BadImage(code, message, where=where, fix=fix)
+
+
+class TooManyRejected(ClipkitError):
+    exit_code = 4
+
+
+class ResourceError(ClipkitError):
+    exit_code = 5
+
+
+class CorruptArtefact(ClipkitError):
+    exit_code = 6
+
+
+class ModelMismatch(CorruptArtefact):
+    pass
+
+
+class Interrupted(ClipkitError):
+    exit_code = 75

@@ -1,0 +1,218 @@
+"""ZeroShotEvaluator: the accuracy of ZeroShotClassifier itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from clipkit.data.rejects import Reject
+from clipkit.embedding.embed import embed
+from clipkit.embedding.store import EmbeddingStore
+from clipkit.errors import DataError, UsageError
+from clipkit.evaluation.retrieval import Rows, require_columns
+from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
+from clipkit.labelling.prompts import DEFAULT_TEMPLATE, prompts
+from clipkit.metrics import classification as metrics
+from clipkit.models.dual_encoder import DualEncoder
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """One class of the report: its images, the share of them that was recognised, and how often it was named."""
+
+    name: str
+    n: int
+    recall: float | None  # None where there is no image of it
+    named: int
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """What the last evaluation saw, beyond its figures.
+
+    Attributes:
+        metrics: the figures.
+        class_names: in the order of the labels.
+        labels: (n,) long, the true classes.
+        hits: (n,) float64, the probability that the true class is on top (a fraction under ties).
+        predictions: for each image, with its best classes.
+        confusion: (classes, classes) long, rows are true classes.
+        per_class: a row for each class.
+    """
+
+    metrics: dict[str, float]
+    class_names: tuple[str, ...]
+    labels: Tensor
+    hits: Tensor
+    predictions: list[Prediction]
+    confusion: Tensor
+    per_class: list[ClassFigures]
+
+    def most_confused(self, limit: int = 20) -> list[tuple[str, str, int]]:
+        """(true class, named class, images), the most frequent mistakes first."""
+        wrong = self.confusion.clone().fill_diagonal_(0).flatten()
+        order = wrong.argsort(descending=True, stable=True)[:limit].tolist()
+        c = len(self.class_names)
+        return [(self.class_names[i // c], self.class_names[i % c], int(wrong[i])) for i in order if wrong[i]]
+
+
+class ZeroShotEvaluator:
+    """Classifies the images of a labelled data set by class names alone, with `ZeroShotClassifier`.
+
+    Args:
+        pairs: a data set with ``image`` and a column of labels: `datasets.ClassLabel`, class names, or numbers from 0.
+        class_names: names for the prompts. Left out, the labels' own names. A list is in the order of the labels (for
+            labels that are names: any order); a mapping goes from each label's name to the names its prompts use.
+        templates: one or several, with the slot ``{}`` or ``{c}``.
+        label: the column of labels.
+        name: the prefix of the metric keys.
+        store: keeps the embeddings by content, for the next evaluation of the same weights.
+        batch_size, workers, progress: as for `embed`.
+        on_bad: "skip" leaves an image that cannot be used out and lists it in ``rejected``.
+
+    Raises:
+        DataError: no row, a row without a label, or a label that is none of the classes.
+        UsageError: a column is missing, or the class names do not fit the labels.
+
+    Call it with a model, on every process where there are several. Keys: ``{name}/top1``, ``{name}/mean_per_class``
+    (the mean recall of the classes that are present) and, with more than five classes, ``{name}/top5``.
+    """
+
+    def __init__(
+        self,
+        pairs: Any,
+        *,
+        class_names: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        label: str = "label",
+        name: str = "zero_shot",
+        store: EmbeddingStore | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        progress: bool = False,
+        on_bad: Literal["error", "skip"] = "error",
+    ) -> None:
+        require_columns(pairs, ["image", label])
+        own_names = getattr(pairs.features[label], "names", None)
+        self.class_names, self.labels = _align(list(pairs[label]), own_names, class_names, label)
+        prompts(self.class_names, templates)  # wrong names and templates are told now, not after an hour of training
+        self.name, self.templates, self.store = name, templates, store
+        self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
+        self.images: Sequence[Any] = pairs["image"]
+        self.last: ZeroShotResult | None = None
+        self.rejected: list[Reject] = []
+        self._rows = list(range(len(self.images)))  # of the data set
+
+    def __call__(self, model: DualEncoder) -> dict[str, float]:
+        """The figures of this model, the same on every process.
+
+        Raises:
+            ModelError: the model gives embeddings that are not finite.
+            BadImage: an image cannot be used.
+        """
+        classifier = ZeroShotClassifier(model, self.class_names, templates=self.templates, store=self.store)
+        embedded = embed(
+            model,
+            self.images,
+            store=self.store,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            progress=self.progress,
+            on_bad=self.on_bad,
+        )
+        if embedded.rejected:  # left out for this and every later call
+            self.rejected += [replace(reject, row=self._rows[reject.row]) for reject in embedded.rejected]
+            self._rows = [self._rows[row] for row in embedded.rows]
+            self.images, self.labels = Rows(self.images, embedded.rows), self.labels[embedded.rows]
+        logits = classifier.logits(embedded.vectors)
+        found = {f"{self.name}/top1": metrics.top_k_accuracy(logits, self.labels)}
+        if len(classifier.class_names) > 5:
+            found[f"{self.name}/top5"] = metrics.top_k_accuracy(logits, self.labels, 5)
+        found[f"{self.name}/mean_per_class"] = metrics.mean_per_class(logits, self.labels)
+        predictions = classifier.predict(embedded.vectors, range(len(embedded.vectors)))
+        self.last = _result(found, classifier.class_names, self.labels, logits, predictions)
+        return found
+
+    def chance(self) -> dict[str, float]:
+        """The figures of guessing, under the same keys."""
+        classes = len(self.class_names)
+        found = {f"{self.name}/top1": metrics.chance(classes)}
+        if classes > 5:
+            found[f"{self.name}/top5"] = metrics.chance(classes, 5)
+        return found | {f"{self.name}/mean_per_class": metrics.chance(classes)}
+
+    def majority(self) -> dict[str, float]:
+        """The figures of always naming the most frequent classes of this very data set, under the same keys."""
+        classes = len(self.class_names)
+        found = {f"{self.name}/top1": metrics.majority(self.labels, classes)}
+        if classes > 5:
+            found[f"{self.name}/top5"] = metrics.majority(self.labels, classes, 5)
+        return found | {f"{self.name}/mean_per_class": 1 / self._present()}
+
+    def n(self) -> dict[str, int]:
+        """How many images, how many classes, and of how many classes there is an image."""
+        counts = {"images": len(self.labels), "classes": len(self.class_names), "classes_present": self._present()}
+        return {f"{self.name}/{what}": count for what, count in counts.items()}
+
+    def _present(self) -> int:
+        return int((torch.bincount(self.labels) > 0).sum())
+
+
+def _result(
+    found: dict[str, float], names: tuple[str, ...], labels: Tensor, logits: Tensor, predictions: list[Prediction]
+) -> ZeroShotResult:
+    confusion = metrics.confusion(logits, labels)
+    n, named = confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    recall = [r if c else None for r, c in zip(metrics.per_class_recall(logits, labels).tolist(), n, strict=True)]
+    rows = [ClassFigures(*row) for row in zip(names, n, recall, named, strict=True)]
+    return ZeroShotResult(found, names, labels, metrics.hits(logits, labels), predictions, confusion, rows)
+
+
+Names = Sequence[str] | Mapping[str, str | Sequence[str]]
+
+
+def _align(
+    labels: list[Any], own_names: Sequence[str] | None, class_names: Names | None, column: str
+) -> tuple[Names, Tensor]:
+    """The classes, in the order of the numbers that are the labels beside them."""
+    missing = [row for row, label in enumerate(labels) if label is None or label == -1]
+    if missing:
+        where = f"column {column!r}, row {missing[0]}"
+        raise DataError(f"every row needs a label; {len(missing)} of {len(labels)} have none", where=where)
+    if all(isinstance(label, str) for label in labels):
+        own_names = list(class_names) if class_names is not None else sorted(set(labels))
+        number = {name: i for i, name in enumerate(own_names)}
+        unknown = [row for row, label in enumerate(labels) if label not in number]
+        if unknown:
+            found = f"the label {labels[unknown[0]]!r} is none of the {len(number)} classes ({len(unknown)} such rows)"
+            raise DataError(found, where=f"column {column!r}, row {unknown[0]}", fix="name it in class_names")
+        return class_names if class_names is not None else own_names, torch.tensor([number[label] for label in labels])
+    if not all(isinstance(label, int) for label in labels):
+        raise DataError("labels must be class numbers or class names", where=f"column {column!r}")
+    names = _numbered(own_names, class_names, column)
+    bad = [row for row, label in enumerate(labels) if not 0 <= label < len(names)]
+    if bad:
+        found = f"a label must lie in 0..{len(names) - 1}, found {labels[bad[0]]}"
+        raise DataError(found, where=f"column {column!r}, row {bad[0]}", fix="give a name to every class")
+    return names, torch.tensor(labels)
+
+
+def _numbered(own_names: Sequence[str] | None, class_names: Names | None, column: str) -> Names:
+    if class_names is None:
+        if own_names is None:
+            raise UsageError(f"the labels in {column!r} are bare numbers", fix="pass class_names, in their order")
+        return own_names
+    if own_names is None:
+        return class_names
+    if isinstance(class_names, Mapping):
+        if set(class_names) != set(own_names):
+            lost, more = sorted(set(own_names) - set(class_names)), sorted(set(class_names) - set(own_names))
+            raise UsageError(f"class_names must have the data set's classes as keys; missing {lost}, unknown {more}")
+        return {name: class_names[name] for name in own_names}
+    if len(class_names) != len(own_names):
+        raise UsageError(f"the data set has {len(own_names)} classes, class_names has {len(class_names)}")
+    return class_names

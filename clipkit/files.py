@@ -1,0 +1,124 @@
+"""publish(): the one door through which durable files go out.
+
+A reader sees the old target or the new one, whole, whatever happens in between: the new one is
+written beside it, synced to disk, and renamed into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import ResourceError, UsageError
+
+
+def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, replace: bool = False) -> None:
+    """Make `target` appear complete, or not at all.
+
+    Args:
+        target: the file or folder to create; its parents are created.
+        write: is called with a path beside `target` and creates a file or a folder there.
+        replace: whether an existing target may be replaced. A file is replaced in one rename; a
+            folder is first renamed aside, and put back if the second rename fails.
+
+    Raises:
+        UsageError: `target` exists and `replace` is false.
+        ResourceError: no space or no permission; whatever stood at `target` still stands there.
+    """
+    target = Path(target).absolute()
+    if target.exists() and not replace:
+        raise UsageError("the target exists already", where=target, fix="choose another path, or ask to overwrite it")
+    with _resource_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+        try:
+            fresh = room / target.name
+            write(fresh)
+            for path in [fresh, *fresh.rglob("*")] if fresh.is_dir() else [fresh]:
+                _open_to_others(path)
+                _fsync(path)
+            _swap(fresh, target, room / "old")
+            _fsync(target.parent)
+        finally:
+            if target.exists() or not (room / "old").exists():  # never the last copy
+                shutil.rmtree(room, ignore_errors=True)
+
+
+def _swap(fresh: Path, target: Path, aside: Path) -> None:
+    if not target.is_dir():
+        fresh.replace(target)  # atomic for files, and for a folder where nothing stands
+        return
+    target.rename(aside)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        aside.rename(target)
+        raise
+
+
+def _open_to_others(path: Path) -> None:
+    # safetensors writes 0600 whatever the umask; a shared folder then cannot be read by the group
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _resource_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(_existing(target)).free
+            raise ResourceError(
+                f"the disk is full ({free / 2**20:,.0f} MiB free)", where=target, fix="free some space and run again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ResourceError("cannot write here", where=target, fix="choose a folder you may write to") from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in [path, *path.parents] if parent.exists())
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def dump_json(value: Any) -> str:
+    """JSON text of `value`, indented. NaN and infinities are refused: no other JSON reader takes them."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Publish `value` as a JSON file, replacing an older one."""
+    text = dump_json(value)
+    publish(path, lambda fresh: _write_text(fresh, text), replace=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Publish a UTF-8 text file, replacing an older one."""
+    publish(path, lambda fresh: _write_text(fresh, text), replace=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

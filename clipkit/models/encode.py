@@ -1,0 +1,143 @@
+"""Lists of images or texts to embeddings: in batches, in eval mode, checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipkit.errors import BadImage, DataError, ModelError, UsageError
+from clipkit.images import load_image
+from clipkit.models.backend import Part
+from clipkit.models.processor import Processor
+
+if TYPE_CHECKING:
+    from clipkit.models.dual_encoder import DualEncoder
+
+T = TypeVar("T")
+
+
+def encode(
+    model: DualEncoder,
+    chunks: Iterable[dict[str, Tensor]],
+    side: Part,
+    items: Sequence[Any],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> Tensor:
+    """(n, dim) float32 on the CPU, in the order of `items`, from which `chunks` were made."""
+    if device is not None:
+        model.to(device)
+    found = torch.empty(len(items), model.dim)
+    done = 0
+    with _inference(model, dtype), _progress(f"{side}s", len(items), progress) as advance:
+        for inputs in chunks:
+            vectors = getattr(model(**{name: value.to(model.device) for name, value in inputs.items()}), side)
+            finite = torch.isfinite(vectors).all(1)
+            if not finite.all():
+                bad = done + int((~finite).int().argmax())
+                _refuse(side, bad, items[bad])
+            found[done : done + len(vectors)] = vectors
+            done += len(vectors)
+            advance(len(vectors))
+    return found
+
+
+def _refuse(side: Part, index: int, item: Any) -> None:
+    shown = item if isinstance(item, str | os.PathLike) else type(item).__name__
+    fix = "fp16 overflows in some models: use bfloat16 or float32; else look for bad weights"
+    raise ModelError(f"the {side} embedding is not finite", where=f"item {index}: {shown}", fix=fix)
+
+
+@contextmanager
+def _inference(model: DualEncoder, dtype: torch.dtype | None) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    kind = model.device.type
+    cast: AbstractContextManager[Any] = nullcontext()
+    if dtype is not None:  # float32 also inside an outer autocast
+        cast = torch.autocast(kind, enabled=False) if dtype is torch.float32 else torch.autocast(kind, dtype)
+    model.eval()
+    try:
+        with torch.inference_mode(), cast:
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _ImageBatches(Dataset[Any]):
+    """Item i is batch i, ready for the model, or the `BadImage` in it."""
+
+    def __init__(self, items: Sequence[Any], processor: Processor, batch_size: int) -> None:
+        self.items, self.processor, self.batch_size = items, processor, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.batch_size)
+
+    def __getitem__(self, index: int) -> Tensor | BadImage:
+        start = index * self.batch_size
+        try:
+            return self.processor.images([load_image(item) for item in self.items[start : start + self.batch_size]])
+        except BadImage as error:
+            return error  # raised by the reader: a DataLoader would rebuild it from its text, and fail
+
+
+def image_chunks(
+    items: Sequence[Any], processor: Processor, batch_size: int, workers: int
+) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the model for all images; `workers` processes carry the processor, no weights."""
+    batches = _ImageBatches(items, processor, _positive(batch_size))
+    workers = min(workers, len(batches))
+    found: Iterable[Tensor | BadImage] = (batches[i] for i in range(len(batches)))
+    if workers > 0:
+        found = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    for batch in found:
+        if isinstance(batch, BadImage):
+            raise batch
+        yield {"pixel_values": batch}
+
+
+def _as_it_is(batch: T) -> T:
+    return batch
+
+
+def text_chunks(items: Sequence[Any], processor: Processor, batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Inputs of the model for all texts."""
+    for index, text in enumerate(items):
+        if not isinstance(text, str):
+            raise DataError(f"a text was expected, found {type(text).__name__}: {text!r}", where=f"item {index}")
+    for start in range(0, len(items), _positive(batch_size)):
+        yield processor.texts(items[start : start + batch_size])
+
+
+def listed(items: Any, caller: str, single: tuple[type, ...]) -> list[Any]:
+    """`items` as a list; one item alone is an error (a path is a sequence of letters)."""
+    if isinstance(items, single):
+        raise UsageError(f"{caller} takes a list, found one {type(items).__name__}", fix=f"{caller}([...])")
+    return list(items)
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, found {batch_size}")
+    return batch_size
+
+
+@contextmanager
+def _progress(title: str, total: int, show: bool) -> Iterator[Any]:
+    """A function that moves a bar on stderr, if one was asked for."""
+    if not show:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)

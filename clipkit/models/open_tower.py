@@ -1,0 +1,128 @@
+"""One tower, its tokenizer and its image transform, from what a user has: a model or a name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+
+from clipkit.errors import ModelError
+from clipkit.models.backend import Part
+from clipkit.models.names import find_folder
+from clipkit.models.processor import ImageSide, TransformersImages
+from clipkit.models.transform import ImageTransform, Resize
+from clipkit.models.weights import check_folder, load_exactly
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
+
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*bpe*", "*.tiktoken")
+
+
+def open_tower(tower: Any, part: Part, pooling: str, trust: bool, class_name: str | None = None) -> PreTrainedModel:
+    """The tower itself, or the one that a name stands for; out of a dual encoder, its half.
+
+    BERT's and ViT's `pooler` may be missing from a checkpoint: it is dropped unless the pooling reads it.
+    """
+    if isinstance(tower, PreTrainedModel):
+        return tower
+    if not isinstance(tower, str | Path):
+        raise ModelError(f"a tower is a transformers model, a folder or a hub name; found {type(tower).__name__}")
+    folder = find_folder(tower)
+    check_folder(folder, trust_remote_code=trust)
+    loader = getattr(transformers, class_name or "AutoModel", AutoModel)
+    spare_pooler = () if pooling == "pooler" else ("pooler.",)
+    options = {"trust_remote_code": trust} if loader is AutoModel else {}
+    model, missing = load_exactly(loader.from_pretrained, folder, spare=True, may_lack=spare_pooler, **options)
+    if missing:
+        model.pooler = None
+    return getattr(model, "vision_model" if part == "image" else "text_model", model)
+
+
+def open_tokenizer(tokenizer: Any, trust: bool) -> Any:
+    """A tokenizer as it is, or the one that a folder or hub name holds."""
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    folder = find_folder(tokenizer)
+    if not any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES):
+        # transformers would make up an empty tokenizer of the right class
+        fix = "copy the tokenizer's files (tokenizer.json and tokenizer_config.json) from the original model"
+        raise ModelError("the tokenizer's vocabulary is missing", where=folder, fix=fix)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        fix = "pass tokenizer=, or a folder with tokenizer.json"
+        raise ModelError(f"no tokenizer could be opened: {error}", where=folder, fix=fix) from error
+
+
+def image_side_for(
+    tower: PreTrainedModel,
+    folder: Path | None,
+    image_processor: Any = None,
+    *,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    channels: int | None = None,
+    resize: Resize | None = None,
+) -> ImageSide:
+    """The transform given, else the one in the tower's folder, else a light one from the tower's config."""
+    if isinstance(image_processor, ImageTransform):
+        return image_processor
+    if image_processor is not None:
+        return TransformersImages(image_processor)
+    asked = any(value is not None for value in (image_size, mean, std, channels, resize))
+    saved = None if folder is None or asked else saved_transform(folder)
+    if saved is not None:
+        return saved
+    pretrained = getattr(tower.config, "pretrained_cfg", None) or {}
+    if "input_size" in pretrained and "mean" in pretrained:
+        known = timm_transform(pretrained, image_size)
+        image_size, mean, std = known.image_size, mean or known.mean, std or known.std
+        if resize in (None, known.resize):
+            return replace(known, mean=tuple(mean), std=tuple(std))
+    elif folder is not None and not asked:
+        fix = "pass image_processor=, or image_size= with image_mean= and image_std="
+        raise ModelError("no preprocessor_config.json: the image transform is unknown", where=folder, fix=fix)
+    size = image_size or getattr(tower.config, "image_size", None)
+    if not isinstance(size, int):
+        raise ModelError("the vision tower does not say its image size", fix="pass image_size= (pixels)")
+    channels = channels or len(mean or ()) or getattr(tower.config, "num_channels", None) or 3
+    mean, std = ([0.5] * channels if values is None else values for values in (mean, std))
+    return ImageTransform(size, tuple(mean), tuple(std), resize or "squash")
+
+
+def saved_transform(folder: Path) -> ImageSide | None:
+    """The transform that clipkit or transformers wrote into a folder, if any."""
+    ours = ImageTransform.open(folder)
+    if ours is None and any(
+        (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
+    ):
+        return TransformersImages(AutoImageProcessor.from_pretrained(folder, local_files_only=True))
+    return ours
+
+
+def timm_transform(pretrained: dict[str, Any], image_size: int | None = None) -> ImageTransform:
+    """The evaluation transform of a timm model's `pretrained_cfg`, as timm's create_transform builds it."""
+    size = image_size or int(pretrained["input_size"][-1])
+    mode, fraction = pretrained.get("crop_mode", "center"), float(pretrained.get("crop_pct") or 0.875)
+    if mode not in ("center", "squash"):
+        raise ModelError(f"timm's crop_mode {mode!r} is not known here", fix="pass image_processor=")
+    mean, std = (tuple(float(x) for x in pretrained[key]) for key in ("mean", "std"))
+    kernel: Any = pretrained.get("interpolation") or "bicubic"
+    scaled = int(size / fraction)  # before the crop; under squash, timm resizes both sides to it and crops, too
+    if mode == "squash" and scaled != size:
+        raise ModelError(f"timm's squash with crop_pct {fraction} is not known here", fix="pass image_processor=")
+    return ImageTransform(size, mean, std, "squash" if mode == "squash" else "shortest", scaled, kernel)
+
+
+def activation_of(config: Any) -> str | None:
+    """The activation that a config names; of a timm model, the architecture that decides it."""
+    for key in (*_ACTIVATIONS, "architecture"):
+        value = getattr(config, key, None)
+        if isinstance(value, str):
+            return value
+    return None

@@ -1,0 +1,182 @@
+"""From an image and a text to the tensors a model takes: small, picklable, without weights.
+
+A `Processor` has two sides. Each side knows how to save itself in the files that the model's own
+library reads, and how to describe itself for the fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from PIL import Image
+from torch import Tensor
+
+from clipkit.errors import ModelError
+
+Padding = Literal["longest", "max_length"]
+
+
+class ImageSide(Protocol):
+    """RGB images to the tensor of a batch."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor: ...
+    def describe(self) -> dict[str, Any]: ...
+    def save(self, folder: Path) -> None: ...
+
+
+class TextSide(Protocol):
+    """Texts to token ids."""
+
+    @property
+    def context_length(self) -> int: ...
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]: ...
+    def counts(self, texts: Sequence[str]) -> list[int]: ...
+    def describe(self) -> dict[str, Any]: ...
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns images and texts into a model's inputs, in evaluation and in training alike."""
+
+    image_side: ImageSide
+    text_side: TextSide
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the model's input, in pixels."""
+        return self.image_side.image_size
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens a text may have, special ones included; longer texts are cut."""
+        return self.text_side.context_length
+
+    def image(self, image: Image.Image) -> Tensor:
+        """The evaluation transform of one RGB image: (channels, height, width), float32."""
+        return self.image_side([image])[0]
+
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """The same for many RGB images at once: (n, channels, height, width), float32."""
+        return self.image_side(images)
+
+    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids` (n, length) and, where the text tower reads it, `attention_mask` of that shape."""
+        return self.text_side(texts)
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has before it is cut, special tokens included."""
+        return self.text_side.counts(texts)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """The processor's part of the fingerprint."""
+        return {"image": self.image_side.describe(), "text": self.text_side.describe()}
+
+    def save(self, folder: Path) -> None:
+        """Write the native files of both sides."""
+        self.image_side.save(folder)
+        self.text_side.save(folder)
+
+
+class TransformersImages:
+    """An image processor of transformers, used as it is."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor = image_processor
+        self.image_size = _side(image_processor)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels: Tensor = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels.float()
+
+    def describe(self) -> dict[str, Any]:
+        settings = json.loads(json.dumps(self.image_processor.to_dict(), default=str))
+        relevant = ("do_", "size", "crop", "resample", "image_mean", "image_std", "rescale", "interpolation")
+        kept = {k: v for k, v in settings.items() if k.startswith(relevant) and v is not None}
+        return {"transform": type(self.image_processor).__name__, "image_size": self.image_size, **kept}
+
+    def save(self, folder: Path) -> None:
+        self.image_processor.save_pretrained(folder)
+
+
+def _side(image_processor: Any) -> int:
+    size = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", False) else None
+    size = size or getattr(image_processor, "size", None) or {}
+    sides = [size] if isinstance(size, int) else [v for v in dict(size).values() if v]
+    if not sides:
+        raise ModelError(f"{type(image_processor).__name__} does not say which image size it gives")
+    return max(sides)
+
+
+class TransformersTexts:
+    """A tokenizer of transformers, with what it leaves open settled: length, padding, mask.
+
+    Args:
+        tokenizer: with a pad token.
+        context_length: the most tokens, special ones included.
+        padding: to the `longest` of the batch, or always to `max_length` (SigLIP was trained that way).
+        mask: whether the tower is given the attention mask.
+    """
+
+    def __init__(self, tokenizer: Any, context_length: int, *, padding: Padding = "longest", mask: bool = True) -> None:
+        if tokenizer.pad_token_id is None:
+            fix = "set tokenizer.pad_token, to the end-of-text token if it has no other"
+            raise ModelError("the tokenizer has no pad token, so texts of unequal length make no batch", fix=fix)
+        self.tokenizer, self.context_length, self.padding, self.mask = tokenizer, context_length, padding, mask
+        self._hash: str | None = None
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        batch = self.tokenizer(
+            list(texts),
+            padding=self.padding,
+            truncation=True,
+            max_length=self.context_length,
+            return_attention_mask=self.mask,
+            return_token_type_ids=False,
+            return_tensors="pt",
+        )
+        return dict(batch)
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        ids = self.tokenizer(list(texts), padding=False, truncation=False, verbose=False)["input_ids"]
+        return [len(row) for row in ids]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "tokenizer": self.tokenizer_hash(),
+            "vocabulary": len(self.tokenizer),
+            "context_length": self.context_length,
+            "padding": self.padding,
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "attention_mask": self.mask,
+        }
+
+    def tokenizer_hash(self) -> str:
+        """Of the vocabulary and all rules (a tokenizer of 256,000 tokens takes half a second, once)."""
+        if self._hash is None:
+            self._hash = hash_tokenizer(self.tokenizer)
+        return self._hash
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """SHA-256 (16 hex characters) of a transformers tokenizer: vocabulary, rules, special tokens."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        rules: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        rules = json.loads(fast.to_str())
+        for changed_by_every_call in ("truncation", "padding"):
+            rules.pop(changed_by_every_call, None)
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,166 @@
+"""Opening a folder of transformers without surprises: nothing random, nothing pickled, no foreign code."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from clipkit.errors import CorruptArtefact, ModelError
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+_RUNS_CODE = ("auto_map", "_attn_implementation_internal", "custom_pipelines")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtefact(
+            f"not a JSON file: {error}", where=path, fix="download or save the model again"
+        ) from error
+    if not isinstance(found, dict):
+        raise CorruptArtefact("a JSON object was expected", where=path)
+    return found
+
+
+def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Refuse what transformers would open wrongly or dangerously.
+
+    Raises:
+        ModelError: no config.json, no safetensors, a Git LFS pointer, a config that asks to run code.
+        CorruptArtefact: a config or weight file that cannot be read.
+    """
+    if not (folder / "config.json").is_file():
+        fix = "point to the folder that holds config.json beside the weights"
+        raise ModelError("config.json is missing, so the model's shape is unknown", where=folder, fix=fix)
+    for name in _CONFIGS:
+        if (folder / name).is_file() and not trust_remote_code:
+            _refuse_code(folder / name)
+    check_safetensors(folder)
+
+
+def _refuse_code(path: Path) -> None:
+    asked = [key for key in _RUNS_CODE if key in read_json(path)]
+    if asked:
+        fix = "read that code, then pass trust_remote_code=True with a fixed revision="
+        raise ModelError(f"the model asks to run its own code ({', '.join(asked)})", where=path, fix=fix)
+
+
+def check_safetensors(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, each with a readable header."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
+        if pickled:
+            fix = "convert them with the library that wrote them (safe_serialization=True); pickles can run code"
+            raise ModelError(f"only pickled weights were found: {', '.join(sorted(pickled))}", where=folder, fix=fix)
+        raise ModelError("no weights (*.safetensors) were found", where=folder, fix="download the model again")
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise ModelError("a Git LFS pointer instead of weights", where=path, fix="git lfs pull")
+        try:
+            with safe_open(path, "pt") as opened:
+                opened.keys()
+        except SafetensorError as error:
+            message = f"not a readable safetensors file of {path.stat().st_size} bytes: {error}"
+            raise CorruptArtefact(message, where=path, fix="download or save the model again") from error
+    return files
+
+
+def load_exactly(
+    load: Callable[..., Any], folder: Path, *, spare: bool = False, may_lack: tuple[str, ...] = (), **options: Any
+) -> tuple[Any, list[str]]:
+    """Call a `from_pretrained` and accept only weights that fill the whole model, as fp32.
+
+    Args:
+        load: a class's `from_pretrained`.
+        spare: whether the folder may hold more weights than the model takes (a tower out of a bigger model).
+        may_lack: prefixes of weights that may be missing; the caller must then not use them.
+
+    Returns:
+        The model in eval mode, and the names of the weights that were missing.
+
+    Raises:
+        ModelError: weights are missing, left over, of another shape, or not finite.
+    """
+    try:
+        with quiet():
+            model, info = load(
+                folder,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                local_files_only=True,
+                dtype=torch.float32,
+                **options,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ModelError(f"transformers cannot open the model: {_first_line(error)}", where=folder) from error
+    missing = sorted(info["missing_keys"])
+    _check_shapes(info["mismatched_keys"], folder)
+    _check_missing([key for key in missing if not key.startswith(may_lack or ("\0",))], info, folder)
+    if info["unexpected_keys"] and not spare:
+        keys = _few(info["unexpected_keys"])
+        raise ModelError(f"the weights hold keys that the model has no place for: {keys}", where=folder)
+    check_finite(model, folder)
+    return model.eval(), missing
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no table of keys from transformers: what matters of them becomes an error."""
+    root = logging.getLogger("transformers")
+    level, bars = root.level, transformers_logging.is_progress_bar_enabled()
+    root.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_shapes(mismatched: Iterable[Any], folder: Path) -> None:
+    for key, found, expected in sorted(mismatched):
+        message = f"weight {key} has shape {tuple(found)}, the config asks for {tuple(expected)}"
+        raise ModelError(message, where=folder, fix="config.json and weights must come from the same model")
+
+
+def _check_missing(missing: list[str], info: Any, folder: Path) -> None:
+    if not missing:
+        return
+    message = f"{len(missing)} weights are missing and would be random: {_few(missing)}"
+    prefixed = [key for key in info["unexpected_keys"] if key.startswith(("module.", "_orig_mod."))]
+    fix = "save the whole model again"
+    if prefixed:
+        fix = f"the keys carry a wrapper's prefix ({prefixed[0]}): save the unwrapped model (model.module)"
+    raise ModelError(message, where=folder, fix=fix)
+
+
+def check_finite(model: nn.Module, where: object) -> None:
+    """Refuse NaN and infinite weights, by name."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"weight {name} holds NaN or infinity", where=where, fix="use an earlier checkpoint")
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,252 @@
+"""The main job on the embedded glyphs, through the same doors as anyone's own data.
+
+pairs > model > train > evaluate > label > index > search > report
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from clipkit import quickstart_report
+from clipkit.data.glyphs import Glyphs, glyphs
+from clipkit.errors import UsageError
+from clipkit.evaluation.report import build_result
+from clipkit.evaluation.retrieval import RetrievalEvaluator
+from clipkit.evaluation.zero_shot import ZeroShotEvaluator
+from clipkit.files import write_json, write_text
+from clipkit.labelling.classifier import ZeroShotClassifier
+from clipkit.losses.similar import SameGroup
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.search.index import EmbeddingIndex
+from clipkit.training.config import TrainConfig, dump_yaml
+from clipkit.training.trainer import Trainer, TrainResult
+
+RECIPE = TrainConfig(
+    output_dir="runs/quickstart",
+    epochs=1000,
+    max_steps=600,
+    batch_size=256,
+    learning_rate=2e-3,
+    head_learning_rate=2e-3,
+    scale_learning_rate=2e-3,
+    weight_decay=0.05,
+    eps=1e-8,
+    augmentation="shift",
+    evaluate_every=100,
+)
+IMAGE_SIZE, DIM, TOKENS = 32, 128, 24
+
+IDEAS = {
+    "script": {"latin": "latin", "greek": "greek", "cyrillic": "cyrillic"},
+    "case": {"capital": "capital", "small": "small"},
+    "accent": None,
+}
+TEMPLATES = {"script": ["a {} letter"], "case": ["a {} letter"], "accent": ["a letter with {}"]}
+QUERIES = [
+    "greek small letter omega",
+    "cyrillic capital letter zhe",
+    "latin small letter o with diaeresis",
+    "a letter with acute",
+    "capital letter",
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the report shows."""
+
+    config: TrainConfig
+    model: DualEncoder
+    data: Glyphs
+    trained: TrainResult
+    unseen: RetrievalEvaluator
+    face: RetrievalEvaluator
+    ideas: dict[str, ZeroShotEvaluator]
+    result: dict[str, Any]
+    searches: list[tuple[str, list[Path]]]
+
+
+def main(output: Path, *, overwrite: bool = False, seed: int = 0, max_steps: int | None = None) -> Job:
+    """Run the whole job and write it under `output`.
+
+    Writes `model/`, `config.yaml`, `metrics.jsonl`, `result.json`, `report.html`, the unseen characters as PNG
+    files in `glyphs/` and their index `glyphs.index`.
+
+    Args:
+        output: folder; must not exist, unless `overwrite` and an earlier quickstart wrote it.
+        overwrite: whether it may be replaced.
+        seed: draws the unseen characters, the weights and the batches.
+        max_steps: fewer steps than the recipe has, for a try.
+    """
+    console = Console(stderr=True, highlight=False)
+    start = time.perf_counter()
+    _claim(output, overwrite)
+    config = replace(RECIPE, output_dir=str(output), seed=seed, max_steps=max_steps or RECIPE.max_steps)
+
+    console.print("[bold]1. pairs[/bold]: drawing the characters of matplotlib's fonts")
+    data = glyphs(seed)
+    console.print(
+        f"   {len(data.train):,} images to learn from, {len(data.unseen_characters)} unseen characters, "
+        f"{len(data.unseen_face)} characters of an unseen face"
+    )
+
+    console.print("[bold]2. model[/bold]: two small towers of transformers, from scratch")
+    model = build_model(data.train["texts"], seed)
+    millions = sum(each.numel() for each in model.parameters()) / 1e6
+    console.print(f"   {model.name}, {millions:.1f} million weights, {model.processor.context_length} tokens at most")
+
+    console.print(f"[bold]3. training[/bold]: {config.max_steps} steps of {config.batch_size} pairs")
+    # the tests are measured once, at the end: the weights are chosen on other characters
+    validation = RetrievalEvaluator(data.validation, name="validation/retrieval", group="group")
+    trainer = Trainer(model, data.train, config, similar=SameGroup("group"), evaluators=[validation])
+    write_text(output / "config.yaml", dump_yaml({"data": "glyphs", "similar": "group", "train": vars(config)}))
+    trained = trainer.train()
+    console.print(f"   {trained.seconds:.0f} s; the weights of step {trained.step} were best on validation characters")
+
+    console.print("[bold]4. evaluation[/bold]: characters and a face it has never seen")
+    unseen = RetrievalEvaluator(data.unseen_characters, name="unseen_characters/retrieval", group="group")
+    face = RetrievalEvaluator(data.unseen_face, name="unseen_face/retrieval", group="group")
+    ideas = {idea: _idea(data, idea) for idea in IDEAS}
+    measured = [unseen, face, *ideas.values()]
+    metrics = {key: value for evaluator in measured for key, value in evaluator(model).items()}
+
+    console.print("[bold]5. use[/bold]: label, index and search the unseen characters")
+    folder = _write_images(data.unseen_characters, output / "glyphs")
+    _label(model, folder, console)
+    searches = _search(model, folder, output / "glyphs.index", console)
+
+    result = build_result(model, metrics, measured, seed, time.perf_counter() - start, step=trained.step)
+    write_json(output / "result.json", result)
+    job = Job(config, model, data, trained, unseen, face, ideas, result, searches)
+    write_text(output / "report.html", quickstart_report.page(job).html())
+    _summary(job, output, time.perf_counter() - start)
+    return job
+
+
+def build_model(captions: Sequence[Sequence[str]], seed: int) -> DualEncoder:
+    """A small convolutional image tower and a small text transformer, from configs, random weights.
+
+    Args:
+        captions: the tokenizer learns its words from these alone.
+        seed: of the weights.
+    """
+    from transformers import BertConfig, BertModel, ConvNextConfig, ConvNextModel
+
+    tokenizer = build_tokenizer(text for texts in captions for text in texts)
+    torch.manual_seed(seed)
+    vision = ConvNextModel(
+        ConvNextConfig(num_channels=1, patch_size=4, hidden_sizes=[64, 128, 256], depths=[1, 2, 2], num_stages=3)
+    )
+    text = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=512,
+            max_position_embeddings=TOKENS,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        add_pooling_layer=False,
+    )
+    return DualEncoder.from_towers(
+        vision, text, tokenizer, dim=DIM, image_size=IMAGE_SIZE, channels=1, context_length=TOKENS
+    )
+
+
+def build_tokenizer(captions: Any) -> Any:
+    """One token a word: the names of characters are made of a few hundred words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]"], show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=TOKENS
+    )
+
+
+def _claim(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    ours = (output / "metrics.jsonl").is_file() and (output / "config.yaml").is_file()
+    if overwrite and ours:
+        shutil.rmtree(output)
+        return
+    raise UsageError(
+        "the output folder exists",
+        where=output,
+        fix="--overwrite replaces it" if ours else "--output ANOTHER: no quickstart wrote this one",
+    )
+
+
+def _idea(data: Glyphs, idea: str) -> ZeroShotEvaluator:
+    return ZeroShotEvaluator(
+        data.by_idea(data.unseen_characters, idea),
+        class_names=IDEAS[idea],
+        templates=TEMPLATES[idea],
+        name=f"unseen_characters/zero_shot_{idea}",
+    )
+
+
+def _write_images(pairs: Any, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in pairs:
+        (folder / f"{ord(row['char']):05X} {row['name']}.png").write_bytes(row["image"]["bytes"])
+    return folder
+
+
+def _label(model: DualEncoder, folder: Path, console: Console) -> None:
+    paths = sorted(folder.iterdir())[:: max(1, len(list(folder.iterdir())) // 3)][:3]
+    classify = ZeroShotClassifier(model, IDEAS["case"] or [], templates=TEMPLATES["case"])
+    for path, found in zip(paths, classify(paths), strict=True):
+        console.print(f"   {path.stem[6:]}: {found.label} {found.score:.2f}", markup=False)
+
+
+def _search(model: DualEncoder, folder: Path, path: Path, console: Console) -> list[tuple[str, list[Path]]]:
+    EmbeddingIndex.build(model, folder, path)
+    index = EmbeddingIndex.open(path)  # as on the next day: it finds its model by itself
+    searches = [(query, [hit.path for hit in index.search(query, k=8)]) for query in QUERIES]
+    for query, found in searches[:2]:
+        console.print(f"   {query!r} finds {found[0].stem[6:]}", markup=False)
+    return searches
+
+
+def _summary(job: Job, output: Path, seconds: float) -> None:
+    console = Console(highlight=False)
+    table = Table(title="What it can do with what it has never seen", title_justify="left")
+    for name in ("", "found", "chance", "majority"):
+        table.add_column(name, justify="left" if not name else "right")
+    chance, majority = job.result["chance"], job.result["majority"]
+    for key, value in job.result["metrics"].items():
+        if key.endswith(("@1", "@5", "top1")):
+            cells = [f"{100 * each:.1f} %" if each is not None else "" for each in (value, chance.get(key), majority.get(key))]
+            table.add_row(key.replace("_", " ").replace("/", ", "), *cells)
+    console.print(table)
+    console.print(f"{seconds:.0f} s in all. The report, to be opened in a browser: {output / 'report.html'}", soft_wrap=True)
+    console.print("\nTry next:")
+    for line in next_commands(output):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def next_commands(output: Path) -> list[str]:
+    """What to type next; a test runs each of them."""
+    return [
+        f'clipkit search {output}/glyphs.index "cyrillic small letter ya"',
+        f"clipkit label {output}/glyphs --model {output}/model --class capital --class small --template 'a {{}} letter'",
+        f"clipkit evaluate {output}/glyphs.csv --model {output}/model",
+        f"clipkit train --help",
+    ]

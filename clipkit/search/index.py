@@ -1,0 +1,320 @@
+"""EmbeddingIndex: a folder of images that can be searched by text or image, in one file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.data.rejects import Reject
+from clipkit.embedding.embed import Embedded, embed, together
+from clipkit.embedding.store import EmbeddingStore
+from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError
+from clipkit.files import publish
+from clipkit.images import find_images
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.search.catalogue import Catalogue, Entry, is_index, read, write
+from clipkit.search.listing import listed
+from clipkit.search.query import Query, embed_queries
+
+_TILE = 2**24  # scores held at once: 64 MiB
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One image found.
+
+    Attributes:
+        path: the image.
+        score: cosine similarity with the query, in [-1, 1]. Between a text and an image a good match may have 0.25;
+            scores of text queries and of image queries cannot be compared.
+        rank: from 1.
+    """
+
+    path: Path
+    score: float
+    rank: int
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What `EmbeddingIndex.update` found."""
+
+    added: list[Path]
+    changed: list[Path]
+    removed: list[Path]
+    rejected: list[Reject]
+
+
+class EmbeddingIndex:
+    """Exact search over the embeddings of images. Make one with `build` or `open`.
+
+    Attributes:
+        path: the index file.
+        paths: the images, one a row.
+        vectors: (images, dim) float32, unit length.
+        model_name: what the model was opened as.
+        fingerprint: of the model that made it.
+        rejected: the images that the last `build` or `update` could not use.
+    """
+
+    def __init__(self, path: Path, catalogue: Catalogue, model: DualEncoder | None, rejected: list[Reject]) -> None:
+        self.path, self._model = path, model
+        self._hold(catalogue, rejected)
+
+    def _hold(self, catalogue: Catalogue, rejected: list[Reject]) -> None:
+        self._catalogue, self.rejected = catalogue, rejected
+        self.paths = [catalogue.path_of(entry) for entry in catalogue.entries]
+        self.vectors = catalogue.vectors
+        self.model_name, self.fingerprint = catalogue.model, catalogue.fingerprint
+
+    @classmethod
+    def build(
+        cls,
+        model: DualEncoder,
+        images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        path: str | os.PathLike[str],
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        progress: bool = False,
+        on_bad: Literal["error", "skip"] = "skip",
+        overwrite: bool = False,
+    ) -> EmbeddingIndex:
+        """Embeds images and publishes the index, whole or not at all.
+
+        Batches are committed beside it, in ``PATH.partial``, as they are done: a build that was killed goes on where it
+        was when it is started again. Under several processes, each of them calls this.
+
+        Args:
+            model: its name is kept, so that the index can open it again.
+            images: a folder, searched with its subfolders, or a list of files.
+            path: the file to write.
+            batch_size, workers, progress: as for `embed`.
+            on_bad: "skip" lists unusable images in ``rejected``; "error" stops at the first.
+            overwrite: replace an index that is there; the old one stays until the new one is whole.
+
+        Raises:
+            UsageError: something is at ``path`` already, or what is to be replaced is no index.
+            DataError: the folder is missing, or holds no image that can be used.
+        """
+        target = Path(path)
+        together(lambda: _must_be_free(target, overwrite))
+        root, files = listed(images)
+        stats = [_stat(file) for file in files]
+        draft = target.with_name(target.name + ".partial")
+        with EmbeddingStore(draft) as store:
+            found = embed(
+                model, files, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad=on_bad
+            )
+        entries = _entries(files, stats, found, root)
+
+        def finish() -> None:
+            if distributed.is_main():
+                _require_some(files, found, images)
+                _write(draft, Catalogue(_reopenable(model), model.fingerprint(), root, entries, found.vectors))
+                publish(target, lambda fresh: _copy(draft, fresh), replace=overwrite)
+                for leftover in ("", "-wal", "-shm"):
+                    draft.with_name(draft.name + leftover).unlink(missing_ok=True)
+
+        together(finish)
+        return cls(target, _read(target), model, found.rejected)
+
+    @classmethod
+    def open(
+        cls, path: str | os.PathLike[str], model: DualEncoder | str | os.PathLike[str] | None = None
+    ) -> EmbeddingIndex:
+        """Opens an index and verifies it.
+
+        Args:
+            path: what `build` wrote.
+            model: the model that made it, or where it is now; left out, the index opens it itself, by the name it had,
+                on the first query.
+
+        Raises:
+            UsageError: there is no such file.
+            CorruptArtefact: it is damaged, or no index.
+            ModelMismatch: another model was given.
+        """
+        index = cls(Path(path), _read(Path(path)), None, [])
+        if model is not None:
+            index._adopt(model if isinstance(model, DualEncoder) else DualEncoder.from_pretrained(model))
+        return index
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def model(self) -> DualEncoder:
+        """The model that made the index, opened on first use.
+
+        Raises:
+            UsageError: it cannot be opened by the name it had.
+            ModelMismatch: under that name there now is another model.
+        """
+        if self._model is None:
+            try:
+                found = DualEncoder.from_pretrained(self.model_name)
+            except ModelError as error:
+                raise UsageError(
+                    f"the index was made with the model {self.model_name!r}, which cannot be opened: {error.message}",
+                    where=self.path,
+                    fix="open the model from where it is now, and pass it: EmbeddingIndex.open(path, model=model)",
+                ) from error
+            return self._adopt(found)
+        return self._model
+
+    def _adopt(self, model: DualEncoder) -> DualEncoder:
+        differences = self.fingerprint.difference(model.fingerprint())
+        if differences:
+            shown = "\n  ".join(differences[:10])
+            raise ModelMismatch(
+                f"the index was made with {self.model_name!r}; {model.name!r} gives other embeddings "
+                f"(index != model):\n  {shown}",
+                where=self.path,
+                fix="use the model the index was made with, or build the index anew with this one",
+            )
+        self._model = model
+        return model
+
+    def search(self, query: Query, k: int = 10) -> list[Hit]:
+        """The k images nearest to a query, best first; of equal scores, the first in the index.
+
+        Args:
+            query: a text; or an image: a Path, a PIL image, bytes, an array (a str that is the name of an image file
+                that exists is that image); or a (dim,) Tensor, an embedding.
+            k: how many, from 1; all there are if there are fewer.
+        """
+        return self.search_many([query], k)[0]
+
+    def search_many(self, queries: Sequence[Query], k: int = 10) -> list[list[Hit]]:
+        """`search` for several queries at once, texts and images mixed."""
+        if isinstance(queries, (str, bytes)):
+            raise UsageError("expected a list of queries, found one", fix="use search() for one query")
+        if k < 1:
+            raise UsageError(f"k must be at least 1, found {k}")
+        vectors = embed_queries(queries, lambda: self.model, self.vectors.shape[1])
+        step = max(1, _TILE // max(1, len(self)))
+        hits: list[list[Hit]] = []
+        for part in torch.split(vectors, step):
+            hits += [self._best(scores, k) for scores in part @ self.vectors.T]
+        return hits
+
+    def _best(self, scores: Tensor, k: int) -> list[Hit]:
+        k = min(k, len(scores))
+        if not k:
+            return []
+        # topk leaves open which of equal scores it takes; the rows that reach the k-th score are in order
+        reach = (scores >= scores.topk(k).values[-1]).nonzero().flatten()
+        order = reach[scores[reach].argsort(descending=True, stable=True)][:k].tolist()
+        return [Hit(self.paths[row], float(scores[row]), rank) for rank, row in enumerate(order, 1)]
+
+    def update(
+        self, model: DualEncoder | None = None, *, batch_size: int = 64, workers: int = 0, progress: bool = False
+    ) -> Changes:
+        """Looks at the folder again (or at the listed files): embeds what is new or changed, drops what is gone.
+
+        The file changes in one transaction. Arguments as for `build`; unusable images are listed, not fatal.
+        """
+        if model is not None:
+            self._adopt(model)
+        old = {self._catalogue.path_of(entry): entry for entry in self._catalogue.entries}
+        root = self._catalogue.root
+        files = find_images(root) if root else [file for file in old if file.is_file()]
+        now = {file: _stat(file) for file in files}
+        fresh = [file for file in files if file not in old or (old[file].size, old[file].mtime_ns) != now[file]]
+        with EmbeddingStore(self.path) as store:
+            found = embed(
+                self.model, fresh, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad="skip"
+            )
+        refused = {fresh[reject.row] for reject in found.rejected}
+        entries = {file: old[file] for file in files if file in old and file not in fresh}
+        entries |= {self._catalogue.path_of(e): e for e in _entries(fresh, [now[f] for f in fresh], found, root)}
+        kept = [entries[file] for file in files if file in entries]
+
+        def finish() -> None:
+            if distributed.is_main():
+                _write(self.path, Catalogue(self.model_name, self.fingerprint, root, kept, self.vectors))
+
+        together(finish)
+        self._hold(_read(self.path), found.rejected)
+        return Changes(
+            added=[file for file in fresh if file not in old and file not in refused],
+            changed=[file for file in fresh if file in old and file not in refused],
+            removed=[file for file in old if file not in entries],
+            rejected=found.rejected,
+        )
+
+
+def _must_be_free(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        fix = "open it with EmbeddingIndex.open and call update(), choose another path, or pass overwrite=True"
+        raise UsageError("there is something at this path already", where=target, fix=fix)
+    if not is_index(target):
+        raise UsageError("only an index may be overwritten, and this is none", where=target, fix="choose another path")
+
+
+def _stat(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:  # gone or unreadable: embed() says so, with its reason
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _entries(
+    files: Sequence[Path], stats: Sequence[tuple[int, int]], found: Embedded, root: Path | None
+) -> list[Entry]:
+    return [
+        Entry(os.fsencode(files[row].relative_to(root) if root else files[row]), *stats[row], content)
+        for row, content in zip(found.rows, found.content, strict=True)
+    ]
+
+
+def _require_some(files: Sequence[Path], found: Embedded, images: object) -> None:
+    if found.rows:
+        return
+    where = images if isinstance(images, (str, os.PathLike)) else f"a list of {len(files)} files"
+    if not files:
+        raise DataError("there is no image here", where=where, fix="check the folder; images are told by their suffix")
+    first = found.rejected[0]
+    raise DataError(
+        f"none of {len(files)} images can be used; the first: {first.code}: {first.message}", where=first.where
+    )
+
+
+def _reopenable(model: DualEncoder) -> str:
+    """The model's name, a folder made absolute, so that it still holds in another working directory."""
+    _, _, rest = model.name.rpartition("open_clip:")
+    folder = Path(rest).expanduser()
+    return f"{model.name[: len(model.name) - len(rest)]}{folder.absolute()}" if folder.is_dir() else model.name
+
+
+def _write(path: Path, catalogue: Catalogue) -> None:
+    with EmbeddingStore(path) as store:
+        write(store, catalogue)
+        store.seal()
+
+
+def _copy(draft: Path, fresh: Path) -> None:
+    with EmbeddingStore(draft) as store:
+        store.query("VACUUM INTO ?", (os.fspath(fresh),))
+    with EmbeddingStore(fresh) as store:
+        store.seal()
+
+
+def _read(path: Path) -> Catalogue:
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        fix = "give the index file" if path.is_dir() else "build it first: EmbeddingIndex.build(model, folder, path)"
+        raise UsageError(f"expected an index file; it {found}", where=path, fix=fix)
+    with EmbeddingStore(path, readonly=True) as store:
+        return read(store)

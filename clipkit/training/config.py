@@ -1,0 +1,321 @@
+"""What a run is made of: frozen, validated, and readable as YAML.
+
+RunConfig
+├── model: ModelConfig          which model, which part stands still
+├── data: DataConfig            which pairs, what to hold out
+├── similar: [SimilarConfig]    what counts as alike
+├── train: TrainConfig          the loop
+└── evaluate: EvaluateConfig    what to measure
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from clipkit.data.augment import Augmentation
+from clipkit.errors import ConfigError
+from clipkit.losses.similar import Paired, SameGroup, Similar
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop. The defaults are meant for fine-tuning pretrained weights.
+
+    Attributes:
+        output_dir: folder of the run; must not hold another run.
+        epochs: passes over the data; may be fractional.
+        max_steps: steps at most, whatever `epochs` says.
+        batch_size: pairs of a global batch, over all ranks: the negatives of the loss.
+        learning_rate: peak rate of pretrained weights (1e-5: Goyal et al. 2023, FLYP).
+        head_learning_rate: peak rate of weights that start at random, fresh heads of `from_towers`.
+        scale_learning_rate: of the logit scale and bias; None: `head_learning_rate` where the heads are fresh,
+            else `learning_rate`. Adam moves them by at most this much a step.
+        weight_decay: decoupled; never on norms, biases, embeddings of position, logit scale and bias.
+        betas, eps: of AdamW (Radford et al. 2021, table 18).
+        warmup: part of the steps with a rising rate; then a half cosine down to zero.
+        clip_grad_norm: norm to which gradients are clipped; None: never.
+        precision: ``auto`` is bf16 on devices that have it, else fp32.
+        augmentation: of training images only: ``crop`` (90-100 % of the area), ``crop+flip``, ``shift``, ``none``.
+        seed: of everything random.
+        workers: processes that decode images, per rank; 0: this process.
+        evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
+        best: metric key that chooses the weights to keep; None: the first key of the first evaluator.
+        log_every: steps between lines of metrics.jsonl.
+        on_bad: ``skip`` leaves out images that cannot be used and lists them in rejects.jsonl.
+        trackers: of Accelerate: ``tensorboard``, ``wandb``, ``mlflow`` …
+        progress: whether to show a progress bar.
+    """
+
+    output_dir: str
+    epochs: float = 5.0
+    max_steps: int | None = None
+    batch_size: int = 256
+    learning_rate: float = 1e-5
+    head_learning_rate: float = 5e-4
+    scale_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    warmup: float = 0.1
+    clip_grad_norm: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    augmentation: Augmentation = "crop"
+    seed: int = 0
+    workers: int = 0
+    evaluate_every: int | None = None
+    best: str | None = None
+    log_every: int = 10
+    on_bad: Literal["error", "skip"] = "error"
+    trackers: tuple[str, ...] = ()
+    progress: bool = True
+
+    __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "learning_rate", "head_learning_rate", "log_every", "eps")
+        for name in ("max_steps", "scale_learning_rate", "evaluate_every", "clip_grad_norm"):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        if not 0 <= self.warmup <= 1:
+            raise ConfigError(f"warmup is a part of the steps, between 0 and 1; found {self.warmup}")
+        if self.weight_decay < 0 or self.workers < 0:
+            raise ConfigError(f"weight_decay ({self.weight_decay}) and workers ({self.workers}) cannot be negative")
+
+
+def _positive(config: TrainConfig, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} must be greater than 0, found {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model: `name` alone, or `vision` and `text`.
+
+    Attributes:
+        name: a folder, ``org/name``, ``open_clip:ARCH/TAG`` or ``open_clip:FOLDER``.
+        vision, text: two towers to join, folders or names of transformers models.
+        tokenizer: of the text tower; None: from `text`.
+        dim: of the shared space, where towers are joined.
+        head: what joins them.
+        freeze: towers that stand still: ``image`` (LiT, Zhai et al. 2022), ``text``.
+    """
+
+    name: str | None = None
+    vision: str | None = None
+    text: str | None = None
+    tokenizer: str | None = None
+    dim: int = 512
+    head: Literal["linear", "mlp"] = "linear"
+    freeze: tuple[Literal["image", "text"], ...] = ()
+
+    __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        towers = (self.vision, self.text)
+        if not (all(towers) if self.name is None else not any(towers)):
+            raise ConfigError(
+                "a model is either `name`, or `vision` and `text`",
+                where="model",
+                fix="set model.name=openai/clip-vit-base-patch32, or model.vision=… and model.text=…",
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which pairs.
+
+    Attributes:
+        train: a table, a folder, or a name of the hub.
+        image, text, label: columns; None: the obvious ones. `text` takes several.
+        test: pairs held out: a part (0.1), a number (500), or another table or folder.
+        split_by: what never stands on both sides: ``image``, or a column.
+        split: of a hub data set.
+        templates: captions for class folders, e.g. ``a photo of a {}.``
+        on_bad: ``skip`` leaves bad rows out and lists them in rejects.jsonl.
+        max_bad: rows that may be left out: a number, or a part below 1.
+    """
+
+    train: str
+    image: str | None = None
+    text: str | tuple[str, ...] | None = None
+    label: str | None = None
+    test: float | str = 0.1
+    split_by: str = "image"
+    split: str = "train"
+    templates: str | tuple[str, ...] | None = None
+    on_bad: Literal["error", "skip"] = "error"
+    max_bad: float | None = None
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class SimilarConfig:
+    """One notion of similarity: ``{}`` for given pairs, ``{group: COLUMN}`` for a shared value."""
+
+    group: str | None = None
+    weight: float = 1.0
+
+    __pydantic_config__ = _STRICT
+
+    def build(self) -> Similar:
+        return SameGroup(self.group, self.weight) if self.group else Paired(self.weight)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on the held-out pairs.
+
+    Attributes:
+        retrieval: recall both ways.
+        group: column whose members all count as correct; None: an image's own texts.
+        zero_shot: column of the class; None: no zero-shot classification.
+        templates: prompts of the classes.
+    """
+
+    retrieval: bool = True
+    group: str | None = None
+    zero_shot: str | None = None
+    templates: str | tuple[str, ...] = "a photo of a {}."
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, as a YAML file states it."""
+
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    similar: tuple[SimilarConfig, ...] = (SimilarConfig(),)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    __pydantic_config__ = _STRICT
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+        """From a YAML file and ``key.sub=value`` overrides, or overrides alone.
+
+        Raises:
+            ConfigError: no such file, an unknown key (with the near ones), a value of the wrong type.
+        """
+        values = {} if path is None else _read(Path(path))
+        for override in overrides:
+            _set(values, override)
+        return cls.parse(values, where=path or "overrides")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], *, where: object = None) -> RunConfig:
+        """From nested mappings, as YAML gives them."""
+        try:
+            return TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            raise _config_error(error, where) from None
+
+    def dump(self) -> str:
+        """YAML that `load` reads back to an equal config."""
+        return dump_yaml(dataclasses.asdict(self))
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML text of nested mappings, tuples as lists, in their own order."""
+    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where people trip: `1e-5` is a number, `no` is a word, a key stands once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"the key `{key}` stands twice", where=f"line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: object) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {error}", where=where) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError("no such config file", where=path, fix="give the path of a YAML file, or overrides alone")
+    values = _parse_yaml(path.read_text(encoding="utf-8"), path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected sections such as `model:` and `data:`, found {type(values).__name__}", where=path)
+    return values
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"expected key=value, found {override!r}", fix="e.g. train.epochs=3")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{parent!r} is a value, not a section", where=override)
+    values[leaf] = _parse_yaml(text, override) if text else None
+
+
+def _config_error(error: ValidationError, where: object) -> ConfigError:
+    lines, fixes = [], []
+    for problem in error.errors():
+        path = ".".join(str(part) for part in problem["loc"])
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            lines.append(cause.message)
+        elif problem["type"] == "unexpected_keyword_argument":
+            lines.append(f"unknown key `{path}`")
+            near = difflib.get_close_matches(path.rpartition(".")[2], _known(problem["loc"]), n=1)
+            fixes += [f"did you mean `{near[0]}`?"] if near else [f"known here: {', '.join(_known(problem['loc']))}"]
+        elif problem["type"] == "missing":
+            lines.append(f"`{path}` is missing")
+        else:
+            lines.append(f"`{path}`: {problem['msg'].lower()}, found {problem['input']!r}")
+    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, fix=" ".join(fixes) or None)
+
+
+def _known(location: Sequence[Any]) -> list[str]:
+    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "similar": SimilarConfig}
+    sections["evaluate"] = EvaluateConfig
+    section: Any = sections.get(str(location[0]), RunConfig) if len(location) > 1 else RunConfig
+    return [each.name for each in dataclasses.fields(section)]

@@ -1,0 +1,123 @@
+"""A run from a config, start to end: seed > model > data > train > evaluate > save. Read this file first."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipkit import distributed
+from clipkit.data.pairs import load_pairs
+from clipkit.data.split import split_pairs
+from clipkit.errors import UsageError
+from clipkit.evaluation.report import build_result
+from clipkit.evaluation.retrieval import RetrievalEvaluator
+from clipkit.evaluation.zero_shot import ZeroShotEvaluator
+from clipkit.files import write_json, write_text
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig
+from clipkit.training.trainer import Evaluator, Trainer, TrainResult, claim_folder
+
+logger = logging.getLogger("clipkit")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `run` gives: the trained model, what training gave, and the folder that holds both."""
+
+    model: DualEncoder
+    result: TrainResult
+    folder: Path
+
+
+def run(config: RunConfig) -> Run:
+    """Carry out a whole run; every process of a launcher calls this.
+
+    Writes into ``train.output_dir``: `config.yaml`, `metrics.jsonl`, `model/` (the best weights), `result.json`,
+    and `rejects.jsonl` where rows were left out.
+
+    Raises:
+        ClipkitError: whatever is wrong, before the first step wherever that can be known.
+    """
+    distributed.start()
+    torch.manual_seed(config.train.seed)  # fresh heads start alike on every rank
+    folder = claim_folder(Path(config.train.output_dir))
+    if distributed.is_main():
+        write_text(folder / "config.yaml", config.dump())
+
+    model = open_model(config.model)
+    train, test = open_data(config.data, config.train.seed, folder)
+    trainer = Trainer(
+        model,
+        train,
+        config.train,
+        similar=[each.build() for each in config.similar],
+        evaluators=evaluators(config.evaluate, test),
+    )
+    result = trainer.train()
+    save_result(folder, model, result, trainer.evaluators, config.train.seed)
+    return Run(model, result, folder)
+
+
+def open_model(config: ModelConfig) -> DualEncoder:
+    """The model that a config names, with its frozen parts."""
+    if config.name is not None:
+        model = DualEncoder.from_pretrained(config.name)
+    else:
+        assert config.vision is not None and config.text is not None  # ModelConfig checked it
+        model = DualEncoder.from_towers(
+            config.vision, config.text, config.tokenizer or config.text, dim=config.dim, head=config.head
+        )
+    for part in config.freeze:
+        model.freeze(part)
+    return model
+
+
+def open_data(config: DataConfig, seed: int, folder: Path) -> tuple[Any, Any]:
+    """Training and test pairs; what was left out of either is listed in ``folder/rejects.jsonl``."""
+
+    def load(source: str) -> Any:
+        with distributed.main_first():
+            return load_pairs(
+                source,
+                image=config.image,
+                text=list(config.text) if isinstance(config.text, tuple) else config.text,
+                label=config.label,
+                split=config.split,
+                templates=list(config.templates) if isinstance(config.templates, tuple) else config.templates,
+                on_bad=config.on_bad,
+                max_bad=config.max_bad,
+                rejects=folder / "rejects.jsonl",
+            )
+
+    if isinstance(config.test, str):
+        return load(config.train), load(config.test)
+    return split_pairs(
+        load(config.train),
+        test=int(config.test) if config.test >= 1 else config.test,
+        by=config.split_by,
+        seed=seed,
+    )
+
+
+def evaluators(config: EvaluateConfig, test: Any) -> list[Evaluator]:
+    """What a config asks to be measured on the held-out pairs."""
+    wanted: list[Evaluator] = []
+    if config.retrieval:
+        wanted.append(RetrievalEvaluator(test, group=config.group))
+    if config.zero_shot:
+        templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
+        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates))
+    if not wanted:
+        raise UsageError("nothing would be measured", where="evaluate", fix="set evaluate.retrieval=true")
+    return wanted
+
+
+def save_result(folder: Path, model: DualEncoder, result: TrainResult, measured: list[Evaluator], seed: int) -> None:
+    """Write result.json: the metrics of the weights that were kept, and what they are to be compared with."""
+    if distributed.is_main():
+        write_json(folder / "result.json", build_result(model, result.metrics, measured, seed, result.seconds))
+        logger.info("%s: step %d of %d was kept", folder / "model", result.step, result.steps)

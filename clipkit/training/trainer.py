@@ -1,0 +1,358 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.data.loader import Loader
+from clipkit.data.plan import Plan, hash64
+from clipkit.errors import ClipkitError, UsageError
+from clipkit.losses.contrastive import Embedded, info_nce
+from clipkit.losses.similar import Keys, Paired, Similar
+from clipkit.models.dual_encoder import DualEncoder, Embeddings
+from clipkit.training.config import TrainConfig
+from clipkit.training.optim import build_optimizer, schedule
+from clipkit.training.progress import Progress
+
+logger = logging.getLogger("clipkit")
+
+Evaluator = Callable[[DualEncoder], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave.
+
+    Attributes:
+        metrics: of the weights that were kept.
+        step: after which these weights stood, from 1.
+        steps: taken in all.
+        seconds: of wall clock, evaluations included.
+        history: every line of metrics.jsonl.
+        rejected: rows left out because their image could not be used.
+    """
+
+    metrics: dict[str, float]
+    step: int
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]] = field(repr=False)
+    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+
+
+class Trainer:
+    """Trains a dual encoder on pairs, with any notion of similarity, on any number of processes.
+
+    Start the program with ``python``, ``torchrun`` or ``accelerate launch``; the global batches, and with
+    dropout off the gradients, are the same. After `train` the model holds the best weights, which are
+    saved in ``output_dir/model`` too.
+
+    Args:
+        model: is trained in place; parts that were frozen stay as they are.
+        pairs: a data set with `image` and `texts`, as `load_pairs` gives it. A column `image_features`
+            stands in for the images of a locked tower (see `with_image_features`).
+        config: the loop.
+        similar: what counts as alike; several are added by their weights.
+        evaluators: each called on every rank with the model; give metrics by key.
+
+    Raises:
+        UsageError: the folder holds another run; the batch is larger than the data; trained BatchNorm
+            on several ranks; a launcher whose processes are not connected.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        pairs: Any,
+        config: TrainConfig,
+        *,
+        similar: Similar | Sequence[Similar] = Paired(),
+        evaluators: Sequence[Evaluator] = (),
+    ) -> None:
+        distributed.start()
+        self.model, self.config = model, config
+        self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
+        self.evaluators = evaluators
+        self.folder = claim_folder(Path(config.output_dir))
+        captions = [len(texts) for texts in pairs["texts"]]
+        self.plan = Plan(captions, batch_size=config.batch_size, seed=config.seed)
+        wanted = self.plan.steps_per_epoch * config.epochs
+        self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
+        self.loader = Loader(
+            pairs,
+            model.processor,
+            self.plan,
+            columns=sorted({column for each in self.similar for column in each.columns}),
+            augmentation=config.augmentation,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=config.workers,
+            on_bad=config.on_bad,
+        )
+        self._refuse_batch_norm()
+        self.accelerator = _accelerator(config)
+
+    # -- before the first step
+
+    def _refuse_batch_norm(self) -> None:
+        self.model.train()
+        for name, module in self.model.named_modules():
+            trained = isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.training
+            if trained and distributed.world_size() > 1:
+                raise UsageError(
+                    "BatchNorm of a trained tower mixes samples within each rank, so that several ranks would not "
+                    "train what one does",
+                    where=name,
+                    fix='freeze the tower (model.freeze("image")), choose one without BatchNorm, or use one process',
+                )
+
+    def _leave_out_unused(self) -> None:
+        """DDP waits for every trained parameter; those that the loss never reaches stand still."""
+        if distributed.world_size() == 1:
+            return
+        batch = next(iter(self.loader.batches(0, 1))).to(self.model.device)
+        self.model.eval()
+        objective(self.model(**batch.inputs), batch.keys, self.similar).backward()
+        unused = [name for name, each in self.model.named_parameters() if each.requires_grad and each.grad is None]
+        for name in unused:
+            self.model.get_parameter(name).requires_grad_(False)
+        self.model.zero_grad(set_to_none=True)
+        self.model.train()
+        if unused:
+            logger.info("%d parameters take no part in the loss: %s", len(unused), ", ".join(unused[:5]))
+
+    # -- the loop
+
+    def train(self) -> TrainResult:
+        """Train, evaluate, keep the best; see the class."""
+        config, model = self.config, self.model.to(self.accelerator.device)
+        self._leave_out_unused()
+        optimizer = build_optimizer(model, config)
+        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+        self.accelerator.init_trackers("clipkit", config=_flat(config))
+        ceiling = max(math.log(100), float(model.logit_scale.detach()))  # what was loaded may lie above 100
+        every = config.evaluate_every or self.plan.steps_per_epoch
+        keeper = _Best(self, config.best)
+        rejected: list[dict[str, Any]] = []
+        start = time.perf_counter()
+        wrapped.train()
+        shown = config.progress and distributed.is_main()
+        with _Log(self.folder / "metrics.jsonl") as log, Progress(self.total, "training", shown=shown) as progress:
+            for step, batch in enumerate(self.loader.batches(0, self.total), start=1):
+                rejected += batch.rejected
+                torch.manual_seed(hash64(config.seed, step, distributed.rank()) >> 1)
+                factor = schedule(step - 1, self.total, config.warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * factor
+
+                batch = batch.to(self.accelerator.device)
+                loss = objective(wrapped(**batch.inputs), batch.keys, self.similar)
+                self.accelerator.backward(loss)
+                norm = self._clip(model)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                with torch.no_grad():
+                    model.logit_scale.clamp_(max=ceiling)
+
+                if step % config.log_every == 0 or step == self.total or step == 1:
+                    line = self._measured(step, loss, norm, factor, start)
+                    log.write(line)
+                    self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
+                    progress.show(step, loss=line["loss"], scale=line["logit_scale"])
+                else:
+                    progress.show(step)
+                if self.evaluators and (step % every == 0 or step == self.total):
+                    metrics = self.evaluate()
+                    log.write({"step": step, **metrics})
+                    self.accelerator.log(metrics, step=step)
+                    keeper.offer(step, metrics, progress)
+                    wrapped.train()
+        seconds = time.perf_counter() - start
+        self._unwrap(wrapped)
+        metrics, step = keeper.restore(self.total)
+        model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
+        self.accelerator.end_training()
+        rejected = [row for rows in distributed.all_gather_object(rejected) for row in rows]
+        _write_rejects(self.folder, rejected)
+        return TrainResult(metrics, step, self.total, seconds, log.lines, rejected)
+
+    def evaluate(self) -> dict[str, float]:
+        """All evaluators' metrics, of the model as it stands.
+
+        Raises:
+            UsageError: two evaluators give the same key.
+        """
+        metrics: dict[str, float] = {}
+        for evaluator in self.evaluators:
+            found = dict(evaluator(self.model))
+            if both := metrics.keys() & found.keys():
+                raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
+            metrics |= found
+        return metrics
+
+    def _clip(self, model: DualEncoder) -> float:
+        limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
+        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+        # gradients are summed over ranks before this, so all ranks see the same and stop together;
+        # with fp16 the gradient scaler skips such a step by itself
+        if not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16":
+            raise ClipkitError(
+                f"the gradient is {norm}; the step was not applied",
+                where=self.folder,
+                fix="look for broken images or captions, lower learning_rate, or use precision=fp32",
+            )
+        return norm
+
+    def _measured(self, step: int, loss: Tensor, norm: float, factor: float, start: float) -> dict[str, Any]:
+        seconds = time.perf_counter() - start
+        share = loss.detach().float().reshape(1)
+        return {
+            "step": step,
+            "epoch": round(step / self.plan.steps_per_epoch, 4),
+            "loss": float(distributed.gather_rows(share).mean()),
+            "logit_scale": float(self.model.logit_scale.detach().exp()),
+            "gradient_norm": norm,
+            "learning_rate": self.config.learning_rate * factor,
+            "pairs_per_second": round(step * self.config.batch_size / seconds, 2),
+            "seconds": round(seconds, 3),
+        }
+
+    def _unwrap(self, wrapped: torch.nn.Module) -> None:
+        self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+
+def claim_folder(folder: Path) -> Path:
+    """Create the folder of a run, on every process of a launcher.
+
+    Raises:
+        UsageError: another run was written there.
+    """
+    if distributed.broadcast_object((folder / "metrics.jsonl").exists()):
+        raise UsageError(
+            "the output folder holds another run", where=folder, fix="choose another output_dir, or remove the folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def objective(out: Embeddings, keys: Keys, similar: Sequence[Similar]) -> Tensor:
+    """The weighted sum of the losses of each notion of similarity: this rank's share, 0-dim.
+
+    Args:
+        out: what the model gave for this rank's rows.
+        keys: column -> (n_local,).
+        similar: notions; `between` names the sides of `out` that each compares.
+    """
+    sides = {"image": out.image, "text": out.text}
+    losses = []
+    for each in similar:
+        a, b = (Embedded(sides[side], keys) for side in each.between)
+        losses.append(each.weight * info_nce(a, b, each, out.scale))
+    return torch.stack(losses).sum()
+
+
+class _Best:
+    """Keeps the weights of the best evaluation, in memory and in output_dir/model."""
+
+    def __init__(self, trainer: Trainer, key: str | None) -> None:
+        self.trainer, self.key = trainer, key
+        self.value, self.step = -math.inf, 0
+        self.metrics: dict[str, float] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    def offer(self, step: int, metrics: dict[str, float], progress: Progress) -> None:
+        self.key = self.key or next(iter(metrics))
+        if self.key not in metrics:
+            raise UsageError(
+                f"no evaluator gives the metric {self.key!r} that `best` names", fix=f"one of: {', '.join(metrics)}"
+            )
+        value = metrics[self.key]
+        progress.note(f"step {step}: {self.key} {value:.4f}" + (" (best so far)" if value > self.value else ""))
+        if value > self.value:
+            self.value, self.step, self.metrics = value, step, metrics
+            self.weights = {name: each.detach().clone() for name, each in self._state()}
+            self._save()
+
+    def restore(self, total: int) -> tuple[dict[str, float], int]:
+        if not self.weights:  # nothing was measured: the last weights are all there is
+            self._save()
+            return {}, total
+        with torch.no_grad():
+            for name, each in self._state():
+                each.copy_(self.weights[name])
+        return self.metrics, self.step
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        model = self.trainer.model
+        yield from (pair for pair in model.named_parameters() if pair[1].requires_grad)
+        yield from model.named_buffers()
+
+    def _save(self) -> None:
+        if distributed.is_main():
+            self.trainer.model.save_pretrained(self.trainer.folder / "model", overwrite=True)
+        distributed.barrier()
+
+
+class _Log:
+    """metrics.jsonl: one line a measurement, written at once, by rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self.file = path.open("a", encoding="utf-8", buffering=1) if distributed.is_main() else None
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file:
+            self.file.close()
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        if self.file:
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    cpu = not torch.accelerator.is_available()
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    AcceleratorState._reset_state()  # or the first Trainer of a process would set the precision of all
+    try:
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=list(config.trackers) or None,
+            project_dir=config.output_dir,
+        )
+    except ValueError as error:
+        raise UsageError(f"Accelerate cannot be set up: {error}", where=f"precision={precision}") from error
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    plain = (int, float, str, bool)
+    return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
+
+
+def _write_rejects(folder: Path, rejected: list[dict[str, Any]]) -> None:
+    unique = list({row["row"]: row for row in rejected}.values())  # a bad image comes back each epoch
+    if unique and distributed.is_main():
+        lines = [json.dumps({"stage": "train", **row}, ensure_ascii=False) for row in unique]
+        with (folder / "rejects.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+        logger.warning("%d images could not be used; see %s", len(unique), folder / "rejects.jsonl")

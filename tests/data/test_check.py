@@ -1,0 +1,141 @@
+"""The report names what was planted, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from PIL import Image as Pillow
+
+from clipkit.data.check import check_data
+from clipkit.data.pairs import load_pairs
+from clipkit.data.rejects import Ledger
+from clipkit.errors import DataError
+
+
+def encoded(number: int, kind: str = "PNG", size: tuple[int, int] = (8, 6), **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.zeros((size[1], size[0]), np.uint8)
+    pixels[0, 0] = number
+    Pillow.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pairs_of(images: list[bytes], texts: list[list[str]], labels: list[int | None] | None = None) -> Dataset:
+    features = Features(image=Image(decode=False), texts=List(Value("string")))
+    columns: dict[str, Any] = {"image": [{"bytes": data, "path": None} for data in images], "texts": texts}
+    if labels is not None:
+        features["label"] = ClassLabel(names=["cat", "dog", "unused"])
+        columns["label"] = labels
+    return Dataset.from_dict(columns, features=features)
+
+
+class Words:
+    """A processor whose tokens are words, with one at the end."""
+
+    context_length = 4
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        return [len(text.split()) + 1 for text in texts]
+
+
+def test_clean_data() -> None:
+    pairs = pairs_of([encoded(n) for n in range(4)], [[f"text {n}"] for n in range(4)])
+    report = check_data(pairs, processor=Words())
+    assert (report.ok, report.exit_code, report.rows, report.images, report.captions) == (True, 0, 4, 4, 4)
+    assert report.width == {"min": 8, "median": 8, "p95": 8, "max": 8}
+    assert report.tokens["max"] == 3
+    assert report.advice == []
+    assert str(report).endswith("ok")
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["ok"] is True
+
+
+def test_every_image_is_decoded() -> None:
+    cut = encoded(1, "JPEG", (64, 64))[:-100]
+    images = [encoded(0), cut, encoded(2, size=(8, 1)), b"<html>", encoded(3, size=(120, 2))]
+    report = check_data(pairs_of(images, [[str(n)] for n in range(5)]))
+    assert [(r.row, r.code) for r in report.rejects] == [
+        (1, "TRUNCATED"),
+        (2, "TOO_SMALL"),
+        (3, "NOT_IMAGE"),
+        (4, "ASPECT"),
+    ]
+    assert (report.images, report.rows, report.exit_code) == (1, 5, 3)
+    assert "row 1: TRUNCATED" in str(report)
+    assert 'on_bad="skip"' in report.advice[0]
+    assert str(report).endswith("not ok")
+
+
+def test_equal_pixels_are_found_whatever_the_file() -> None:
+    images = [encoded(1), encoded(2), encoded(1, compress_level=0), encoded(1, "BMP"), encoded(2)]
+    report = check_data(pairs_of(images, [[str(n)] for n in range(5)]))
+    assert report.duplicates == [[0, 2, 3], [1, 4]]
+    assert report.ok
+    assert report.advice[0].startswith("3 rows repeat an image")
+
+
+def test_one_image_two_labels() -> None:
+    images = [encoded(1), encoded(1), encoded(2), encoded(2), encoded(3), encoded(3)]
+    report = check_data(pairs_of(images, [[str(n)] for n in range(6)], [0, 1, 0, 0, 1, None]))
+    assert report.conflicts == [[0, 1]]
+    assert (report.ok, report.labels) == (False, {"cat": 3, "dog": 2, "unused": 0})
+    assert "1 images carry two different labels, e.g. rows 0, 1" in str(report)
+
+
+def test_shared_and_empty_and_long_captions() -> None:
+    texts = [["a dog", "a dog"], ["a dog"], ["one two three four five"], [" "]]
+    report = check_data(pairs_of([encoded(n) for n in range(4)], texts), processor=Words())
+    assert report.shared_captions == {"a dog": 2}
+    assert [(r.row, r.code) for r in report.rejects] == [(3, "EMPTY_TEXT")]
+    assert (report.truncated, report.context_length) == (1, 4)
+    assert "1 captions (20.0%) are longer than the 4 tokens" in str(report)
+    assert report.captions_per_image["max"] == 2
+
+
+def test_uneven_classes() -> None:
+    labels = [0] * 30 + [1]
+    report = check_data(pairs_of([encoded(n) for n in range(31)], [[str(n)] for n in range(31)], labels))
+    assert "'cat' has 30 images, 'unused' 0" in report.advice[-1]
+
+
+def test_the_rejects_of_loading_belong_to_the_report(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(encoded(number))
+    (tmp_path / "1.png").write_bytes(encoded(1, "JPEG")[:-20])
+    (tmp_path / "t.csv").write_text("image,text\n0.png,x\n1.png,y\n2.png,z\ngone.png,w\n")
+    ledger = Ledger()
+    pairs = load_pairs(tmp_path / "t.csv", on_bad="skip", max_bad=1.0, ledger=ledger)
+    report = check_data(pairs, ledger=ledger)
+    assert [r.code for r in report.rejects] == ["MISSING", "TRUNCATED"]
+    assert (report.rows, report.images) == (4, 2)
+    assert str(tmp_path / "1.png") in str(report)
+    assert report.unreferenced == []
+
+
+def test_forgotten_files(tmp_path: Path) -> None:
+    for name in ("0.png", "1.png", "2.PNG", ".hidden.png", "notes.txt"):
+        (tmp_path / name).write_bytes(encoded(0))
+    (tmp_path / "3.png").write_bytes(b"")
+    (tmp_path / "t.csv").write_text("image,text\n0.png,x\n3.png,y\n")
+    ledger = Ledger()
+    report = check_data(load_pairs(tmp_path / "t.csv", on_bad="skip", max_bad=1, ledger=ledger), ledger=ledger)
+    assert report.unreferenced == [str(tmp_path / "1.png"), str(tmp_path / "2.PNG")]
+    assert "2 images beside these are in no row, e.g. 1.png, 2.PNG" in str(report)
+
+
+def test_threads_and_bar_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = pairs_of([encoded(n % 5) for n in range(600)], [[str(n)] for n in range(600)])
+    want = check_data(pairs, threads=1).as_dict()
+    assert check_data(pairs, threads=4, progress=True).as_dict() == want
+    assert "decoding" in capsys.readouterr().out
+
+
+def test_other_data_is_refused() -> None:
+    with pytest.raises(DataError, match="'texts' is missing"):
+        check_data(Dataset.from_dict({"image": ["a"]}))

@@ -1,0 +1,168 @@
+"""Tiny models with random weights, written by transformers and open_clip themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from clipkit.models.dual_encoder import DualEncoder
+
+torch.set_num_threads(1)
+
+TEXTS = [
+    "a photo of a cat",
+    "TWO Dogs on a Beach!",
+    "naïve café: latin small letter e with acute",
+    "a sentence of many words that goes on " * 10,
+]
+IMAGE_SIZES = [(45, 71), (97, 33), (32, 32), (301, 223)]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return list(TEXTS)
+
+
+@pytest.fixture(scope="session")
+def images() -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    small = [generator.integers(0, 256, (5, 7, 3), dtype=np.uint8) for _ in IMAGE_SIZES]
+    return [Image.fromarray(a).resize(s, Image.Resampling.BICUBIC) for a, s in zip(small, IMAGE_SIZES, strict=True)]
+
+
+def _clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    fast = CLIPTokenizer().backend_tokenizer
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=special,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    fast.train_from_iterator(TEXTS, trainer)
+    model = json.loads(fast.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=24)
+
+
+def _siglip_tokenizer() -> Any:
+    from transformers import Siglip2Tokenizer
+
+    fast = Siglip2Tokenizer().backend_tokenizer
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    fast.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
+    model = json.loads(fast.to_str())["model"]
+    return Siglip2Tokenizer(
+        vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], model_max_length=16
+    )
+
+
+LAYERS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP that transformers wrote: non-square images are cropped, texts cut at 24 tokens."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    tokenizer = _clip_tokenizer()
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **ids}
+    vision = {**LAYERS, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    processor = CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
+    )
+    return _write(model, processor, tmp_path_factory.mktemp("hf") / "clip")
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SigLIP (the fixed-size SigLIP 2 has the same classes) that transformers wrote."""
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
+
+    tokenizer = _siglip_tokenizer()
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "pad_token_id": 0}
+    vision = {**LAYERS, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(1)
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    processor = SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
+    return _write(model, processor, tmp_path_factory.mktemp("hf") / "siglip")
+
+
+def _write(model: Any, processor: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def open_clip_arch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Registers a tiny architecture with open_clip and gives its name."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("open_clip_configs")
+
+    def register(name: str, **changes: Any) -> str:
+        vision = {"image_size": 48, "layers": 2, "width": 32, "patch_size": 16, "head_width": 16}
+        text = {"context_length": 20, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text, **changes}
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        open_clip.add_model_config(path)
+        return name
+
+    return register
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """Whole words, lower case, no end-of-text token."""
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    fast.normalizer = normalizers.Lowercase()
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.train_from_iterator(TEXTS, trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture
+def make_towers(word_tokenizer: Any) -> Callable[..., DualEncoder]:
+    """A ViT beside a BERT, or what is given; the same weights each time."""
+
+    def make(vision: Any = None, text: Any = None, **options: Any) -> DualEncoder:
+        from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+        torch.manual_seed(2)
+        vision = vision or ViTModel(ViTConfig(**LAYERS, image_size=32, patch_size=8))
+        text = text or BertModel(BertConfig(**LAYERS, vocab_size=200))
+        return DualEncoder.from_towers(vision, text, options.pop("tokenizer", word_tokenizer), dim=12, **options)
+
+    return make
+
+
+@pytest.fixture
+def towers(make_towers: Callable[..., DualEncoder]) -> DualEncoder:
+    return make_towers()
+
+
+@pytest.fixture
+def photo_paths(images: list[Image.Image], tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{index}.png" for index in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        image.save(path)
+    return paths

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from clipkit.embedding.store import EmbeddingStore
+from clipkit.errors import BadImage, CorruptArtefact, DataError, ModelMismatch, UsageError
+from clipkit.search import index as module
+from clipkit.search.index import EmbeddingIndex
+
+
+@pytest.fixture(scope="session")
+def saved(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.tiny_model(seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def named(saved: Path):
+    from clipkit.models.dual_encoder import DualEncoder
+
+    return DualEncoder.from_pretrained(saved)
+
+
+@pytest.fixture
+def photos(tiny, tmp_path: Path) -> Path:
+    tiny.write_pictures(tmp_path / "photos", range(12))
+    tiny.write_pictures(tmp_path / "photos" / "more", range(12, 20))
+    return tmp_path / "photos"
+
+
+def brute_force(vectors: torch.Tensor, query: torch.Tensor, k: int) -> list[int]:
+    scores = (vectors.double() @ query.double()).tolist()
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+
+
+@pytest.mark.parametrize("tile", [2**24, 1])
+def test_search_equals_brute_force(named, tiny, photos: Path, tmp_path: Path, monkeypatch, tile: int) -> None:
+    monkeypatch.setattr(module, "_TILE", tile)
+    index = EmbeddingIndex.build(named, photos, tmp_path / "photos.index", batch_size=7)
+    files = sorted(photos.rglob("*.png"))
+    assert index.paths == files
+    vectors = named.encode_images(files)
+    texts = ["a red photo", "the blue picture", "5"]
+    queries = [*texts, files[3], tiny.picture(5), torch.ones(16)]
+    embedded = torch.cat(
+        [named.encode_texts(texts), vectors[[3]], named.encode_images([tiny.picture(5)]), torch.ones(1, 16) / 4]
+    )
+    for hits, q in zip(index.search_many(queries, k=6), embedded, strict=True):
+        order = brute_force(vectors, q, 6)
+        assert [hit.path for hit in hits] == [files[i] for i in order]
+        assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6]
+        assert [hit.score for hit in hits] == pytest.approx([float(vectors[i] @ q) for i in order], abs=1e-5)
+    assert index.search(files[3])[0].path == files[3]
+    assert index.search(str(files[3]))[0].score == pytest.approx(1.0, abs=1e-5)  # a str that is an image file
+    assert len(index.search("a photo", k=1000)) == 20
+    with pytest.raises(UsageError, match="k must be"):
+        index.search("a photo", k=0)
+
+
+def test_the_next_day_it_knows_its_model(named, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    built = EmbeddingIndex.build(named, photos, tmp_path / "photos.index")
+    monkeypatch.chdir(tmp_path)
+    index = EmbeddingIndex.open("photos.index")
+    assert (len(index), index.paths) == (20, built.paths)
+    assert torch.equal(index.vectors, built.vectors)
+    assert index._model is None  # nothing is loaded for an embedding
+    assert index.search(torch.ones(16), k=2) == built.search(torch.ones(16), k=2)
+    assert index._model is None
+    assert index.search("a red photo", k=3) == built.search("a red photo", k=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "photos.index"]  # no side files, no draft
+
+
+def test_equal_scores_come_in_the_order_of_the_index(named, tiny, tmp_path: Path) -> None:
+    for i in range(9):
+        tiny.picture(i // 3).save(tmp_path / f"{i}.png")
+    index = EmbeddingIndex.build(named, [tmp_path / f"{i}.png" for i in range(9)], tmp_path / "i.index")
+    for k in (1, 2, 3):
+        assert [hit.path.stem for hit in index.search(tiny.picture(1), k)] == ["3", "4", "5"][:k]
+
+
+def test_wrong_model_is_told_with_what_differs(named, model, photos: Path, tmp_path: Path) -> None:
+    EmbeddingIndex.build(named, photos, tmp_path / "i")
+    with pytest.raises(ModelMismatch, match=r"image\.weights: \w+ != \w+"):
+        EmbeddingIndex.open(tmp_path / "i", model)
+    assert EmbeddingIndex.open(tmp_path / "i", named).search("a photo", k=1)
+
+
+def test_model_folder_moved_or_replaced(tiny, saved: Path, photos: Path, tmp_path: Path) -> None:
+    from clipkit.models.dual_encoder import DualEncoder
+
+    here = tmp_path / "here"
+    tiny.tiny_model(seed=1).save_pretrained(here)
+    EmbeddingIndex.build(DualEncoder.from_pretrained(here), photos, tmp_path / "i")
+    here.rename(tmp_path / "there")
+    with pytest.raises(UsageError, match="cannot be opened") as error:
+        EmbeddingIndex.open(tmp_path / "i").search("a photo")
+    assert "pass it" in str(error.value)
+    assert EmbeddingIndex.open(tmp_path / "i", tmp_path / "there").search("a photo", k=1)
+    tiny.tiny_model(seed=2).save_pretrained(here)
+    with pytest.raises(ModelMismatch):
+        EmbeddingIndex.open(tmp_path / "i").search("a photo")
+
+
+def test_model_that_was_never_saved(model, photos: Path, tmp_path: Path) -> None:
+    built = EmbeddingIndex.build(model, photos, tmp_path / "i")
+    assert built.search("a photo", k=1)
+    with pytest.raises(UsageError, match="cannot be opened"):
+        EmbeddingIndex.open(tmp_path / "i").search("a photo")
+
+
+def test_bad_images_are_listed_or_stop(named, photos: Path, tmp_path: Path) -> None:
+    (photos / "zero.jpg").write_bytes(b"")
+    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
+    assert len(index) == 20
+    assert [(r.code, Path(str(r.where)).name) for r in index.rejected] == [("EMPTY", "zero.jpg")]
+    with pytest.raises(BadImage):
+        EmbeddingIndex.build(named, photos, tmp_path / "j", on_bad="error")
+    assert not (tmp_path / "j").exists()
+
+
+def test_paths_that_cannot_be_used(named, tiny, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(UsageError, match="already"):
+        EmbeddingIndex.build(named, photos, tmp_path / "taken")
+    with pytest.raises(UsageError, match="only an index"):
+        EmbeddingIndex.build(named, photos, tmp_path / "taken", overwrite=True)
+    assert (tmp_path / "taken").read_text() == "mine"
+    with pytest.raises(UsageError, match="does not exist"):
+        EmbeddingIndex.open(tmp_path / "none.index")
+    with pytest.raises(UsageError, match="is a folder"):
+        EmbeddingIndex.open(photos)
+    with pytest.raises(CorruptArtefact):
+        EmbeddingIndex.open(tmp_path / "taken")
+    with EmbeddingStore(tmp_path / "store.db") as store:
+        store.seal()
+    with pytest.raises(CorruptArtefact, match="store of embeddings"):
+        EmbeddingIndex.open(tmp_path / "store.db")
+    (tmp_path / "no").mkdir()
+    with pytest.raises(DataError, match="no image here"):
+        EmbeddingIndex.build(named, tmp_path / "no", tmp_path / "i")
+    (tmp_path / "no" / "a.png").write_bytes(b"")
+    with pytest.raises(DataError, match="none of 1 images"):
+        EmbeddingIndex.build(named, tmp_path / "no", tmp_path / "i")
+    with pytest.raises(DataError):
+        EmbeddingIndex.build(named, tmp_path / "nowhere", tmp_path / "i")
+    with pytest.raises(UsageError, match="made of files"):
+        EmbeddingIndex.build(named, [tiny.picture(0)], tmp_path / "i")
+
+
+def test_overwrite(named, photos: Path, tmp_path: Path) -> None:
+    EmbeddingIndex.build(named, photos, tmp_path / "i")
+    EmbeddingIndex.build(named, photos / "more", tmp_path / "i", overwrite=True)
+    assert len(EmbeddingIndex.open(tmp_path / "i")) == 8
+
+
+def test_queries_that_are_none(named, photos: Path, tmp_path: Path) -> None:
+    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
+    for query, message in (
+        ("  ", "empty"),
+        (7, "found int"),
+        (torch.ones(3), "shape"),
+        (torch.full((16,), np.nan), "finite"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            index.search(query)
+    with pytest.raises(UsageError, match="list of queries"):
+        index.search_many("a photo")
+
+
+def test_every_flip_that_matters_and_every_cut_is_detected(named, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "i"
+    built = EmbeddingIndex.build(named, photos, path)
+    whole = path.read_bytes()
+    g = np.random.default_rng(0)
+    unnoticed = 0
+    places = [*range(100), *g.integers(100, len(whole), 150)]  # all of SQLite's header, and some
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << g.integers(8)
+        path.write_bytes(data)
+        try:
+            found = EmbeddingIndex.open(path)
+        except (CorruptArtefact, UsageError):  # UsageError: a version number was hit
+            continue
+        unnoticed += 1  # free space of a page: harmless, if everything is still what it was
+        assert found.paths == built.paths
+        assert torch.equal(found.vectors, built.vectors)
+        assert found.fingerprint == built.fingerprint
+        assert found.model_name == built.model_name
+    assert unnoticed < len(places)
+    for cut in g.integers(1, len(whole), 30):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CorruptArtefact):
+            EmbeddingIndex.open(path)
+
+
+def test_a_flip_in_the_list_of_files_is_detected(named, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "i"
+    EmbeddingIndex.build(named, photos, path)
+    whole = path.read_bytes()
+    for needle in (b"more/015.png", b'"root"', b'"image_size": 16'):  # a name, and what the index says of itself
+        data = whole.replace(needle, needle[:-1] + bytes([needle[-1] ^ 1]))
+        assert data != whole
+        path.write_bytes(data)
+        with pytest.raises(CorruptArtefact):
+            EmbeddingIndex.open(path)
+
+
+def test_read_only_place(named, photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ro"
+    EmbeddingIndex.build(named, photos, folder / "i")
+    (folder / "i").chmod(0o444)
+    folder.chmod(0o555)
+    try:
+        assert EmbeddingIndex.open(folder / "i").search(torch.ones(16), k=1)
+        assert [p.name for p in folder.iterdir()] == ["i"]
+    finally:
+        folder.chmod(0o755)
+
+
+def test_a_name_that_is_no_utf8(named, tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    tiny.write_pictures(folder, range(2))
+    (folder / "000.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    EmbeddingIndex.build(named, folder, tmp_path / "i")
+    (hit,) = EmbeddingIndex.open(tmp_path / "i").search(tiny.picture(0), k=1)
+    assert hit.path.is_file()
+    assert os.fsencode(hit.path).endswith(b"caf\xe9.png")
+
+
+def test_update(named, tiny, photos: Path, tmp_path: Path) -> None:
+    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
+    assert index.update() == module.Changes([], [], [], [])
+    (photos / "000.png").unlink()
+    tiny.picture(50).save(photos / "new.png")
+    tiny.picture(51).save(photos / "001.png")
+    (photos / "bad.png").write_bytes(b"x")
+    os.utime(photos / "001.png", ns=(1, 1))
+    changes = index.update()
+    names = [[p.name for p in part] for part in (changes.added, changes.changed, changes.removed)]
+    assert names == [["new.png"], ["001.png"], ["000.png"]]
+    assert [r.code for r in changes.rejected] == ["NOT_IMAGE"]
+    again = EmbeddingIndex.open(tmp_path / "i", named)
+    for found in (index, again):
+        assert found.search(tiny.picture(51), k=1)[0].path == photos / "001.png"
+        assert found.search(tiny.picture(0), k=1)[0].score < 0.9999
+    fresh = EmbeddingIndex.build(named, photos, tmp_path / "j")
+    assert (again.paths, len(again)) == (fresh.paths, 20)
+    assert torch.allclose(again.vectors, fresh.vectors, atol=1e-6)
+    with EmbeddingStore(tmp_path / "i") as store:
+        assert len(store) == 20  # nothing is kept of what is gone
+    for path in photos.rglob("*.png"):
+        path.unlink()
+    assert len(index.update().removed) == 20
+    assert index.search(torch.ones(16)) == []
+
+
+BUILD = """
+import runpy, sys, time
+from clipkit.embedding.store import EmbeddingStore
+from clipkit.search.index import EmbeddingIndex
+put = EmbeddingStore.put
+def slow(self, keys, vectors):
+    put(self, keys, vectors); sys.stdout.write(f"{len(keys)}\\n"); sys.stdout.flush(); time.sleep(0.05)
+EmbeddingStore.put = slow
+EmbeddingIndex.build(runpy.run_path(sys.argv[1])["toy_model"](), sys.argv[2], sys.argv[3], batch_size=2)
+"""
+
+
+def test_a_killed_build_goes_on_where_it_was(tiny, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    target = tmp_path / "i"
+    child = subprocess.Popen(
+        [sys.executable, "-c", BUILD, tiny.__file__, photos, target], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    done = sum(int(child.stdout.readline()) for _ in range(4))
+    os.kill(child.pid, signal.SIGKILL)
+    child.stdout.close()
+    child.wait()
+    assert done == 8
+    assert not target.exists()
+    named, embedded = tiny.toy_model(), []
+    original = named.vision_features
+    monkeypatch.setattr(named, "vision_features", lambda x: (embedded.append(len(x)), original(x))[1])
+    index = EmbeddingIndex.build(named, photos, target)
+    assert sum(embedded) <= 20 - done
+    assert torch.allclose(index.vectors, named.encode_images(index.paths), atol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["i", "photos"]
+
+
+def test_speed_of_open_and_search(named, tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    index = EmbeddingIndex.__new__(EmbeddingIndex)
+    index.paths = [Path(str(i)) for i in range(20_000)]
+    index.vectors = torch.nn.functional.normalize(torch.randn(20_000, 512), dim=1)
+    assert len(index.search(torch.randn(512), k=10)) == 10
+    assert time.perf_counter() - begin < 5

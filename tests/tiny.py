@@ -1,0 +1,57 @@
+"""A tiny dual encoder and pairs that it can learn: coloured squares and their names."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from PIL import Image
+
+COLOURS = ["red", "green", "blue", "white", "black", "yellow", "purple", "orange"]
+PLACES = ["left", "right", "top", "bottom"]
+
+
+def square(colour: str, place: str) -> bytes:
+    image = Image.new("RGB", (16, 16), "grey")
+    corner = {"left": (0, 4), "right": (8, 4), "top": (4, 0), "bottom": (4, 8)}[place]
+    image.paste(Image.new("RGB", (8, 8), colour), corner)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_pairs() -> Any:
+    """32 images with two captions each; `colour` is a group of four, `place` one of eight."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    each = [(colour, place) for colour in COLOURS for place in PLACES]
+    columns = {
+        "image": [{"bytes": square(*one), "path": None} for one in each],
+        "texts": [[f"a {colour} square {place}", f"{place} {colour}"] for colour, place in each],
+        "colour": [colour for colour, _ in each],
+        "place": [place for _, place in each],
+    }
+    text = Value("string")
+    features = {"image": ImageFeature(decode=False), "texts": List(text), "colour": text, "place": text}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def make_model(seed: int = 0, dropout: float = 0.0) -> Any:
+    """A DualEncoder of a one-layer ViT and a one-layer BERT; the same weights for the same seed."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+
+    from clipkit import DualEncoder
+
+    words = ["[PAD]", "[UNK]", "a", "square", *COLOURS, *PLACES]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    torch.manual_seed(seed)
+    vision = ViTModel(ViTConfig(image_size=16, patch_size=4, **size, **drop))
+    text = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **size, **drop))
+    return DualEncoder.from_towers(vision, text, fast, dim=16, context_length=8)

@@ -1,0 +1,172 @@
+"""The loop: it learns, keeps the best, logs what it did, and says what is wrong."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from clipkit import DualEncoder, Paired, SameGroup, TrainConfig, Trainer
+from clipkit.errors import BadImage, ClipkitError, UsageError
+from clipkit.training.optim import parameter_groups, schedule
+
+
+def config(folder, **changes):
+    settings = {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3, "augmentation": "none", "log_every": 1}
+    return TrainConfig(str(folder), progress=False, **{**settings, **changes})
+
+
+def test_it_learns_and_keeps_the_best_weights(tmp_path, pairs, make_model):
+    from clipkit import RetrievalEvaluator
+
+    model = make_model()
+    evaluator = RetrievalEvaluator(pairs)
+    before = evaluator(model)
+    settings = config(tmp_path / "run", epochs=15, learning_rate=3e-3, batch_size=16, evaluate_every=6)
+    result = Trainer(model, pairs, settings, evaluators=[evaluator]).train()
+    key = "retrieval/text_to_image_recall@1"
+    assert result.metrics[key] > max(0.3, 3 * before[key])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history
+    measured = {line["step"]: line[key] for line in lines if key in line}
+    assert max(measured.values()) == result.metrics[key] == measured[result.step]
+    assert sorted(measured) == [6, 12, 18, 24, 30]
+    # the model in memory and the one on disk are the ones that were measured best
+    assert evaluator(model) == result.metrics
+    assert evaluator(DualEncoder.from_pretrained(tmp_path / "run/model"))[key] == pytest.approx(result.metrics[key])
+
+
+def test_the_best_is_kept_when_later_steps_are_worse(tmp_path, pairs, make_model):
+    model, values = make_model(), iter([0.1, 0.9, 0.5])
+    seen = []
+
+    def evaluator(current):
+        value = next(values)
+        seen.append((value, current.backend.image_head.weight.detach().clone()))
+        return {"score": value}
+
+    settings = config(tmp_path / "run", max_steps=3, evaluate_every=1, learning_rate=1e-2)
+    result = Trainer(model, pairs, settings, evaluators=[evaluator]).train()
+    assert (result.step, result.metrics) == (2, {"score": 0.9})
+    assert model.backend.image_head.weight.equal(seen[1][1])
+    assert not model.backend.image_head.weight.equal(seen[2][1])
+
+
+def test_without_evaluators_the_last_weights_are_saved(tmp_path, pairs, make_model):
+    model = make_model()
+    result = Trainer(model, pairs, config(tmp_path / "run", max_steps=2)).train()
+    assert (result.step, result.metrics) == (2, {})
+    again = DualEncoder.from_pretrained(tmp_path / "run/model")
+    assert again.encode_texts(["a red square"]).equal(model.encode_texts(["a red square"]))
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, pairs, make_model):
+    def losses(name, **changes):
+        model = make_model(dropout=0.1)
+        trainer = Trainer(model, pairs, config(tmp_path / name, augmentation="crop", **changes), similar=Paired())
+        return [line["loss"] for line in trainer.train().history]
+
+    first = losses("a")
+    assert losses("b") == first
+    assert losses("workers", workers=1) == first
+    assert losses("other", seed=1) != first
+
+
+def test_losses_of_several_notions_are_added(tmp_path, pairs, make_model):
+    def first_loss(name, similar):
+        trainer = Trainer(make_model(), pairs, config(tmp_path / name, max_steps=1), similar=similar)
+        return trainer.train().history[0]["loss"]
+
+    one, two = first_loss("a", Paired()), first_loss("b", SameGroup("colour"))
+    assert one != pytest.approx(two)
+    both = first_loss("c", [Paired(), SameGroup("colour", weight=0.5)])
+    assert both == pytest.approx(one + two / 2, rel=1e-6)
+
+
+def test_the_scale_is_clamped_at_what_was_loaded_or_100(tmp_path, pairs, make_model):
+    for loaded, ceiling in [(4.5, math.log(100)), (4.7, 4.7)]:
+        model = make_model()
+        model.logit_scale.data.fill_(loaded)
+        Trainer(model, pairs, config(tmp_path / f"{loaded}", scale_learning_rate=1.0, max_steps=2)).train()
+        assert float(model.logit_scale.detach()) <= ceiling + 1e-6
+
+
+def test_a_frozen_tower_stays_as_it_is(tmp_path, pairs, make_model):
+    model = make_model(dropout=0.1).freeze("image")
+    before = {name: each.clone() for name, each in model.backend.vision.state_dict().items()}
+    text = model.backend.text.embeddings.word_embeddings.weight.detach().clone()
+    Trainer(model, pairs, config(tmp_path / "run", max_steps=3)).train()
+    assert all(each.equal(before[name]) for name, each in model.backend.vision.state_dict().items())
+    assert not model.backend.text.embeddings.word_embeddings.weight.equal(text)
+
+
+def test_groups_of_parameters(pairs, make_model):
+    model = make_model()
+    settings = TrainConfig("x", learning_rate=1e-5, head_learning_rate=1e-3, scale_learning_rate=1e-2)
+    names = {id(each): name for name, each in model.named_parameters()}
+    found = {names[id(each)]: group for group in parameter_groups(model, settings) for each in group["params"]}
+    assert found.keys() == {name for name, each in model.named_parameters() if each.requires_grad}
+    rates = {name: (group["lr"], group["weight_decay"]) for name, group in found.items()}
+    assert rates["backend.logit_scale"] == (1e-2, 0)
+    assert rates["backend.image_head.weight"] == (1e-3, 0.1)
+    assert rates["backend.text.embeddings.LayerNorm.weight"] == (1e-5, 0)
+    assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0}
+    model.fresh = frozenset()  # as after from_pretrained
+    again = {names[id(each)]: group["lr"] for group in parameter_groups(model, TrainConfig("x")) for each in group["params"]}
+    assert set(again.values()) == {1e-5}
+
+
+def test_schedule():
+    rates = [schedule(step, 100, 0.1) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert max(rates) == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5)
+    assert 0 < rates[99] < 0.001
+    assert schedule(0, 1, 0.1) == 1
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, pairs, make_model):
+    model = make_model()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    hook = model.backend.image_head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(ClipkitError, match=r"the gradient is (nan|inf); the step was not applied"):
+        Trainer(model, pairs, config(tmp_path / "run")).train()
+    hook.remove()
+    assert all(each.equal(before[name]) for name, each in model.state_dict().items())
+
+
+def test_an_evaluation_metric_that_is_not_there(tmp_path, pairs, make_model):
+    trainer = Trainer(make_model(), pairs, config(tmp_path / "run", max_steps=1, best="recall"), evaluators=[lambda _: {"a": 1}])
+    with pytest.raises(UsageError, match=r"no evaluator gives the metric 'recall'(?s:.)*one of: a"):
+        trainer.train()
+
+
+def test_what_cannot_start_does_not(tmp_path, pairs, make_model):
+    model = make_model()
+    with pytest.raises(UsageError, match=r"batch_size=33 is larger than the data \(32 pairs\)"):
+        Trainer(model, pairs, config(tmp_path / "a", batch_size=33))
+    Trainer(model, pairs, config(tmp_path / "run", max_steps=1)).train()
+    with pytest.raises(UsageError, match=r"holds another run(?s:.)*run(?s:.)*choose another output_dir"):
+        Trainer(model, pairs, config(tmp_path / "run"))
+
+
+def test_a_broken_image_stops_the_run_or_is_listed(tmp_path, pairs, make_model):
+    rows = pairs.to_list()
+    rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:30]
+    broken = type(pairs).from_list(rows, features=pairs.features)
+    with pytest.raises(BadImage):
+        Trainer(make_model(), broken, config(tmp_path / "a")).train()
+    result = Trainer(make_model(), broken, config(tmp_path / "b", on_bad="skip", epochs=2)).train()
+    assert {row["row"] for row in result.rejected} == {3}
+    listed = [json.loads(line) for line in (tmp_path / "b/rejects.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["stage"]) for row in listed] == [(3, "train")]
+
+
+def test_bf16(tmp_path, pairs, make_model):
+    result = Trainer(make_model(), pairs, config(tmp_path / "run", precision="bf16", max_steps=3)).train()
+    plain = Trainer(make_model(), pairs, config(tmp_path / "fp32", max_steps=3)).train()
+    for ours, theirs in zip(result.history, plain.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    assert ours["loss"] != theirs["loss"]
+    assert torch.is_autocast_enabled("cpu") is False

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -34,7 +34,9 @@ ModelName = Annotated[
 ImageColumn = Annotated[str | None, typer.Option("--image", help="Column of the image; found by itself if obvious.")]
 TextColumn = Annotated[list[str] | None, typer.Option("--text", help="Column of the text; repeat for several.")]
 LabelColumn = Annotated[str | None, typer.Option("--label", help="Column of the class.")]
-OnBad = Annotated[str, typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it.")]
+OnBad = Annotated[
+    Literal["error", "skip"], typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it.")
+]
 BatchSize = Annotated[int, typer.Option(help="Items embedded at once.", min=1)]
 Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: this one.", min=0)]
 Templates = Annotated[
@@ -227,15 +229,18 @@ def check_data_command(
     """Open every image and caption of a data set and tell what is wrong with it."""
     from clipkit.data.check import check_data
     from clipkit.data.pairs import load_pairs
+    from clipkit.data.rejects import Ledger
 
-    pairs = load_pairs(data, image=image, text=text or None, label=label, split=split, on_bad="skip")
-    report = check_data(pairs, _open(model).processor if model else None, progress=not as_json)
+    ledger = Ledger()  # every bad row is to be listed, however many there are
+    columns: dict[str, Any] = {"image": image, "text": text or None, "label": label, "split": split}
+    pairs = load_pairs(data, **columns, on_bad="skip", max_bad=1.0, ledger=ledger)
+    processor = _open(model).processor if model else None
+    report = check_data(pairs, processor=processor, ledger=ledger, progress=not as_json)
     if as_json:
         _print_json(report.as_dict())
     else:
         _say(str(report))
-    if not report.ok:
-        raise typer.Exit(3)
+    raise typer.Exit(report.exit_code)
 
 
 @app.command(epilog="Example: clipkit env --json")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from clipkit.data.glyphs import Glyphs
 from clipkit.evaluation.retrieval import RetrievalEvaluator
+from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.images import load_image
+from clipkit.models.dual_encoder import DualEncoder
 from clipkit.pages import Choice, Figure, Gallery, Page, Section, Table, Tile, bar_chart, line_chart, thumbnail
-
-if TYPE_CHECKING:
-    from clipkit.quickstart import Job
+from clipkit.training.config import TrainConfig
+from clipkit.training.trainer import TrainResult
 
 MAIN = {
     "unseen characters, text → image R@1": "unseen_characters/retrieval/text_to_image_recall@1",
@@ -19,6 +22,21 @@ MAIN = {
     "unseen face, text → image R@1": "unseen_face/retrieval/text_to_image_recall@1",
     "unseen face, text → image R@5": "unseen_face/retrieval/text_to_image_recall@5",
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the report shows."""
+
+    config: TrainConfig
+    model: DualEncoder
+    data: Glyphs
+    trained: TrainResult
+    unseen: RetrievalEvaluator
+    face: RetrievalEvaluator
+    ideas: dict[str, ZeroShotEvaluator]
+    result: dict[str, Any]
+    searches: list[tuple[str, list[Path]]]
 
 
 def page(job: Job) -> Page:
@@ -30,7 +48,7 @@ def page(job: Job) -> Page:
             f"Two towers learnt from {len(job.data.train):,} images of characters and their Unicode names which "
             f"belong together. What counts as similar was decided by bitmap: characters that look exactly alike form "
             f"one group. Below is what the model does with {n['unseen_characters/retrieval/images']} characters it has "
-            f"never seen in any face, and with {n['unseen_face/retrieval/images']} known characters in a face that is new."
+            f"never seen in any face, and with {n['unseen_face/retrieval/images']} known ones in a face that is new."
         ),
         figures={
             name: (f"{100 * metrics[key]:.1f} %", f"chance {100 * chance[key]:.1f} %") for name, key in MAIN.items()
@@ -78,7 +96,11 @@ def _recalls(job: Job) -> Section:
                 bars[name] = (metrics[key], chance[key])
     return Section(
         "Retrieval",
-        [Figure(bar_chart(bars, "recall, %"), "Share of queries with a right answer among the first k, beside chance.")],
+        [
+            Figure(
+                bar_chart(bars, "recall, %"), "Share of queries with a right answer among the first k, beside chance."
+            )
+        ],
         "A query is right if it finds any image, or any name, of its group.",
     )
 

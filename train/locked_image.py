@@ -18,7 +18,16 @@ from pathlib import Path
 
 import torch
 
-from clipkit import DualEncoder, EmbeddingStore, Paired, RetrievalEvaluator, TrainConfig, Trainer, load_pairs, split_pairs
+from clipkit import (
+    DualEncoder,
+    EmbeddingStore,
+    Paired,
+    RetrievalEvaluator,
+    TrainConfig,
+    Trainer,
+    load_pairs,
+    split_pairs,
+)
 from clipkit.distributed import is_main, start
 from clipkit.embedding.features import with_image_features
 from clipkit.evaluation.report import build_result
@@ -70,7 +79,7 @@ def main() -> None:
         )
         print(json.dumps({key: round(value, 4) for key, value in result.metrics.items()}, indent=2))
         print(f"{len(train)} photos to learn from, {len(test)} held out, {result.seconds:.0f} s of training")
-        print(f'next: clipkit index PHOTOS --model {args.output / "model"} --to photos.index')
+        print(f"next: clipkit index PHOTOS --model {args.output / 'model'} --to photos.index")
 
 
 def build_tokenizer(captions):
@@ -83,7 +92,9 @@ def build_tokenizer(captions):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.WordLevelTrainer(min_frequency=2, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
     tokenizer.train_from_iterator((text for texts in captions for text in texts), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=32
+    )
 
 
 def build_text_tower(tokenizer):

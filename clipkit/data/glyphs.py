@@ -45,9 +45,9 @@ FACES = {
 TEST_FACE, UNSEEN_FACE = "sans", "stix"
 SCRIPTS = ("latin", "greek", "cyrillic")
 CASES = ("capital", "small")
-ACCENTS = tuple(
-    "acute, grave, circumflex, tilde, diaeresis, macron, breve, caron, dot above, dot below, ring above, double grave, "
-    "inverted breve, cedilla, ogonek".split(", ")
+ACCENTS = (
+    *("acute", "grave", "circumflex", "tilde", "diaeresis", "macron", "breve", "caron", "cedilla", "ogonek"),
+    *("dot above", "dot below", "ring above", "double grave", "inverted breve"),
 )
 IDEAS = {"script": SCRIPTS, "case": CASES, "accent": ACCENTS}
 
@@ -64,9 +64,15 @@ class Glyph:
     def name(self) -> str:
         return unicodedata.name(self.char).lower()
 
-    @property
-    def captions(self) -> list[str]:
-        return [f"{self.face}: {self.name}", self.name]
+    def captions(self, draw: random.Random) -> list[str]:
+        """With the face, without, and a part of the name: half of its words, drawn at random.
+
+        Parts ("cyrillic letter", "small with acute") teach what a single word means; without them a prompt that names
+        an idea is unlike any caption. One for each face, so that a character is met under many parts of its name.
+        """
+        words = self.name.split()
+        part = [word for word in words if draw.random() < 0.5] or words[:1]
+        return [f"{self.face}: {self.name}", self.name, " ".join(part)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Glyphs:
     """
 
     train: Any
-    """all other characters in every face but STIX; two captions each, with the face and without"""
+    """all other characters in every face but STIX; three captions each: with the face, without, a part of the name"""
     validation: Any
     """groups for choosing a model, one image each in DejaVu Sans; texts: every name of the group"""
     unseen_characters: Any
@@ -142,8 +148,9 @@ def split(drawn: Sequence[Glyph], seed: int, *, unseen: int, validation: int) ->
     test, valid = set(held_out[:unseen]), set(held_out[unseen:])
     seen = [g for g in drawn if not g.face.endswith(UNSEEN_FACE) and group[g.char] not in test | valid]
     known = letters & {group[g.char] for g in seen}
+    parts = random.Random(seed)
     return Glyphs(
-        train=_dataset(seen, group, [g.captions for g in seen]),
+        train=_dataset(seen, group, [g.captions(parts) for g in seen]),
         validation=_one_each(drawn, TEST_FACE, valid, group, members),
         unseen_characters=_one_each(drawn, TEST_FACE, test, group, members),
         unseen_face=_one_each(drawn, UNSEEN_FACE, known, group, members),

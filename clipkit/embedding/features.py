@@ -62,7 +62,7 @@ def with_image_features(
     mine = missing[distributed.rank() :: distributed.world_size()]
 
     def compute() -> dict[int, NDArray[np.float32]]:
-        done = {}
+        done: dict[int, NDArray[np.float32]] = {}
         chunks = image_chunks(_Rows(images, mine), model.processor, batch_size, workers)
         parts = list(batched(mine, batch_size))
         for rows, inputs in shown(zip(parts, chunks, strict=True), len(parts), "image", progress):
@@ -94,4 +94,6 @@ class _Rows(Sequence[Any]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
-        return [self.items[row] for row in self.rows[index]] if isinstance(index, slice) else self.items[self.rows[index]]
+        return (
+            [self.items[row] for row in self.rows[index]] if isinstance(index, slice) else self.items[self.rows[index]]
+        )

@@ -6,8 +6,9 @@ import hashlib
 import os
 import sqlite3
 import threading
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
@@ -77,11 +78,11 @@ class EmbeddingStore:
     ) -> None:
         self.path = None if path is None else Path(path)
         self._lock = threading.RLock()
-        self._owner = os.getpid()
+        self._owner, self._wait = os.getpid(), wait
         with self._errors():
             self._db = self._connect(wait, readonly)
             try:
-                self._prepare(readonly)
+                self._patiently(lambda: self._prepare(readonly))
             except BaseException:
                 self._db.close()
                 raise
@@ -96,9 +97,10 @@ class EmbeddingStore:
         return sqlite3.connect(name, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
 
     def _prepare(self, readonly: bool) -> None:
-        ((found,),) = self._db.execute("PRAGMA application_id")
-        ((schema,),) = self._db.execute("PRAGMA user_version")
-        ((tables,),) = self._db.execute("SELECT count(*) FROM sqlite_master")
+        with self.transaction(write=False):  # one view: another process may be making this very file
+            ((found,),) = self._db.execute("PRAGMA application_id")
+            ((schema,),) = self._db.execute("PRAGMA user_version")
+            ((tables,),) = self._db.execute("SELECT count(*) FROM sqlite_master")
         if found != _APPLICATION and (found or tables or readonly):
             message = "expected an embedding store, found another kind of SQLite file"
             raise CorruptArtefact(message, where=self.path, fix="choose another path")
@@ -223,7 +225,19 @@ class EmbeddingStore:
         """Folds the write-ahead log into the file, which then is whole by itself and readable without write access."""
         with self._lock, self._errors():
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            self._db.execute("PRAGMA journal_mode=DELETE").fetchall()
+            self._patiently(lambda: self._db.execute("PRAGMA journal_mode=DELETE").fetchall())
+
+    def _patiently(self, work: Callable[[], object]) -> None:
+        """SQLite does not wait for others to change the journal or to create a file, as it does with all else."""
+        deadline = time.monotonic() + self._wait
+        while True:
+            try:
+                work()
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def close(self) -> None:
         with self._lock:

@@ -113,6 +113,7 @@ class EmbeddingIndex:
             found = embed(
                 model, files, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad=on_bad
             )
+            together(store.close)  # before one of the processes turns the draft into the index
         entries = _entries(files, stats, found, root)
 
         def finish() -> None:
@@ -233,6 +234,7 @@ class EmbeddingIndex:
             found = embed(
                 self.model, fresh, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad="skip"
             )
+            together(store.close)
         refused = {fresh[reject.row] for reject in found.rejected}
         entries = {file: old[file] for file in files if file in old and file not in fresh}
         entries |= {self._catalogue.path_of(e): e for e in _entries(fresh, [now[f] for f in fresh], found, root)}

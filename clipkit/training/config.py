@@ -46,7 +46,7 @@ class TrainConfig:
         warmup: part of the steps with a rising rate; then a half cosine down to zero.
         clip_grad_norm: norm to which gradients are clipped; None: never.
         precision: ``auto`` is bf16 on devices that have it, else fp32.
-        augmentation: of training images only: ``crop`` (90-100 % of the area), ``crop+flip``, ``shift``, ``none``.
+        augmentation: of training images only: ``crop`` (90-100 % of the area), ``crop+flip``, ``affine``, ``none``.
         seed: of everything random.
         workers: processes that decode images, per rank; 0: this process.
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
@@ -144,7 +144,7 @@ class DataConfig:
         split: of a hub data set.
         templates: captions for class folders, e.g. ``a photo of a {}.``
         on_bad: ``skip`` leaves bad rows out and lists them in rejects.jsonl.
-        max_bad: rows that may be left out: a number, or a part below 1.
+        max_bad: rows that may be left out: a part below 1, or a number.
     """
 
     train: str
@@ -156,7 +156,7 @@ class DataConfig:
     split: str = "train"
     templates: str | tuple[str, ...] | None = None
     on_bad: Literal["error", "skip"] = "error"
-    max_bad: float | None = None
+    max_bad: float = 0.1
 
     __pydantic_config__ = _STRICT
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def open_model(config: ModelConfig) -> DualEncoder:
     if config.name is not None:
         model = DualEncoder.from_pretrained(config.name)
     else:
-        assert config.vision is not None and config.text is not None  # ModelConfig checked it
+        assert config.vision is not None  # ModelConfig checked both
+        assert config.text is not None
         model = DualEncoder.from_towers(
             config.vision, config.text, config.tokenizer or config.text, dim=config.dim, head=config.head
         )
@@ -116,7 +118,9 @@ def evaluators(config: EvaluateConfig, test: Any) -> list[Evaluator]:
     return wanted
 
 
-def save_result(folder: Path, model: DualEncoder, result: TrainResult, measured: list[Evaluator], seed: int) -> None:
+def save_result(
+    folder: Path, model: DualEncoder, result: TrainResult, measured: Sequence[Evaluator], seed: int
+) -> None:
     """Write result.json: the metrics of the weights that were kept, and what they are to be compared with."""
     if distributed.is_main():
         write_json(folder / "result.json", build_result(model, result.metrics, measured, seed, result.seconds))

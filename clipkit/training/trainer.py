@@ -125,7 +125,7 @@ class Trainer:
             return
         batch = next(iter(self.loader.batches(0, 1))).to(self.model.device)
         self.model.eval()
-        objective(self.model(**batch.inputs), batch.keys, self.similar).backward()
+        self.accelerator.backward(objective(self.model(**batch.inputs), batch.keys, self.similar))
         unused = [name for name, each in self.model.named_parameters() if each.requires_grad and each.grad is None]
         for name in unused:
             self.model.get_parameter(name).requires_grad_(False)
@@ -257,10 +257,10 @@ def objective(out: Embeddings, keys: Keys, similar: Sequence[Similar]) -> Tensor
         keys: column -> (n_local,).
         similar: notions; `between` names the sides of `out` that each compares.
     """
-    sides = {"image": out.image, "text": out.text}
+    sides = {side: Embedded(emb, keys) for side, emb in (("image", out.image), ("text", out.text)) if emb is not None}
     losses = []
     for each in similar:
-        a, b = (Embedded(sides[side], keys) for side in each.between)
+        a, b = (sides[side] for side in each.between)
         losses.append(each.weight * info_nce(a, b, each, out.scale))
     return torch.stack(losses).sum()
 

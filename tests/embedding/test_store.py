@@ -80,6 +80,29 @@ def test_threads_and_two_connections(tmp_path: Path) -> None:
         assert len(one) == len(two) == 200
 
 
+def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
+    failed: list[Exception] = []
+
+    def work(path: Path, i: int, start: threading.Barrier) -> None:
+        start.wait()
+        try:
+            with EmbeddingStore(path) as store:
+                store.put(keys(2, start=2 * i), vectors(2))
+        except Exception as error:
+            failed.append(error)
+
+    for round_ in range(30):
+        path, start = tmp_path / str(round_), threading.Barrier(8)
+        jobs = [threading.Thread(target=work, args=(path, i, start)) for i in range(8)]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+        assert failed == []
+        with EmbeddingStore(path) as store:
+            assert len(store) == 16
+
+
 WRITER = """
 import sys, numpy as np
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash

@@ -24,7 +24,13 @@ class Recording(Trainer):
 def main(out):
     pairs = tiny.make_pairs()
     settings = TrainConfig(
-        str(out / "run"), batch_size=9, max_steps=3, learning_rate=1e-3, augmentation="crop", log_every=1, progress=False
+        str(out / "run"),
+        batch_size=9,
+        max_steps=3,
+        learning_rate=1e-3,
+        augmentation="crop",
+        log_every=1,
+        progress=False,
     )
     trainer = Recording(
         tiny.make_model(), pairs, settings, similar=SameGroup("colour"), evaluators=[RetrievalEvaluator(pairs)]
@@ -32,7 +38,10 @@ def main(out):
     result = trainer.train()
     if trainer.accelerator.is_main_process:
         history = [{k: v for k, v in line.items() if "second" not in k} for line in result.history]
-        torch.save({"gradients": trainer.gradients, "history": history, "world": trainer.accelerator.num_processes}, out / "seen.pt")
+        torch.save(
+            {"gradients": trainer.gradients, "history": history, "world": trainer.accelerator.num_processes},
+            out / "seen.pt",
+        )
 
 
 if __name__ == "__main__":

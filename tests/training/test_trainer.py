@@ -112,7 +112,9 @@ def test_groups_of_parameters(pairs, make_model):
     assert rates["backend.text.embeddings.LayerNorm.weight"] == (1e-5, 0)
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0}
     model.fresh = frozenset()  # as after from_pretrained
-    again = {names[id(each)]: group["lr"] for group in parameter_groups(model, TrainConfig("x")) for each in group["params"]}
+    again = {
+        names[id(each)]: group["lr"] for group in parameter_groups(model, TrainConfig("x")) for each in group["params"]
+    }
     assert set(again.values()) == {1e-5}
 
 
@@ -137,7 +139,9 @@ def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, pairs, make_mode
 
 
 def test_an_evaluation_metric_that_is_not_there(tmp_path, pairs, make_model):
-    trainer = Trainer(make_model(), pairs, config(tmp_path / "run", max_steps=1, best="recall"), evaluators=[lambda _: {"a": 1}])
+    trainer = Trainer(
+        make_model(), pairs, config(tmp_path / "run", max_steps=1, best="recall"), evaluators=[lambda _: {"a": 1}]
+    )
     with pytest.raises(UsageError, match=r"no evaluator gives the metric 'recall'(?s:.)*one of: a"):
         trainer.train()
 

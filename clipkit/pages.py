@@ -117,7 +117,7 @@ def line_chart(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x:
     drawing = _drawing(6.4, 2.8)
     axes = drawing.subplots()
     for (name, (xs, ys)), colour in zip(series.items(), (BLUE, "#d9822b", "#2a9d6f", "#b0457b"), strict=False):
-        axes.plot(xs, ys, color=colour, linewidth=1.8, label=name)
+        axes.plot(xs, ys, color=colour, linewidth=1.8, label=name, marker="o" if len(xs) < 20 else None, markersize=4)
     axes.set(xlabel=x, ylabel=y)
     if len(series) > 1:
         axes.legend(frameon=False)

@@ -16,12 +16,7 @@ from clipkit.pages import Choice, Figure, Gallery, Page, Section, Table, Tile, b
 from clipkit.training.config import TrainConfig
 from clipkit.training.trainer import TrainResult
 
-MAIN = {
-    "unseen characters, text → image R@1": "unseen_characters/retrieval/text_to_image_recall@1",
-    "unseen characters, text → image R@5": "unseen_characters/retrieval/text_to_image_recall@5",
-    "unseen face, text → image R@1": "unseen_face/retrieval/text_to_image_recall@1",
-    "unseen face, text → image R@5": "unseen_face/retrieval/text_to_image_recall@5",
-}
+MAIN = [f"{test}/retrieval/text_to_image_recall@{k}" for test in ("unseen_characters", "unseen_face") for k in (1, 5)]
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,7 @@ def page(job: Job) -> Page:
             f"one group. Below is what the model does with {n['unseen_characters/retrieval/images']} characters it has "
             f"never seen in any face, and with {n['unseen_face/retrieval/images']} known ones in a face that is new."
         ),
-        figures={
-            name: (f"{100 * metrics[key]:.1f} %", f"chance {100 * chance[key]:.1f} %") for name, key in MAIN.items()
-        },
+        figures={plain_name(key): (f"{100 * metrics[key]:.1f} %", f"chance {100 * chance[key]:.1f} %") for key in MAIN},
         sections=[
             _curves(job),
             _recalls(job),
@@ -63,6 +56,14 @@ def page(job: Job) -> Page:
         ],
         facts=_facts(job),
     )
+
+
+def plain_name(key: str) -> str:
+    """A metric's key in words: "unseen face, text → image R@1"."""
+    test, _, what = key.partition("/")
+    what = what.removeprefix("retrieval/").replace("_to_", " → ").replace("_recall", " R")
+    what = what.removeprefix("zero_shot_").replace("/top1", " by prompt, top-1")
+    return f"{test.replace('_', ' ')}, {what}"
 
 
 def _curves(job: Job) -> Section:
@@ -92,8 +93,7 @@ def _recalls(job: Job) -> Section:
         for way in ("text_to_image", "image_to_text"):
             for k in (1, 5, 10):
                 key = f"{test}/retrieval/{way}_recall@{k}"
-                name = f"{test.replace('_', ' ')}, {way.replace('_to_', ' → ')}, R@{k}"
-                bars[name] = (metrics[key], chance[key])
+                bars[plain_name(key)] = (metrics[key], chance[key])
     return Section(
         "Retrieval",
         [
@@ -126,8 +126,18 @@ def _ideas(job: Job) -> Section:
 
 
 def _searches(job: Job) -> Section:
-    rows = [(query, [Tile(_file(path), path.stem[6:]) for path in paths]) for query, paths in job.searches]
-    return Section("Text queries", [Gallery(rows)], "The nearest unseen characters, from the index on disk.")
+    groups = dict(zip(job.data.unseen_characters["name"], job.data.unseen_characters["group"], strict=True))
+
+    def good(query: str, name: str) -> bool | None:
+        return groups[query] == groups[name] if query in groups else None
+
+    rows = [
+        (query, [Tile(_file(path), path.stem[6:], good(query, path.stem[6:])) for path in paths])
+        for query, paths in job.searches
+    ]
+    return Section(
+        "Text queries", [Gallery(rows)], "The nearest unseen characters, from the index on disk; green is right."
+    )
 
 
 def _names(job: Job) -> Section:

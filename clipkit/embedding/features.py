@@ -58,7 +58,9 @@ def with_image_features(
         keys = [Key(content_hash(bytes_of(image)), "image_features", tower) for image in images]
         found = store.get(keys)
         features = {row: found[key] for row, key in enumerate(keys) if key in found}
-    missing = [row for row in range(len(images)) if row not in features]
+    # of any process: another one may have put a row into the store a moment ago
+    shares = together(lambda: [row for row in range(len(images)) if row not in features])
+    missing = sorted({row for share in shares for row in share})
     mine = missing[distributed.rank() :: distributed.world_size()]
 
     def compute() -> dict[int, NDArray[np.float32]]:

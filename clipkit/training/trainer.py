@@ -184,7 +184,8 @@ class Trainer:
         self._unwrap(wrapped)
         metrics, step = keeper.restore(self.total)
         model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would also end the process group
+            tracker.finish()
         rejected = [row for rows in distributed.all_gather_object(rejected) for row in rows]
         _write_rejects(self.folder, rejected)
         return TrainResult(metrics, step, self.total, seconds, log.lines, rejected)

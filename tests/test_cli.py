@@ -1,0 +1,134 @@
+"""The verbs on good and on bad input: exit codes, messages that tell what to do, JSON for scripts."""
+
+import csv
+import json
+
+import pytest
+import tiny
+from command import clipkit
+
+VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "check data", "env"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    tiny.make_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path):
+    """squares.csv with 32 images in squares/, one row a caption, a colour."""
+    (tmp_path / "squares").mkdir()
+    with (tmp_path / "squares.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption", "colour"])
+        for colour in tiny.COLOURS:
+            for place in tiny.PLACES:
+                name = f"squares/{colour}_{place}.png"
+                (tmp_path / name).write_bytes(tiny.square(colour, place))
+                rows.writerow([name, f"a {colour} square {place}", colour])
+    return tmp_path / "squares.csv"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example(verb):
+    done = clipkit(*verb.split(), "--help")
+    assert done.code == 0
+    assert f"Example: clipkit {verb}" in " ".join(done.out.split())
+
+
+def test_train_evaluate_label_index_search(tmp_path, table, model):
+    out = tmp_path / "run"
+    settings = ["train.batch_size=8", "train.max_steps=2", "train.progress=false", f"train.output_dir={out}"]
+    done = clipkit("train", f"model.name={model}", f"data.train={table}", "data.test=0.25", *settings)
+    assert done.code == 0, done.err
+    assert "retrieval/text_to_image_recall@1" in done.out
+    for name in ("config.yaml", "metrics.jsonl", "result.json", "model/clipkit.json"):
+        assert (out / name).is_file(), name
+
+    done = clipkit("train", out / "config.yaml", f"train.output_dir={tmp_path / 'again'}", "--print-config")
+    assert f"output_dir: {tmp_path / 'again'}" in done.out
+    assert "max_steps: 2" in done.out
+
+    done = clipkit(
+        "evaluate", table, "--model", out / "model", "--label", "colour", "--json", "--to", tmp_path / "r.json"
+    )
+    result = json.loads(done.out)
+    assert result["n"]["retrieval/images"] == 32
+    assert {"retrieval/image_to_text_recall@10", "zero_shot/top1", "zero_shot/top5"} <= result["metrics"].keys()
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == result["metrics"]
+
+    done = clipkit("label", tmp_path / "squares", "-m", model, "-c", "red", "-c", "blue", "--json", "--top", 2)
+    labels = json.loads(done.out)
+    assert len(labels) == 32
+    assert all(sum(score for _, score in row["top"]) == pytest.approx(1) for row in labels)
+    done = clipkit("label", tmp_path / "squares", "-m", model, "-c", "red", "-c", "blue", "--to", tmp_path / "l.csv")
+    rows = list(csv.DictReader((tmp_path / "l.csv").read_text().splitlines()))
+    assert [row["label"] for row in rows] == [row["label"] for row in labels]
+
+    done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
+    assert done.code == 0, done.err
+    hits = json.loads(clipkit("search", tmp_path / "s.index", "a red square left", "-k", 3, "--json").out)
+    assert len(hits) == 3
+    image = tmp_path / "squares" / "red_left.png"
+    assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
+
+
+def test_check_data(table, model, tmp_path):
+    done = clipkit("check", "data", table, "--label", "colour", "--model", model)
+    assert done.code == 0, done.err
+    assert "32" in done.out
+    (tmp_path / "squares" / "red_left.png").write_bytes(b"<html>not found</html>")
+    done = clipkit("check", "data", table, "--json")
+    assert done.code == 3
+    assert "NOT_IMAGE" in done.out
+
+
+def test_env():
+    facts = json.loads(clipkit("env", "--json").out)
+    assert {"clipkit", "torch", "device", "cores"} <= facts.keys()
+
+
+def test_rejected_rows_are_counted_and_listed(table, model, tmp_path):
+    (tmp_path / "squares" / "red_left.png").write_bytes(b"")
+    out = tmp_path / "run"
+    settings = [f"model.name={model}", f"data.train={table}", f"train.output_dir={out}", "train.batch_size=8"]
+    settings += ["train.max_steps=1", "train.progress=false"]
+    done = clipkit("train", *settings)
+    assert done.code == 3
+    assert "EMPTY" in done.err
+    assert "red_left.png" in done.err
+    assert not (out / "metrics.jsonl").exists()
+    done = clipkit("train", *settings, "data.on_bad=skip")
+    assert done.code == 0, done.err
+    rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert [(row["code"], row["path"].endswith("red_left.png")) for row in rejects] == [("EMPTY", True)]
+    assert "32 rows = 31 used + 1 rejected" in done.err.replace(",", "")
+    done = clipkit("train", *settings, "data.on_bad=skip", "data.max_bad=0.01", f"train.output_dir={tmp_path / 'b'}")
+    assert done.code == 4
+
+
+def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
+    basic = [f"model.name={model}", f"data.train={table}", "train.batch_size=8", "train.progress=false"]
+
+    def fails(code, *words, arguments):
+        done = clipkit(*arguments)
+        assert done.code == code, done.err
+        for word in words:
+            assert word in done.err
+        assert "Traceback" not in done.err
+
+    out = f"train.output_dir={tmp_path / 'run'}"
+    fails(2, "unknown key `train.epoch`", "did you mean `epochs`", arguments=["train", *basic, out, "train.epoch=1"])
+    fails(2, "`train.output_dir` is missing", arguments=["train", *basic, "train.epochs=1"])
+    fails(3, "captoin", "caption", arguments=["train", *basic, out, "data.text=captoin"])
+    fails(3, "nowhere.csv", arguments=["train", *basic, out, f"data.train={tmp_path / 'nowhere.csv'}"])
+    fails(2, "batch_size=99 is larger than the data", arguments=["train", *basic, out, "train.batch_size=99"])
+    fails(2, "some-org/some-model", "HF_HUB_OFFLINE", arguments=["evaluate", table, "--model", "some-org/some-model"])
+    fails(2, "no such model folder", arguments=["evaluate", table, "--model", tmp_path / "gone"])
+    fails(2, "gone.index", arguments=["search", tmp_path / "gone.index", "a dog"])
+    fails(3, "gone", arguments=["label", tmp_path / "gone", "-m", model, "-c", "red"])
+    fails(2, "expected one YAML file", arguments=["train", "a.yaml", "b.yaml"])
+    fails(2, "No such option", arguments=["label", "x", "--nonsense"])

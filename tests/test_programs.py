@@ -1,0 +1,92 @@
+"""Every program of train/ and eval/, started as its first lines say: plain, torchrun, accelerate launch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = {
+    "python": [sys.executable],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Generated photos with captions.jsonl and class folders, a saved model, a vision tower in timm's form."""
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    folder = tmp_path_factory.mktemp("world")
+    lines = []
+    for colour in tiny.COLOURS:
+        (folder / "classes" / colour).mkdir(parents=True)
+        for place in tiny.PLACES:
+            name = f"classes/{colour}/{place}.png"
+            (folder / name).write_bytes(tiny.square(colour, place))
+            lines.append({"image": name, "captions": [f"a {colour} square {place}", f"{place} {colour}"]})
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tiny.make_model().save_pretrained(folder / "model")
+    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    config = TimmWrapperConfig(architecture="mobilenetv2_035", pretrained_cfg=cfg)
+    config.num_classes = 0
+    TimmWrapperModel(config).save_pretrained(folder / "tower")
+    return folder
+
+
+def start(launcher, program, *arguments, folder):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCHERS[launcher], str(ROOT / program), *map(str, arguments)]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_finetune(world, tmp_path, launcher):
+    settings = ["--test", 0.25, "--epochs", 1, "--batch-size", 8, "--output", tmp_path / "run"]
+    out = start(
+        launcher, "train/finetune.py", world / "captions.jsonl", "--model", world / "model", *settings, folder=tmp_path
+    )
+    assert out.count('"retrieval/text_to_image_recall@1":') == 1  # one process speaks
+    assert (tmp_path / "run" / "model" / "clipkit.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+def test_locked_image(world, tmp_path, launcher):
+    settings = [
+        "--epochs",
+        2,
+        "--batch-size",
+        8,
+        "--output",
+        tmp_path / "run",
+        "--features",
+        tmp_path / "features.sqlite",
+    ]
+    out = start(launcher, "train/locked_image.py", world, "--vision", world / "tower", *settings, folder=tmp_path)
+    assert "29 photos to learn from, 3 held out" in out
+    assert (tmp_path / "features.sqlite").stat().st_size > 29 * 4 * 1000
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["n"]["retrieval/images"] == 3
+
+
+@pytest.mark.slow
+def test_evaluation_programs(world, tmp_path):
+    ask = ["--model", world / "model", "--to"]
+    one = start("python", "eval/retrieval.py", world / "captions.jsonl", *ask, tmp_path / "one.json", folder=tmp_path)
+    assert "chance" in one
+    two = start("torchrun", "eval/retrieval.py", world / "captions.jsonl", *ask, tmp_path / "two.json", folder=tmp_path)
+    assert two.count("text_to_image_recall@1 ") == 1
+    found = [json.loads((tmp_path / name).read_text())["metrics"] for name in ("one.json", "two.json")]
+    assert found[0] == found[1]
+    out = start("accelerate", "eval/zero_shot.py", world / "classes", *ask, tmp_path / "z.json", folder=tmp_path)
+    assert "majority 0.1250" in out
+    assert json.loads((tmp_path / "z.json").read_text())["n"]["zero_shot/images"] == 32

@@ -1,0 +1,118 @@
+"""Every block of the README runs: Python as it stands, `clipkit` lines as they stand, programs on generated photos.
+
+Only what is not on this machine is put in place of what the README names: the hub's CLIP by a tiny model, the photos
+by generated ones, the finished quickstart by one of three steps.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from command import clipkit
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+HUB = "openai/clip-vit-base-patch32"
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with runs/quickstart, birds.csv, photos/ and a model in place of the hub's."""
+    folder = tmp_path_factory.mktemp("desk")
+    done = clipkit("quickstart", "--output", folder / "runs/quickstart", "--max-steps", 3)
+    assert done.code == 0, done.err
+    (folder / "photos").mkdir()
+    with (folder / "birds.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["file", "caption", "species"])
+        for number in range(10):  # 320 photos: the README's batches hold 256
+            for colour in tiny.COLOURS:
+                for place in tiny.PLACES:
+                    path = folder / "photos" / f"{colour}_{place}_{number}.png"
+                    path.write_bytes(tiny.square(colour, place) + bytes([number]))
+                    rows.writerow([f"photos/{path.name}", f"a {colour} square {place}", colour])
+    tiny.make_model().save_pretrained(folder / "tiny-clip")
+    return folder
+
+
+def runnable(text, folder):
+    return text.replace(HUB, str(folder / "tiny-clip"))
+
+
+def test_there_are_blocks_of_each_kind():
+    kinds = [kind for kind, _ in BLOCKS]
+    assert kinds.count("python") >= 2
+    assert kinds.count("sh") >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"], ids=["search", "train"])
+def test_python_blocks(block, desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(runnable(block, desk), "README.md", "exec"), {})
+    assert out.getvalue()
+
+
+@pytest.mark.slow
+def test_shell_blocks(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    lines = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines() if line.strip()]
+    programs = [line for line in lines if line.startswith("PHOTOS=")]
+    for line in lines:
+        if line in programs:
+            continue
+        name, *arguments = shlex.split(runnable(line, desk))
+        assert name == "clipkit", line
+        done = clipkit(*arguments)
+        assert done.code == 0, f"{line}\n{done.err}"
+    assert programs
+
+
+@pytest.mark.slow
+def test_program_lines_on_generated_photos(desk):
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    photos = desk / "generated"
+    (photos / "flickr8k_train2600").mkdir(parents=True)
+    lines = [
+        {"image": str(path), "captions": [path.stem.replace("_", " "), f"a picture of {path.stem.split('_')[0]}"]}
+        for path in sorted((desk / "photos").iterdir())
+    ]
+    (photos / "flickr8k_train2600" / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    config = TimmWrapperConfig(architecture="mobilenetv2_035", pretrained_cfg=cfg)
+    config.num_classes = 0
+    TimmWrapperModel(config).save_pretrained(photos / "mobilenetv2_timm")
+    (desk / "train").symlink_to(ROOT / "train")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in (line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()):
+        if line.startswith("PHOTOS="):
+            small = f"{line.replace('PHOTOS=… ', f'PHOTOS={photos}; ')} --epochs 1 --batch-size 32"
+            done = subprocess.run(["bash", "-c", small], cwd=desk, env=env, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert "held out" in done.stdout
+
+
+def test_the_file_map_names_every_file_and_only_those():
+    drawn = README.split("## File map")[1]
+    for path in [*(ROOT / "clipkit").iterdir()]:
+        if path.name not in ("__pycache__", "py.typed"):
+            assert path.name.removesuffix(".py") in drawn, path.name
+    for package in (each for each in (ROOT / "clipkit").iterdir() if (each / "__init__.py").is_file()):
+        for module in package.glob("[a-z]*.py"):
+            assert re.search(rf"\b{module.stem}\b", drawn), f"{package.name}/{module.name}"
+    named = {name for name in re.findall(r"(\w+\.(?:py|html))\b", drawn)}
+    present = {path.name for path in (ROOT / "clipkit").rglob("*") if path.suffix in (".py", ".html")}
+    assert named <= present

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -38,6 +38,7 @@ OnBad = Annotated[
     Literal["error", "skip"], typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Items embedded at once.", min=1)]
+Rejects = Annotated[Path, typer.Option(help="Where images and rows that were left out are listed, if there are any.")]
 Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: this one.", min=0)]
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
@@ -96,6 +97,7 @@ def evaluate(
     template: Templates = None,
     split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
     on_bad: OnBad = "error",
+    rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     to: Annotated[Path | None, typer.Option(help="Write result.json here.")] = None,
@@ -106,16 +108,18 @@ def evaluate(
 
     from clipkit import distributed
     from clipkit.data.pairs import load_pairs
+    from clipkit.data.rejects import Ledger
     from clipkit.evaluation.report import build_result
     from clipkit.evaluation.retrieval import RetrievalEvaluator
     from clipkit.evaluation.zero_shot import ZeroShotEvaluator
     from clipkit.files import write_json
 
     distributed.start()
-    start = time.perf_counter()
+    start, ledger = time.perf_counter(), Ledger()
     pairs = load_pairs(
-        data, image=image, text=text or None, label=label, split=split, templates=template, on_bad=on_bad
-    )
+        data, image=image, text=text or None, label=label, split=split, templates=template, on_bad=on_bad,
+        ledger=ledger,
+    )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
     evaluators: list[Any] = [RetrievalEvaluator(pairs, group=group, **options)]
@@ -127,6 +131,7 @@ def evaluate(
     result = build_result(opened, metrics, evaluators, 0, time.perf_counter() - start)
     if not distributed.is_main():
         return
+    _list_rejects([*ledger.rejects, *(each for e in evaluators for each in e.rejected)], rejects)
     if to:
         write_json(to, result)
     if as_json:
@@ -145,6 +150,7 @@ def label(
     template: Templates = None,
     top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 1,
     on_bad: OnBad = "skip",
+    rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     to: Annotated[Path | None, typer.Option(help="Write a CSV file: image, label, score.")] = None,
@@ -159,7 +165,7 @@ def label(
     found = classify.label(
         paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
-    _report_rejects(found.rejected, len(paths))
+    _list_rejects(found.rejected, rejects, len(paths))
     rows = [(paths[row], each) for row, each in zip(found.rows, found.predictions, strict=True)]
     if to:
         _write_csv(to, ["image", "label", "score"], [[str(path), p.label, f"{p.score:.4f}"] for path, p in rows])
@@ -176,6 +182,7 @@ def index(
     model: ModelName,
     to: Annotated[Path, typer.Option(help="The index to write.")],
     on_bad: OnBad = "skip",
+    rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
@@ -187,7 +194,7 @@ def index(
         _open(model), folder, to, batch_size=batch_size, workers=workers, progress=True, on_bad=on_bad,
         overwrite=overwrite,
     )  # fmt: skip
-    _report_rejects(built.rejected, len(built) + len(built.rejected))
+    _list_rejects(built.rejected, rejects, len(built) + len(built.rejected))
     _say(f"{to}: {len(built)} images")
     _say(f'next: clipkit search {to} "what you look for"')
 
@@ -280,12 +287,18 @@ def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = 
         _say(f"{name:<{width}}  {value:.4f}{beside}")
 
 
-def _report_rejects(rejected: Iterable[Any], total: int) -> None:
-    rows = list(rejected)
-    if rows:
-        typer.echo(f"{total} images = {total - len(rows)} used + {len(rows)} rejected:", err=True)
-        for each in rows[:10]:
-            typer.echo(f"  {each.where}: {each.code}: {each.message}", err=True)
+def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None) -> None:
+    from dataclasses import asdict
+
+    from clipkit.files import write_text
+
+    if not rejected:
+        return
+    write_text(path, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejected))
+    count = f"{total} images = {total - len(rejected)} used + " if total else ""
+    typer.echo(f"{count}{len(rejected)} rejected, listed in {path}:", err=True)
+    for each in rejected[:10]:
+        typer.echo(f"  {each.where}: {each.code}: {each.message}", err=True)
 
 
 def _write_csv(path: Path, head: list[str], rows: list[list[str]]) -> None:

@@ -101,13 +101,35 @@ def test_rejected_rows_are_counted_and_listed(table, model, tmp_path):
     assert "EMPTY" in done.err
     assert "red_left.png" in done.err
     assert not (out / "metrics.jsonl").exists()
-    done = clipkit("train", *settings, "data.on_bad=skip")
+    done = clipkit("train", *settings, "train.on_bad=skip")
     assert done.code == 0, done.err
     rejects = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert [(row["code"], row["path"].endswith("red_left.png")) for row in rejects] == [("EMPTY", True)]
     assert "32 rows = 31 used + 1 rejected" in done.err.replace(",", "")
-    done = clipkit("train", *settings, "data.on_bad=skip", "data.max_bad=0.01", f"train.output_dir={tmp_path / 'b'}")
+    done = clipkit("train", *settings, "train.on_bad=skip", "train.max_bad=0.01", f"train.output_dir={tmp_path / 'b'}")
     assert done.code == 4
+
+
+def test_an_image_that_breaks_only_when_decoded_is_listed_by_every_verb(table, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    broken = tmp_path / "squares" / "red_left.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    settings = [f"model.name={model}", f"data.train={table}", f"data.test={table}", "train.batch_size=8"]
+    settings += ["train.epochs=1", "train.progress=false", "train.on_bad=skip", "train.output_dir=run"]
+    done = clipkit("train", *settings)
+    assert done.code == 0, done.err
+    rejects = [json.loads(line) for line in (tmp_path / "run/rejects.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rejects} == {"train", "evaluate"}
+    assert {row["code"] for row in rejects} == {"TRUNCATED"}
+    for arguments in (["evaluate", table, "--on-bad", "skip"], ["label", "squares", "-c", "a", "-c", "b"]):
+        done = clipkit(*arguments, "--model", model, "--rejects", f"{arguments[0]}.jsonl")
+        assert done.code == 0, done.err
+        assert "1 rejected" in done.err
+        (line,) = (tmp_path / f"{arguments[0]}.jsonl").read_text().splitlines()
+        assert json.loads(line)["code"] == "TRUNCATED"
+    done = clipkit("evaluate", table, "--model", model)
+    assert done.code == 3
+    assert "red_left.png" in done.err
 
 
 def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):

@@ -113,6 +113,6 @@ def test_the_file_map_names_every_file_and_only_those():
     for package in (each for each in (ROOT / "clipkit").iterdir() if (each / "__init__.py").is_file()):
         for module in package.glob("[a-z]*.py"):
             assert re.search(rf"\b{module.stem}\b", drawn), f"{package.name}/{module.name}"
-    named = {name for name in re.findall(r"(\w+\.(?:py|html))\b", drawn)}
+    named = set(re.findall(r"(\w+\.(?:py|html))\b", drawn))
     present = {path.name for path in (ROOT / "clipkit").rglob("*") if path.suffix in (".py", ".html")}
     assert named <= present

@@ -52,7 +52,8 @@ class TrainConfig:
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
         best: metric key that chooses the weights to keep; None: the first key of the first evaluator.
         log_every: steps between lines of metrics.jsonl.
-        on_bad: ``skip`` leaves out images that cannot be used and lists them in rejects.jsonl.
+        on_bad: ``skip`` leaves out rows and images that cannot be used and lists them in rejects.jsonl.
+        max_bad: how many may be left out: a fraction of the rows (float) or a count (int).
         trackers: of Accelerate: ``tensorboard``, ``wandb``, ``mlflow`` …
         progress: whether to show a progress bar.
     """
@@ -77,6 +78,7 @@ class TrainConfig:
     best: str | None = None
     log_every: int = 10
     on_bad: Literal["error", "skip"] = "error"
+    max_bad: int | float = 0.1
     trackers: tuple[str, ...] = ()
     progress: bool = True
 
@@ -143,8 +145,6 @@ class DataConfig:
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
         templates: captions for class folders, e.g. ``a photo of a {}.``
-        on_bad: ``skip`` leaves bad rows out and lists them in rejects.jsonl.
-        max_bad: rows that may be left out: a part below 1, or a number.
     """
 
     train: str
@@ -155,8 +155,6 @@ class DataConfig:
     split_by: str = "image"
     split: str = "train"
     templates: str | tuple[str, ...] | None = None
-    on_bad: Literal["error", "skip"] = "error"
-    max_bad: float = 0.1
 
     __pydantic_config__ = _STRICT
 

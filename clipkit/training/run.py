@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig
+from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
 from clipkit.training.trainer import Evaluator, Trainer, TrainResult, claim_folder
 
 logger = logging.getLogger("clipkit")
@@ -50,13 +50,13 @@ def run(config: RunConfig) -> Run:
         write_text(folder / "config.yaml", config.dump())
 
     model = open_model(config.model)
-    train, test = open_data(config.data, config.train.seed, folder)
+    train, test = open_data(config.data, config.train, folder)
     trainer = Trainer(
         model,
         train,
         config.train,
         similar=[each.build() for each in config.similar],
-        evaluators=evaluators(config.evaluate, test),
+        evaluators=evaluators(config.evaluate, test, config.train.on_bad),
     )
     result = trainer.train()
     save_result(folder, model, result, trainer.evaluators, config.train.seed)
@@ -78,10 +78,10 @@ def open_model(config: ModelConfig) -> DualEncoder:
     return model
 
 
-def open_data(config: DataConfig, seed: int, folder: Path) -> tuple[Any, Any]:
-    """Training and test pairs; what was left out of either is listed in ``folder/rejects.jsonl``."""
+def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any, Any]:
+    """Training and test pairs; what was left out is listed in `folder`, in rejects.jsonl and test_rejects.jsonl."""
 
-    def load(source: str) -> Any:
+    def load(source: str, rejects: str) -> Any:
         with distributed.main_first():
             return load_pairs(
                 source,
@@ -90,29 +90,29 @@ def open_data(config: DataConfig, seed: int, folder: Path) -> tuple[Any, Any]:
                 label=config.label,
                 split=config.split,
                 templates=list(config.templates) if isinstance(config.templates, tuple) else config.templates,
-                on_bad=config.on_bad,
-                max_bad=config.max_bad,
-                rejects=folder / "rejects.jsonl",
+                on_bad=loop.on_bad,
+                max_bad=loop.max_bad,
+                rejects=folder / rejects if loop.on_bad == "skip" else None,
             )
 
     if isinstance(config.test, str):
-        return load(config.train), load(config.test)
+        return load(config.train, "rejects.jsonl"), load(config.test, "test_rejects.jsonl")
     return split_pairs(
-        load(config.train),
+        load(config.train, "rejects.jsonl"),
         test=int(config.test) if config.test >= 1 else config.test,
         by=config.split_by,
-        seed=seed,
+        seed=loop.seed,
     )
 
 
-def evaluators(config: EvaluateConfig, test: Any) -> list[Evaluator]:
+def evaluators(config: EvaluateConfig, test: Any, on_bad: Literal["error", "skip"]) -> list[Evaluator]:
     """What a config asks to be measured on the held-out pairs."""
     wanted: list[Evaluator] = []
     if config.retrieval:
-        wanted.append(RetrievalEvaluator(test, group=config.group))
+        wanted.append(RetrievalEvaluator(test, group=config.group, on_bad=on_bad))
     if config.zero_shot:
         templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
-        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates))
+        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, on_bad=on_bad))
     if not wanted:
         raise UsageError("nothing would be measured", where="evaluate", fix="set evaluate.retrieval=true")
     return wanted

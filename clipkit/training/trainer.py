@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan, hash64
-from clipkit.errors import ClipkitError, UsageError
+from clipkit.errors import ClipkitError, TooManyRejected, UsageError
 from clipkit.losses.contrastive import Embedded, info_nce
 from clipkit.losses.similar import Keys, Paired, Similar
 from clipkit.models.dual_encoder import DualEncoder, Embeddings
@@ -146,13 +147,14 @@ class Trainer:
         ceiling = max(math.log(100), float(model.logit_scale.detach()))  # what was loaded may lie above 100
         every = config.evaluate_every or self.plan.steps_per_epoch
         keeper = _Best(self, config.best)
-        rejected: list[dict[str, Any]] = []
+        rejected: dict[int, dict[str, Any]] = {}  # by row: a bad image comes back each epoch
         start = time.perf_counter()
         wrapped.train()
         shown = config.progress and distributed.is_main()
         with _Log(self.folder / "metrics.jsonl") as log, Progress(self.total, "training", shown=shown) as progress:
             for step, batch in enumerate(self.loader.batches(0, self.total), start=1):
-                rejected += batch.rejected
+                rejected |= {each["row"]: each for each in batch.rejected}
+                self._tolerate(len(rejected))
                 torch.manual_seed(hash64(config.seed, step, distributed.rank()) >> 1)
                 factor = schedule(step - 1, self.total, config.warmup)
                 for group in optimizer.param_groups:
@@ -186,9 +188,12 @@ class Trainer:
         model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
         for tracker in self.accelerator.trackers:  # end_training would also end the process group
             tracker.finish()
-        rejected = [row for rows in distributed.all_gather_object(rejected) for row in rows]
-        _write_rejects(self.folder, rejected)
-        return TrainResult(metrics, step, self.total, seconds, log.lines, rejected)
+        for other in distributed.all_gather_object(rejected):
+            rejected |= other
+        lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected)]
+        lines += [{"stage": "evaluate", **vars(e)} for each in self.evaluators for e in getattr(each, "rejected", [])]
+        _write_rejects(self.folder / "rejects.jsonl", lines)
+        return TrainResult(metrics, step, self.total, seconds, log.lines, lines)
 
     def evaluate(self) -> dict[str, float]:
         """All evaluators' metrics, of the model as it stands.
@@ -203,6 +208,15 @@ class Trainer:
                 raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
             metrics |= found
         return metrics
+
+    def _tolerate(self, rejected: int) -> None:
+        limit = self.config.max_bad
+        if rejected > (limit if isinstance(limit, int) else limit * len(self.plan.captions)):
+            raise TooManyRejected(
+                f"{rejected} of {len(self.plan.captions)} images cannot be used, more than max_bad={limit} allows",
+                where=self.folder,
+                fix="`clipkit check data` lists them; mend them, or raise max_bad",
+            )
 
     def _clip(self, model: DualEncoder) -> float:
         limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
@@ -335,14 +349,21 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # or the first Trainer of a process would set the precision of all
     try:
-        return Accelerator(
-            cpu=cpu,
-            mixed_precision="no" if precision == "fp32" else precision,
-            log_with=list(config.trackers) or None,
-            project_dir=config.output_dir,
-        )
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of trackers: said better below
+            accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision="no" if precision == "fp32" else precision,
+                log_with=list(config.trackers) or None,
+                project_dir=config.output_dir,
+            )
     except ValueError as error:
         raise UsageError(f"Accelerate cannot be set up: {error}", where=f"precision={precision}") from error
+    ready = {str(getattr(each, "value", each)) for each in accelerator.log_with}
+    if missing := set(config.trackers) - ready:  # Accelerate would go on without them
+        raise UsageError(
+            f"the tracker {min(missing)!r} is not to be had", where="trackers", fix=f"pip install {min(missing)}"
+        )
+    return accelerator
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
@@ -350,10 +371,8 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
 
 
-def _write_rejects(folder: Path, rejected: list[dict[str, Any]]) -> None:
-    unique = list({row["row"]: row for row in rejected}.values())  # a bad image comes back each epoch
-    if unique and distributed.is_main():
-        lines = [json.dumps({"stage": "train", **row}, ensure_ascii=False) for row in unique]
-        with (folder / "rejects.jsonl").open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        logger.warning("%d images could not be used; see %s", len(unique), folder / "rejects.jsonl")
+def _write_rejects(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    if lines and distributed.is_main():
+        with path.open("a", encoding="utf-8") as file:  # beside those of loading
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        logger.warning("%d images could not be used and were left out; see %s", len(lines), path)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clipkit import DualEncoder, Paired, SameGroup, TrainConfig, Trainer
-from clipkit.errors import BadImage, ClipkitError, UsageError
+from clipkit.errors import BadImage, ClipkitError, TooManyRejected, UsageError
 from clipkit.training.optim import parameter_groups, schedule
 
 
@@ -162,9 +162,18 @@ def test_a_broken_image_stops_the_run_or_is_listed(tmp_path, pairs, make_model):
     with pytest.raises(BadImage):
         Trainer(make_model(), broken, config(tmp_path / "a")).train()
     result = Trainer(make_model(), broken, config(tmp_path / "b", on_bad="skip", epochs=2)).train()
-    assert {row["row"] for row in result.rejected} == {3}
+    assert [row["row"] for row in result.rejected] == [3]
+    with pytest.raises(TooManyRejected, match="1 of 32 images cannot be used, more than max_bad=0"):
+        Trainer(make_model(), broken, config(tmp_path / "c", on_bad="skip", max_bad=0)).train()
     listed = [json.loads(line) for line in (tmp_path / "b/rejects.jsonl").read_text().splitlines()]
     assert [(row["row"], row["stage"]) for row in listed] == [(3, "train")]
+
+
+def test_trackers(tmp_path, pairs, make_model):
+    with pytest.raises(UsageError, match=r"the tracker 'nonesuch'|nonesuch"):
+        Trainer(make_model(), pairs, config(tmp_path / "a", trackers=("nonesuch",)))
+    with pytest.raises(UsageError, match=r"the tracker 'comet_ml' is not to be had(?s:.)*pip install comet_ml"):
+        Trainer(make_model(), pairs, config(tmp_path / "b", trackers=("comet_ml",)))
 
 
 def test_bf16(tmp_path, pairs, make_model):

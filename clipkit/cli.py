@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from clipkit.errors import ClipkitError, UsageError
+from clipkit.errors import UsageError, exit_with_message
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -97,6 +97,7 @@ def evaluate(
     template: Templates = None,
     split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
     on_bad: OnBad = "error",
+    max_bad: Annotated[float, typer.Option(help="How many rows may be left out: a part below 1, or a number.")] = 0.1,
     rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
@@ -107,6 +108,7 @@ def evaluate(
     import time
 
     from clipkit import distributed
+    from clipkit.data.keys import key_values
     from clipkit.data.pairs import load_pairs
     from clipkit.data.rejects import Ledger
     from clipkit.evaluation.report import build_result
@@ -117,13 +119,13 @@ def evaluate(
     distributed.start()
     start, ledger = time.perf_counter(), Ledger()
     pairs = load_pairs(
-        data, image=image, text=text or None, label=label, split=split, templates=template, on_bad=on_bad,
+        data, image=image, text=text or None, label=label, split=split, on_bad=on_bad, max_bad=_budget(max_bad),
         ledger=ledger,
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
     evaluators: list[Any] = [RetrievalEvaluator(pairs, group=group, **options)]
-    if "label" in pairs.column_names:
+    if "label" in pairs.column_names and (label or None not in key_values(pairs, "label")):
         evaluators.append(ZeroShotEvaluator(pairs, templates=template or DEFAULT_TEMPLATE, **options))
     metrics: dict[str, float] = {}
     for evaluator in evaluators:
@@ -131,7 +133,8 @@ def evaluate(
     result = build_result(opened, metrics, evaluators, 0, time.perf_counter() - start)
     if not distributed.is_main():
         return
-    _list_rejects([*ledger.rejects, *(each for e in evaluators for each in e.rejected)], rejects)
+    found = {(each.where, each.path, each.code): each for e in evaluators for each in e.rejected}  # by both, perhaps
+    _list_rejects([*ledger.rejects, *found.values()], rejects, ledger.rows)
     if to:
         write_json(to, result)
     if as_json:
@@ -157,6 +160,7 @@ def label(
     as_json: Json = False,
 ) -> None:
     """Name what is on each image, out of the classes you give."""
+    from clipkit import distributed
     from clipkit.labelling.classifier import ZeroShotClassifier
     from clipkit.search.listing import list_images
 
@@ -165,6 +169,8 @@ def label(
     found = classify.label(
         paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
+    if not distributed.is_main():
+        return
     _list_rejects(found.rejected, rejects, len(paths))
     rows = [(paths[row], each) for row, each in zip(found.rows, found.predictions, strict=True)]
     if to:
@@ -188,12 +194,15 @@ def index(
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
 ) -> None:
     """Embed a folder of images, to be searched."""
+    from clipkit import distributed
     from clipkit.search.index import EmbeddingIndex
 
     built = EmbeddingIndex.build(
         _open(model), folder, to, batch_size=batch_size, workers=workers, progress=True, on_bad=on_bad,
         overwrite=overwrite,
     )  # fmt: skip
+    if not distributed.is_main():
+        return
     _list_rejects(built.rejected, rejects, len(built) + len(built.rejected))
     _say(f"{to}: {len(built)} images")
     _say(f'next: clipkit search {to} "what you look for"')
@@ -212,7 +221,9 @@ def search(
     from clipkit.search.index import EmbeddingIndex
 
     opened = EmbeddingIndex.open(index, model=model)
-    by_image = is_image_name(query) and Path(query).is_file()
+    by_image = is_image_name(query) and " " not in query
+    if by_image and not Path(query).is_file():
+        raise UsageError("there is no such image", where=query, fix="give the path of an image, or a text")
     hits = opened.search(Path(query) if by_image else query, k=k)
     if as_json:
         _print_json([{"path": str(hit.path), "score": hit.score} for hit in hits])
@@ -271,6 +282,10 @@ def _open(model: str) -> DualEncoder:
     return DualEncoder.from_pretrained(model, device=distributed.start())
 
 
+def _budget(max_bad: float) -> int | float:
+    return int(max_bad) if max_bad >= 1 else max_bad
+
+
 def _say(text: str) -> None:
     # control characters in names and captions could rewrite the terminal
     typer.echo("".join(c if c.isprintable() or c in "\t\n" else f"\\x{ord(c):02x}" for c in text))
@@ -295,7 +310,7 @@ def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None)
     if not rejected:
         return
     write_text(path, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejected))
-    count = f"{total} images = {total - len(rejected)} used + " if total else ""
+    count = f"{total} = {total - len(rejected)} used + " if total else ""
     typer.echo(f"{count}{len(rejected)} rejected, listed in {path}:", err=True)
     for each in rejected[:10]:
         typer.echo(f"  {each.where}: {each.code}: {each.message}", err=True)
@@ -312,7 +327,7 @@ def _write_csv(path: Path, head: list[str], rows: list[list[str]]) -> None:
     writer.writerow(head)
     writer.writerows([[_plain_cell(cell) for cell in row] for row in rows])
     write_text(path, buffer.getvalue())
-    _say(f"{path}: {len(rows)} rows")
+    typer.echo(f"{path}: {len(rows)} rows", err=True)
 
 
 def _plain_cell(cell: str) -> str:
@@ -326,12 +341,5 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "accelerate", "transformers", "datasets"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        app(standalone_mode=True)
-    except ClipkitError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # `clipkit search … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    exit_with_message(app)
     sys.exit(0)

@@ -17,6 +17,8 @@ A message says what was expected and what was found, then where, then how to men
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import ClassVar
 
 
@@ -39,6 +41,15 @@ class ClipkitError(Exception):
         if fix:
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple[object, ...]:  # subclasses have other arguments, and errors cross processes
+        return _rebuild, (type(self), str(self), self.__dict__)
+
+
+def _rebuild(kind: type[ClipkitError], text: str, state: dict[str, object]) -> ClipkitError:
+    error = kind.__new__(kind, text)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(ClipkitError):
@@ -70,13 +81,6 @@ class BadImage(DataError):
         self.code = code
         super().__init__(f"{code}: {message}", where=where, fix=fix)
 
-    def __reduce__(self) -> tuple[object, ...]:  # crosses worker processes
-        return _rebuild_bad_image, (self.code, self.message.removeprefix(f"{self.code}: "), self.where, self.fix)
-
-
-def _rebuild_bad_image(code: str, message: str, where: str | None, fix: str | None) -> BadImage:
-    return BadImage(code, message, where=where, fix=fix)
-
 
 class TooManyRejected(ClipkitError):
     exit_code = 4
@@ -96,3 +100,12 @@ class ModelMismatch(CorruptArtefact):
 
 class Interrupted(ClipkitError):
     exit_code = 75
+
+
+def exit_with_message(program: Callable[[], object]) -> None:
+    """Run a program; a ClipkitError ends it with its message on standard error, and its exit code."""
+    try:
+        program()
+    except ClipkitError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)

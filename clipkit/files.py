@@ -36,7 +36,7 @@ def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, re
     target = Path(target).absolute()
     if target.exists() and not replace:
         raise UsageError("the target exists already", where=target, fix="choose another path, or ask to overwrite it")
-    with _resource_errors(target):
+    with resource_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
@@ -80,7 +80,8 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _resource_errors(target: Path) -> Iterator[None]:
+def resource_errors(target: Path) -> Iterator[None]:
+    """Turns a full disk or a missing permission, while `target` is written, into a ResourceError that says so."""
     try:
         yield
     except OSError as error:

@@ -6,6 +6,7 @@ pairs > model > train > evaluate > label > index > search > report
 from __future__ import annotations
 
 import csv
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -174,7 +175,8 @@ def build_tokenizer(captions: Any) -> Any:
 def _claim(output: Path, overwrite: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
-    ours = (output / "metrics.jsonl").is_file() and (output / "config.yaml").is_file()
+    config = output / "config.yaml"
+    ours = config.is_file() and config.read_text(encoding="utf-8").startswith("data: glyphs\n")
     if overwrite and ours:
         shutil.rmtree(output)
         return
@@ -241,8 +243,9 @@ def _summary(job: Job, output: Path, seconds: float) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-def next_commands(output: Path) -> list[str]:
+def next_commands(folder: Path) -> list[str]:
     """What to type next; a test runs each of them."""
+    output = shlex.quote(str(folder))
     model = f"--model {output}/model"
     return [
         f'clipkit search {output}/glyphs.index "a greek letter with varia" -k 5',

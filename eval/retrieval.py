@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clipkit import DualEncoder, RetrievalEvaluator, load_pairs
 from clipkit.distributed import is_main, start
+from clipkit.errors import exit_with_message
 from clipkit.evaluation.report import build_result
 from clipkit.files import write_json
 
@@ -53,4 +54,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from clipkit import DualEncoder, ZeroShotEvaluator, load_pairs
 from clipkit.distributed import is_main, start
+from clipkit.errors import exit_with_message
 from clipkit.evaluation.report import build_result
 from clipkit.files import write_json
 
@@ -23,7 +24,7 @@ def main() -> None:
     began = time.perf_counter()
 
     # 1. Images with a class. The classes' names are the folders', or the values of the label column.
-    images = load_pairs(args.images, image=args.image, text=args.text, label=args.label, templates=args.template)
+    images = load_pairs(args.images, image=args.image, text=args.text, label=args.label)
 
     # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you.
     evaluator = ZeroShotEvaluator(images, templates=args.template, batch_size=args.batch_size, progress=is_main())
@@ -57,4 +58,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

@@ -74,6 +74,8 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
     assert len(hits) == 3
     image = tmp_path / "squares" / "red_left.png"
     assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
+    done = clipkit("search", tmp_path / "s.index", tmp_path / "nope.png")  # not a text that happens to end in .png
+    assert (done.code, "there is no such image" in done.err) == (2, True)
 
 
 def test_check_data(table, model, tmp_path):
@@ -152,5 +154,9 @@ def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
     fails(2, "no such model folder", arguments=["evaluate", table, "--model", tmp_path / "gone"])
     fails(2, "gone.index", arguments=["search", tmp_path / "gone.index", "a dog"])
     fails(3, "gone", arguments=["label", tmp_path / "gone", "-m", model, "-c", "red"])
+    (tmp_path / "latin1.yaml").write_bytes("model: é".encode("latin-1"))
+    fails(2, "not UTF-8", "latin1.yaml", arguments=["train", tmp_path / "latin1.yaml"])
+    fails(2, "betas must lie in", arguments=["train", *basic, out, "train.betas=[0.9, 1.5]"])
+    fails(2, "no column 'nope'", arguments=["train", *basic, out, "similar=[{group: nope}]"])
     fails(2, "expected one YAML file", arguments=["train", "a.yaml", "b.yaml"])
     fails(2, "No such option", arguments=["label", "x", "--nonsense"])

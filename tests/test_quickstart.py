@@ -76,7 +76,10 @@ def test_a_folder_is_replaced_only_when_asked_and_only_if_it_is_ours(quick, tmp_
     assert again.code == 2
     assert "the output folder exists" in again.err
     assert "--overwrite" in again.err
-    (tmp_path / "thesis.tex").write_text("years of work")
-    refused = clipkit("quickstart", "--output", tmp_path, "--overwrite")
-    assert refused.code == 2
-    assert (tmp_path / "thesis.tex").exists()
+    for name, text in (("thesis.tex", "years of work"), ("config.yaml", "model:\n  name: a run of clipkit train\n")):
+        mine = tmp_path / name.partition(".")[0]
+        mine.mkdir()
+        (mine / name).write_text(text)
+        refused = clipkit("quickstart", "--output", mine, "--overwrite")
+        assert refused.code == 2
+        assert (mine / name).exists()

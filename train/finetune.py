@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clipkit import DualEncoder, Paired, RetrievalEvaluator, SameGroup, TrainConfig, Trainer, load_pairs, split_pairs
 from clipkit.distributed import is_main, start
+from clipkit.errors import exit_with_message
 
 
 def main() -> None:
@@ -71,4 +72,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

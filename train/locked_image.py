@@ -30,6 +30,7 @@ from clipkit import (
 )
 from clipkit.distributed import is_main, start
 from clipkit.embedding.features import with_image_features
+from clipkit.errors import exit_with_message
 from clipkit.evaluation.report import build_result
 from clipkit.files import write_json
 
@@ -39,7 +40,7 @@ LENGTH = 20  # words of a caption; 3 % of Flickr8k's are longer and are cut
 def main() -> None:
     args = arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    start()
+    device = start()
 
     # 1. Pairs: every photo with all its captions; a tenth of the photos is held out.
     table = args.photos / "captions.jsonl" if args.photos.is_dir() else args.photos
@@ -51,7 +52,7 @@ def main() -> None:
     tokenizer = build_tokenizer(train["texts"])
     text = build_text_tower(tokenizer)
     model = DualEncoder.from_towers(args.vision, text, tokenizer, dim=512, context_length=LENGTH, text_pooling="mean")
-    model.freeze("image")
+    model.freeze("image").to(device)
 
     # 3. Features of the locked tower, once: a second run, or another seed, finds them in the store.
     with EmbeddingStore(args.features) as store:
@@ -129,4 +130,4 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with_message(main)

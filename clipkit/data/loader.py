@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit.data.augment import Augmentation, augment
+from clipkit.data.keys import key_values
 from clipkit.data.plan import Draw, Plan
 from clipkit.errors import BadImage, ClipkitError, DataError
 from clipkit.images import load_image
@@ -49,14 +50,11 @@ class Batch:
         return Batch(move(self.inputs), move(self.keys), self.rejected)
 
 
-def codes(values: Sequence[Any]) -> Tensor:
-    """(n,) int64: one number for each distinct value, given once per data set; None and NaN become -1."""
+def codes(pairs: Any, column: str) -> Tensor:
+    """(n,) int64: one number for each distinct value, given once per data set; -1 for empty cells."""
     numbers: dict[Any, int] = {}
-    missing = [value is None or value != value for value in values]
-    return torch.tensor(
-        [-1 if gone else numbers.setdefault(value, len(numbers)) for value, gone in zip(values, missing, strict=True)],
-        dtype=torch.int64,
-    )
+    found = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in key_values(pairs, column)]
+    return torch.tensor(found, dtype=torch.int64)
 
 
 class Loader:
@@ -88,7 +86,7 @@ class Loader:
         workers: int = 0,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
-        keys = {column: codes(source[column]) for column in columns if column != ROW}
+        keys = {column: codes(source, column) for column in columns if column != ROW}
         self.workers = workers
         self.steps = _Steps(source, transform, plan, keys, augmentation, rank, world_size, on_bad)
 
@@ -164,7 +162,12 @@ class _Steps(Dataset["Batch | ClipkitError"]):
                     raise
                 rejected.append({"row": draw.row, "path": error.where, "code": error.code, "message": error.message})
         if not images:
-            raise DataError(f"none of the {len(draws)} images of a batch can be used", where=rejected[0]["path"])
+            where = rejected[0]["path"] if rejected else f"rank {self.rank}"
+            raise DataError(
+                f"none of the {len(draws)} images of this process's part of a batch can be used",
+                where=where,
+                fix="`clipkit check data` lists what is broken",
+            )
         return {"pixel_values": self.transform.images(images)}, kept, rejected
 
 

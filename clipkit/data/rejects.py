@@ -78,7 +78,7 @@ class Ledger:
             TooManyRejected: more than `max_bad` rows (int) or that fraction of them (float).
         """
         self.rejects.sort(key=lambda reject: reject.row)
-        if rejects is not None:
+        if rejects is not None and self.rejects:
             lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in self.rejects]
             write_text(rejects, "".join(lines))
         if self.rows != self.used + len(self.rejects):

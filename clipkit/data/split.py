@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipkit.data.keys import key_values
 from clipkit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -91,12 +92,10 @@ def _column(pairs: Dataset, name: str) -> list[Any]:
     if name not in pairs.column_names:
         columns = ", ".join(map(repr, pairs.column_names))
         raise UsageError(f"no column {name!r} to split by; there are {columns}", fix='by="image", or one of them')
-    values = [tuple(value) if isinstance(value, list) else value for value in pairs[name]]
-    for row, value in enumerate(values):
-        if value is None or value != value or value == "":
-            raise DataError(f"the column {name!r} is empty, so the row belongs nowhere", where=f"row {row}")
-        if not isinstance(value, Hashable):
-            raise UsageError(f"the column {name!r} holds {type(value).__name__}, which cannot be split by")
+    values = key_values(pairs, name)
+    if None in values:
+        where = f"row {values.index(None)}"
+        raise DataError(f"the column {name!r} is empty, so the row belongs nowhere", where=where, fix="fill it")
     return values
 
 

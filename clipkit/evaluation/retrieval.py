@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.data.keys import key_values
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import Embedded, embed, together
 from clipkit.embedding.encode import reject
@@ -111,7 +112,7 @@ class RetrievalEvaluator:
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
         self.texts, self.image_of_text = _captions(pairs["texts"])
-        self.groups = None if group is None else _codes(_filled(pairs[group], group))
+        self.groups = None if group is None else _codes(_filled(key_values(pairs, group), group))
         self.last: RetrievalResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set

@@ -54,7 +54,9 @@ def _write(model: DualEncoder, folder: Path) -> None:
 
 def golden(model: DualEncoder) -> artefact.Goldens:
     """The embeddings of the built-in images and texts, in fp32 on the CPU."""
-    if model.device.type != "cpu" or model.dtype is not torch.float32:
-        model = type(model)(copy.deepcopy(model.backend).cpu().float(), model.processor, model.name)
+    plain = model.device.type == "cpu" and model.dtype is torch.float32
+    backend = model.backend if plain else copy.deepcopy(model.backend).cpu().float()
+    # a new shell: in training, Accelerate has patched autocast into this one's forward
+    model = type(model)(backend, model.processor, model.name)
     images = model.encode_images(artefact.golden_images(), dtype=torch.float32)
     return {"image": images, "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=torch.float32)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,8 @@ class TrainConfig:
         head_learning_rate: peak rate of weights that start at random, fresh heads of `from_towers`.
         scale_learning_rate: of the logit scale and bias; None: `head_learning_rate` where the heads are fresh,
             else `learning_rate`. Adam moves them by at most this much a step.
-        weight_decay: decoupled; never on norms, biases, embeddings of position, logit scale and bias.
+        weight_decay: decoupled; never on norms, biases, class tokens, embeddings of
+            positions, logit scale and bias.
         betas, eps: of AdamW (Radford et al. 2021, table 18).
         warmup: part of the steps with a rising rate; then a half cosine down to zero.
         clip_grad_norm: norm to which gradients are clipped; None: never.
@@ -50,7 +52,8 @@ class TrainConfig:
         seed: of everything random.
         workers: processes that decode images, per rank; 0: this process.
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
-        best: metric key that chooses the weights to keep; None: the first key of the first evaluator.
+        best: metric key that chooses the weights to keep, the highest (of ranks: the lowest); None: the first key
+            of the first evaluator.
         log_every: steps between lines of metrics.jsonl.
         on_bad: ``skip`` leaves out rows and images that cannot be used and lists them in rejects.jsonl.
         max_bad: how many may be left out: a fraction of the rows (float) or a count (int).
@@ -91,6 +94,10 @@ class TrainConfig:
                 _positive(self, name)
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup is a part of the steps, between 0 and 1; found {self.warmup}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
+        if not math.isfinite(self.epochs):
+            raise ConfigError(f"epochs must be finite, found {self.epochs}")
         if self.weight_decay < 0 or self.workers < 0:
             raise ConfigError(f"weight_decay ({self.weight_decay}) and workers ({self.workers}) cannot be negative")
 
@@ -276,7 +283,13 @@ def _parse_yaml(text: str, where: object) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError("no such config file", where=path, fix="give the path of a YAML file, or overrides alone")
-    values = _parse_yaml(path.read_text(encoding="utf-8"), path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"not UTF-8: {error.reason} at byte {error.start}", where=path, fix="save it as UTF-8"
+        ) from None
+    values = _parse_yaml(text, path)
     if not isinstance(values, dict):
         raise ConfigError(f"expected sections such as `model:` and `data:`, found {type(values).__name__}", where=path)
     return values

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> Run:
         train,
         config.train,
         similar=[each.build() for each in config.similar],
-        evaluators=evaluators(config.evaluate, test, config.train.on_bad),
+        evaluators=evaluators(config.evaluate, test, config.train),
     )
     result = trainer.train()
     save_result(folder, model, result, trainer.evaluators, config.train.seed)
@@ -105,14 +105,15 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
     )
 
 
-def evaluators(config: EvaluateConfig, test: Any, on_bad: Literal["error", "skip"]) -> list[Evaluator]:
+def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Evaluator]:
     """What a config asks to be measured on the held-out pairs."""
     wanted: list[Evaluator] = []
+    options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers}
     if config.retrieval:
-        wanted.append(RetrievalEvaluator(test, group=config.group, on_bad=on_bad))
+        wanted.append(RetrievalEvaluator(test, group=config.group, **options))
     if config.zero_shot:
         templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
-        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, on_bad=on_bad))
+        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))
     if not wanted:
         raise UsageError("nothing would be measured", where="evaluate", fix="set evaluate.retrieval=true")
     return wanted

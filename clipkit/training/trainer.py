@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +20,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.data.keys import require_column
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan, hash64
 from clipkit.errors import ClipkitError, TooManyRejected, UsageError
+from clipkit.files import resource_errors
 from clipkit.losses.contrastive import Embedded, info_nce
 from clipkit.losses.similar import Keys, Paired, Similar
 from clipkit.models.dual_encoder import DualEncoder, Embeddings
@@ -88,6 +92,14 @@ class Trainer:
         self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
         self.folder = claim_folder(Path(config.output_dir))
+        if not self.similar:
+            raise UsageError("nothing counts as similar", where="similar", fix="similar=Paired()")
+        if config.batch_size < distributed.world_size():
+            raise UsageError(
+                f"batch_size={config.batch_size} is global, and smaller than the {distributed.world_size()} processes",
+                fix="raise batch_size, or start fewer processes",
+            )
+        require_column(pairs, "texts")
         captions = [len(texts) for texts in pairs["texts"]]
         self.plan = Plan(captions, batch_size=config.batch_size, seed=config.seed)
         wanted = self.plan.steps_per_epoch * config.epochs
@@ -211,7 +223,8 @@ class Trainer:
 
     def _tolerate(self, rejected: int) -> None:
         limit = self.config.max_bad
-        if rejected > (limit if isinstance(limit, int) else limit * len(self.plan.captions)):
+        rows = limit if isinstance(limit, int) else limit * len(self.plan.captions)
+        if rejected > rows / distributed.world_size():  # each process sees its share
             raise TooManyRejected(
                 f"{rejected} of {len(self.plan.captions)} images cannot be used, more than max_bad={limit} allows",
                 where=self.folder,
@@ -239,7 +252,7 @@ class Trainer:
             "epoch": round(step / self.plan.steps_per_epoch, 4),
             "loss": float(distributed.gather_rows(share).mean()),
             "logit_scale": float(self.model.logit_scale.detach().exp()),
-            "gradient_norm": norm,
+            "gradient_norm": norm if math.isfinite(norm) else None,  # the scaler of fp16 skips such steps
             "learning_rate": self.config.learning_rate * factor,
             "pairs_per_second": round(step * self.config.batch_size / seconds, 2),
             "seconds": round(seconds, 3),
@@ -254,13 +267,20 @@ def claim_folder(folder: Path) -> Path:
     """Create the folder of a run, on every process of a launcher.
 
     Raises:
-        UsageError: another run was written there.
+        UsageError: another run, another model, or a file stands there.
+        ResourceError: it cannot be written.
     """
-    if distributed.broadcast_object((folder / "metrics.jsonl").exists()):
+    taken = [name for name in ("metrics.jsonl", "model") if (folder / name).exists()]
+    if distributed.broadcast_object(bool(taken) or folder.is_file()):
         raise UsageError(
-            "the output folder holds another run", where=folder, fix="choose another output_dir, or remove the folder"
+            "the output folder holds another run" if taken else "the output folder is a file",
+            where=folder / taken[0] if taken else folder,
+            fix="choose another output_dir, or remove it",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    with resource_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
     return folder
 
 
@@ -295,8 +315,9 @@ class _Best:
             raise UsageError(
                 f"no evaluator gives the metric {self.key!r} that `best` names", fix=f"one of: {', '.join(metrics)}"
             )
-        value = metrics[self.key]
-        progress.note(f"step {step}: {self.key} {value:.4f}" + (" (best so far)" if value > self.value else ""))
+        value = -metrics[self.key] if self.key.endswith("_rank") else metrics[self.key]  # a low rank is a good one
+        best = " (best so far)" if value > self.value else ""
+        progress.note(f"step {step}: {self.key} {metrics[self.key]:.4f}{best}")
         if value > self.value:
             self.value, self.step, self.metrics = value, step, metrics
             self.weights = {name: each.detach().clone() for name, each in self._state()}
@@ -327,7 +348,8 @@ class _Log:
 
     def __init__(self, path: Path) -> None:
         self.lines: list[dict[str, Any]] = []
-        self.file = path.open("a", encoding="utf-8", buffering=1) if distributed.is_main() else None
+        self.path = path
+        self.file: TextIO | None = None
 
     def __enter__(self) -> _Log:
         return self
@@ -338,8 +360,11 @@ class _Log:
 
     def write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        if self.file:
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        if not distributed.is_main():
+            return
+        if self.file is None:  # not before: a run that stops on its first batch is no run
+            self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        self.file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -357,7 +382,9 @@ def _accelerator(config: TrainConfig) -> Accelerator:
                 project_dir=config.output_dir,
             )
     except ValueError as error:
-        raise UsageError(f"Accelerate cannot be set up: {error}", where=f"precision={precision}") from error
+        raise UsageError(
+            f"Accelerate cannot be set up: {error}", fix="see precision and trackers of TrainConfig"
+        ) from error
     ready = {str(getattr(each, "value", each)) for each in accelerator.log_with}
     if missing := set(config.trackers) - ready:  # Accelerate would go on without them
         raise UsageError(

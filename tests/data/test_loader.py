@@ -11,7 +11,7 @@ from PIL import Image
 from clipkit.data.augment import augment
 from clipkit.data.loader import Loader, codes
 from clipkit.data.plan import Plan
-from clipkit.errors import BadImage
+from clipkit.errors import BadImage, UsageError
 
 N, SIZE = 23, 6
 
@@ -85,7 +85,10 @@ def test_workers_and_the_place_of_a_restart_change_nothing():
 
 
 def test_codes_are_given_once_for_the_whole_data():
-    assert codes(["b", "a", None, "b", float("nan")]).tolist() == [0, 1, -1, 0, -1]
+    values = ["b", "a", None, "b", " ", "", [1, 2], [1, 2]]
+    assert codes({"kind": values}, "kind").tolist() == [0, 1, -1, 0, -1, -1, 2, 2]
+    with pytest.raises(UsageError, match=r"no column 'knid'(?s:.)*did you mean 'kind'"):
+        codes(pairs(), "knid")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -52,6 +52,13 @@ def test_the_best_is_kept_when_later_steps_are_worse(tmp_path, pairs, make_model
     assert not model.backend.image_head.weight.equal(seen[2][1])
 
 
+def test_of_ranks_the_lowest_is_the_best(tmp_path, pairs, make_model):
+    values = iter([5.0, 2.0, 9.0])
+    settings = config(tmp_path / "run", max_steps=3, evaluate_every=1, best="x/median_rank")
+    result = Trainer(make_model(), pairs, settings, evaluators=[lambda _: {"x/median_rank": next(values)}]).train()
+    assert (result.step, result.metrics) == (2, {"x/median_rank": 2.0})
+
+
 def test_without_evaluators_the_last_weights_are_saved(tmp_path, pairs, make_model):
     model = make_model()
     result = Trainer(model, pairs, config(tmp_path / "run", max_steps=2)).train()
@@ -110,6 +117,8 @@ def test_groups_of_parameters(pairs, make_model):
     assert rates["backend.logit_scale"] == (1e-2, 0)
     assert rates["backend.image_head.weight"] == (1e-3, 0.1)
     assert rates["backend.text.embeddings.LayerNorm.weight"] == (1e-5, 0)
+    for name in ("vision.embeddings.cls_token", "vision.embeddings.position_embeddings"):
+        assert rates[f"backend.{name}"] == (1e-5, 0)
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0}
     model.fresh = frozenset()  # as after from_pretrained
     again = {
@@ -153,6 +162,24 @@ def test_what_cannot_start_does_not(tmp_path, pairs, make_model):
     Trainer(model, pairs, config(tmp_path / "run", max_steps=1)).train()
     with pytest.raises(UsageError, match=r"holds another run(?s:.)*run(?s:.)*choose another output_dir"):
         Trainer(model, pairs, config(tmp_path / "run"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="the output folder is a file"):
+        Trainer(model, pairs, config(tmp_path / "file"))
+    with pytest.raises(UsageError, match=r"no column 'color'(?s:.)*did you mean 'colour'"):
+        Trainer(model, pairs, config(tmp_path / "b"), similar=SameGroup("color"))
+    with pytest.raises(UsageError, match="nothing counts as similar"):
+        Trainer(model, pairs, config(tmp_path / "b"), similar=[])
+    with pytest.raises(UsageError, match="no column 'texts'"):
+        Trainer(model, pairs.remove_columns("texts"), config(tmp_path / "b"))
+
+
+def test_a_run_that_never_made_a_step_may_start_again(tmp_path, pairs, make_model):
+    rows = pairs.to_list()
+    rows[3]["image"]["bytes"] = b"no image"
+    broken = type(pairs).from_list(rows, features=pairs.features)
+    with pytest.raises(BadImage):
+        Trainer(make_model(), broken, config(tmp_path / "run", batch_size=32)).train()
+    Trainer(make_model(), pairs, config(tmp_path / "run", max_steps=1)).train()
 
 
 def test_a_broken_image_stops_the_run_or_is_listed(tmp_path, pairs, make_model):
@@ -177,9 +204,11 @@ def test_trackers(tmp_path, pairs, make_model):
 
 
 def test_bf16(tmp_path, pairs, make_model):
-    result = Trainer(make_model(), pairs, config(tmp_path / "run", precision="bf16", max_steps=3)).train()
+    settings = config(tmp_path / "run", precision="bf16", max_steps=3, evaluate_every=2)  # saves inside the loop
+    result = Trainer(make_model(), pairs, settings, evaluators=[lambda _: {"score": 1.0}]).train()
     plain = Trainer(make_model(), pairs, config(tmp_path / "fp32", max_steps=3)).train()
-    for ours, theirs in zip(result.history, plain.history, strict=True):
+    losses = [line for line in result.history if "loss" in line]
+    for ours, theirs in zip(losses, plain.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
     assert ours["loss"] != theirs["loss"]
     assert torch.is_autocast_enabled("cpu") is False

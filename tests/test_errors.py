@@ -1,0 +1,44 @@
+"""Every error crosses a process as itself."""
+
+import pickle
+
+import pytest
+
+from clipkit import errors
+from clipkit.embedding.encode import BadText
+from clipkit.errors import BadImage, ClipkitError, exit_with_message
+
+
+def kinds(base=ClipkitError):
+    yield base
+    for each in base.__subclasses__():
+        yield from kinds(each)
+
+
+def test_all_errors_survive_pickling():
+    made = [BadImage("EMPTY", "no bytes", where="a.jpg", fix="copy it again"), BadText("EMPTY_TEXT", "empty")]
+    made += [kind("message", where="there", fix="mend it") for kind in kinds() if kind not in (BadImage, BadText)]
+    for error in made:
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error)
+        assert str(again) == str(error)
+        assert vars(again) == vars(error)
+
+
+def test_exit_codes_are_those_of_the_tree():
+    codes = {kind.__name__: kind.exit_code for kind in kinds()}
+    for line in errors.__doc__.splitlines():
+        words = line.replace("─", " ").replace("├", " ").replace("└", " ").replace("│", " ").split()
+        if words and words[0] in codes:
+            number = next(word for word in words if word.isdigit())
+            assert codes[words[0]] == int(number), words[0]
+
+
+def test_a_program_ends_with_the_message_and_the_code(capsys):
+    def program():
+        raise BadImage("EMPTY", "no bytes", where="a.jpg", fix="copy it again")
+
+    with pytest.raises(SystemExit) as stop:
+        exit_with_message(program)
+    assert stop.value.code == 3
+    assert capsys.readouterr().err == "error: EMPTY: no bytes\n  where: a.jpg\n  fix:   copy it again\n"

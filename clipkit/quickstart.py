@@ -35,7 +35,7 @@ from clipkit.training.trainer import Trainer
 RECIPE = TrainConfig(
     output_dir="runs/quickstart",
     epochs=1000,
-    max_steps=700,
+    max_steps=600,
     batch_size=128,
     learning_rate=2e-3,
     head_learning_rate=2e-3,

@@ -101,7 +101,7 @@ def build_tokenizer(captions):
 def build_text_tower(tokenizer):
     """A bag of words: BERT's embeddings without a layer above them, averaged.
 
-    On 2,340 photos it beats towers that read the order of words: 67.7 % recall@10 at width 512, and a GRU 57 %.
+    On 2,340 photos that is enough: it reached 67.7 % text-to-image recall@10 where a GRU reached 57 %.
     """
     from transformers import BertConfig, BertModel
 

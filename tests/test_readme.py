@@ -79,6 +79,13 @@ def test_shell_blocks(desk, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_sample_error_is_a_real_one(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    (sample,) = [text for kind, text in BLOCKS if kind == "text"]
+    assert clipkit("check", "data", "birds.csv", "--text", "captoin").err == sample
+
+
+@pytest.mark.slow
 def test_program_lines_on_generated_photos(desk):
     from transformers import TimmWrapperConfig, TimmWrapperModel
 

@@ -20,7 +20,8 @@ from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
-from clipkit.training.trainer import Evaluator, Trainer, TrainResult, claim_folder
+from clipkit.training.folder import claim_folder
+from clipkit.training.trainer import Evaluator, Trainer, TrainResult
 
 logger = logging.getLogger("clipkit")
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,11 +21,11 @@ from clipkit.data.keys import require_column
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan, hash64
 from clipkit.errors import ClipkitError, TooManyRejected, UsageError
-from clipkit.files import resource_errors
 from clipkit.losses.contrastive import Embedded, info_nce
 from clipkit.losses.similar import Keys, Paired, Similar
 from clipkit.models.dual_encoder import DualEncoder, Embeddings
 from clipkit.training.config import TrainConfig
+from clipkit.training.folder import Best, Log, claim_folder, write_rejects
 from clipkit.training.optim import build_optimizer, schedule
 from clipkit.training.progress import Progress
 
@@ -158,12 +155,12 @@ class Trainer:
         self.accelerator.init_trackers("clipkit", config=_flat(config))
         ceiling = max(math.log(100), float(model.logit_scale.detach()))  # what was loaded may lie above 100
         every = config.evaluate_every or self.plan.steps_per_epoch
-        keeper = _Best(self, config.best)
+        keeper = Best(model, self.folder, config.best)
         rejected: dict[int, dict[str, Any]] = {}  # by row: a bad image comes back each epoch
         start = time.perf_counter()
         wrapped.train()
         shown = config.progress and distributed.is_main()
-        with _Log(self.folder / "metrics.jsonl") as log, Progress(self.total, "training", shown=shown) as progress:
+        with Log(self.folder / "metrics.jsonl") as log, Progress(self.total, "training", shown=shown) as progress:
             for step, batch in enumerate(self.loader.batches(0, self.total), start=1):
                 rejected |= {each["row"]: each for each in batch.rejected}
                 self._tolerate(len(rejected))
@@ -204,7 +201,7 @@ class Trainer:
             rejected |= other
         lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected)]
         lines += [{"stage": "evaluate", **vars(e)} for each in self.evaluators for e in getattr(each, "rejected", [])]
-        _write_rejects(self.folder / "rejects.jsonl", lines)
+        write_rejects(self.folder / "rejects.jsonl", lines)
         return TrainResult(metrics, step, self.total, seconds, log.lines, lines)
 
     def evaluate(self) -> dict[str, float]:
@@ -263,27 +260,6 @@ class Trainer:
         self.accelerator.free_memory()
 
 
-def claim_folder(folder: Path) -> Path:
-    """Create the folder of a run, on every process of a launcher.
-
-    Raises:
-        UsageError: another run, another model, or a file stands there.
-        ResourceError: it cannot be written.
-    """
-    taken = [name for name in ("metrics.jsonl", "model") if (folder / name).exists()]
-    if distributed.broadcast_object(bool(taken) or folder.is_file()):
-        raise UsageError(
-            "the output folder holds another run" if taken else "the output folder is a file",
-            where=folder / taken[0] if taken else folder,
-            fix="choose another output_dir, or remove it",
-        )
-    with resource_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-    return folder
-
-
 def objective(out: Embeddings, keys: Keys, similar: Sequence[Similar]) -> Tensor:
     """The weighted sum of the losses of each notion of similarity: this rank's share, 0-dim.
 
@@ -298,73 +274,6 @@ def objective(out: Embeddings, keys: Keys, similar: Sequence[Similar]) -> Tensor
         a, b = (sides[side] for side in each.between)
         losses.append(each.weight * info_nce(a, b, each, out.scale))
     return torch.stack(losses).sum()
-
-
-class _Best:
-    """Keeps the weights of the best evaluation, in memory and in output_dir/model."""
-
-    def __init__(self, trainer: Trainer, key: str | None) -> None:
-        self.trainer, self.key = trainer, key
-        self.value, self.step = -math.inf, 0
-        self.metrics: dict[str, float] = {}
-        self.weights: dict[str, Tensor] = {}
-
-    def offer(self, step: int, metrics: dict[str, float], progress: Progress) -> None:
-        self.key = self.key or next(iter(metrics))
-        if self.key not in metrics:
-            raise UsageError(
-                f"no evaluator gives the metric {self.key!r} that `best` names", fix=f"one of: {', '.join(metrics)}"
-            )
-        value = -metrics[self.key] if self.key.endswith("_rank") else metrics[self.key]  # a low rank is a good one
-        best = " (best so far)" if value > self.value else ""
-        progress.note(f"step {step}: {self.key} {metrics[self.key]:.4f}{best}")
-        if value > self.value:
-            self.value, self.step, self.metrics = value, step, metrics
-            self.weights = {name: each.detach().clone() for name, each in self._state()}
-            self._save()
-
-    def restore(self, total: int) -> tuple[dict[str, float], int]:
-        if not self.weights:  # nothing was measured: the last weights are all there is
-            self._save()
-            return {}, total
-        with torch.no_grad():
-            for name, each in self._state():
-                each.copy_(self.weights[name])
-        return self.metrics, self.step
-
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        model = self.trainer.model
-        yield from (pair for pair in model.named_parameters() if pair[1].requires_grad)
-        yield from model.named_buffers()
-
-    def _save(self) -> None:
-        if distributed.is_main():
-            self.trainer.model.save_pretrained(self.trainer.folder / "model", overwrite=True)
-        distributed.barrier()
-
-
-class _Log:
-    """metrics.jsonl: one line a measurement, written at once, by rank 0."""
-
-    def __init__(self, path: Path) -> None:
-        self.lines: list[dict[str, Any]] = []
-        self.path = path
-        self.file: TextIO | None = None
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file:
-            self.file.close()
-
-    def write(self, line: dict[str, Any]) -> None:
-        self.lines.append(line)
-        if not distributed.is_main():
-            return
-        if self.file is None:  # not before: a run that stops on its first batch is no run
-            self.file = self.path.open("a", encoding="utf-8", buffering=1)
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -396,10 +305,3 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 def _flat(config: TrainConfig) -> dict[str, Any]:
     plain = (int, float, str, bool)
     return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
-
-
-def _write_rejects(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    if lines and distributed.is_main():
-        with path.open("a", encoding="utf-8") as file:  # beside those of loading
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        logger.warning("%d images could not be used and were left out; see %s", len(lines), path)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipkit.models import artefact
 from clipkit.models.adapters import freeze
 from clipkit.models.backend import Backend, Part
-from clipkit.models.encode import encode, image_chunks, listed, text_chunks
+from clipkit.models.encode import encode, image_chunks, listed, report_cut, text_chunks
 from clipkit.models.fingerprint import Fingerprint, take
 from clipkit.models.processor import Processor
 from clipkit.models.saving import golden, save
@@ -184,14 +184,19 @@ class DualEncoder(nn.Module):
     ) -> Tensor:
         """Text embeddings, in the order given: (n, dim), float32, unit length, on the CPU.
 
-        Arguments as in `encode_images`. Texts beyond `processor.context_length` tokens are cut.
+        Arguments as in `encode_images`. Texts beyond `processor.context_length` tokens are cut, and a
+        line in the log says how many.
 
         Raises:
             DataError: something in `texts` is not a text.
             ModelError: an embedding is not finite.
         """
         items = listed(texts, "encode_texts", (str, bytes))
-        return encode(self, text_chunks(items, self.processor, batch_size), "text", items, device, dtype, progress)
+        chunks = text_chunks(items, self.processor, batch_size)
+        found = encode(self, chunks, "text", items, device, dtype, progress)
+        if tuple(items) != artefact.GOLDEN_TEXTS:  # one of them is over-long on purpose
+            report_cut(items, self.processor)
+        return found
 
     # -- opening and saving -------------------------------------------------------------------
 
@@ -209,7 +214,8 @@ class DualEncoder(nn.Module):
 
         Args:
             name: `org/name` of the hub or a folder (transformers), `open_clip:ARCH/TAG`,
-                `open_clip:FOLDER`, `open_clip:hf-hub:org/name`, or a folder that `save_pretrained` wrote.
+                `open_clip:ARCH/FILE`, `open_clip:FOLDER`, `open_clip:hf-hub:org/name`, or a folder that
+                `save_pretrained` wrote.
             device, dtype: where to and in which precision, after the checks (fp32 on the CPU).
             revision: branch, tag or commit on the hub.
             trust_remote_code: whether a model may run Python code that it brings along.
@@ -227,6 +233,36 @@ class DualEncoder(nn.Module):
         if dtype is not None:
             model._cast(dtype)
         return model if device is None else model.to(device)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        processor: Any = None,
+        *,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> DualEncoder:
+        """A model with random weights, drawn from torch's random state. All its parameters count as fresh.
+
+        Args:
+            config: `open_clip:ARCH`, or a config object of transformers; or what `from_pretrained` takes for
+                a folder or hub model, whose config, transform and tokenizer are read and its weights left aside.
+            processor: of transformers; only beside a config object, which brings none.
+            device: where the weights are drawn; on `meta` they take no memory.
+            revision, trust_remote_code: as in `from_pretrained`.
+
+        Raises:
+            ModelError: no such architecture, or it needs a tokenizer or config that is not here: named.
+        """
+        from clipkit.models.open_model import from_config
+
+        backend, own = from_config(config, processor, device, revision, trust_remote_code)
+        name = str(config) if isinstance(config, str | os.PathLike) else type(config).__name__
+        model = cls(backend, own, name).eval()
+        model.fresh = frozenset(name for name, _ in model.named_parameters())
+        return model
 
     @classmethod
     def from_transformers(cls, model: Any, processor: Any, *, name: str | None = None) -> DualEncoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,8 @@ from clipkit.models.processor import Processor
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
+
+logger = logging.getLogger("clipkit")
 
 T = TypeVar("T")
 
@@ -114,6 +117,16 @@ def text_chunks(items: Sequence[Any], processor: Processor, batch_size: int) -> 
             raise DataError(f"a text was expected, found {type(text).__name__}: {text!r}", where=f"item {index}")
     for start in range(0, len(items), _positive(batch_size)):
         yield processor.texts(items[start : start + batch_size])
+
+
+def report_cut(texts: Sequence[str], processor: Processor) -> None:
+    """One line in the log if texts were longer than the model reads."""
+    length = processor.context_length
+    # A token stands for at least one byte, and the special ones are few: most texts need no second look.
+    long = [text for text in texts if len(text.encode(errors="replace")) + 4 > length]
+    cut = sum(count > length for count in processor.token_counts(long)) if long else 0
+    if cut:
+        logger.warning("%d of %d texts were cut at %d tokens", cut, len(texts), length)
 
 
 def listed(items: Any, caller: str, single: tuple[type, ...]) -> list[Any]:

@@ -6,22 +6,19 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from clipkit.errors import ModelError
 
-# Weights in other formats, and other libraries' copies of the same weights.
-_NOT_NEEDED = [
-    "*.msgpack",
-    "*.h5",
-    "*.onnx",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.gguf",
-    "open_clip_*.safetensors",
-    "onnx/*",
-]
+Library = Literal["transformers", "open_clip"]
+
+_OTHER_FORMATS = ("*.msgpack", "*.h5", "*.onnx", "*.ckpt", "*.gguf", "onnx/*")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+# The weights that a library opens first, the other's copies of the same, and what it opens where the first are missing.
+_WEIGHTS: dict[Library, tuple[str, str, tuple[str, ...]]] = {
+    "transformers": ("*.safetensors", "open_clip_*.safetensors", ("pytorch_model*",)),
+    "open_clip": ("open_clip_*.safetensors", "model*.safetensors", ("open_clip_*", *_PICKLES, "model.safetensors")),
+}
 
 # For hints where the cache is empty.
 _WELL_KNOWN = (
@@ -61,15 +58,25 @@ def find_folder(name: str | os.PathLike[str], *, revision: str | None = None) ->
         siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         kinds = "a folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER"
         raise ModelError(f"no such model folder.{near(text, siblings)}", where=text, fix=f"a model's name is {kinds}")
-    return _download(text, revision)
+    return download(text, revision)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None, library: Library = "transformers") -> Path:
+    """The hub model `org/name` in the cache, fetched if there is a network. Pickles only where it has no safetensors.
+
+    Raises:
+        ModelError: no such repository, or it is not in the cache and there is no network.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    first, foreign, otherwise = _WEIGHTS[library]
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=_NOT_NEEDED))
+        folder = Path(snapshot_download(name, revision=revision, ignore_patterns=[*_OTHER_FORMATS, *_PICKLES, foreign]))
+        other_library = library == "transformers" and not (folder / "config.json").is_file()
+        if not other_library and not any(folder.glob(first)):
+            snapshot_download(name, revision=revision, allow_patterns=list(otherwise))
+        return folder
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         here = ", ".join(cached_models()[:10]) or "none"
         message = f"the hub cannot be reached, and this model is not in the cache (cached: {here}).{_near_known(name)}"

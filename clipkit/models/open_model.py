@@ -9,36 +9,39 @@ from typing import Any
 from clipkit.errors import ModelError
 from clipkit.models import artefact
 from clipkit.models.backend import Backend
-from clipkit.models.names import find_folder
+from clipkit.models.names import download, find_folder
 from clipkit.models.processor import Processor
 
 Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
 
+OPEN_CLIP, HUB = "open_clip:", "hf-hub:"
+
 
 def open_model(name: str | os.PathLike[str], revision: str | None, trust_remote_code: bool) -> Opened:
-    """The backend, its processor, and for a local folder what its clipkit.json promises."""
+    """The backend, its processor, and for a folder what its clipkit.json promises."""
     text = os.fspath(name)
-    if text.startswith("open_clip:"):
-        rest = text.removeprefix("open_clip:")
-        folder = Path(rest).expanduser()
-        if not folder.is_dir():
-            from clipkit.models.openclip import open_by_name
+    rest = text.removeprefix(OPEN_CLIP)
+    as_open_clip = rest != text
+    if as_open_clip and not rest.startswith(HUB) and not Path(rest).expanduser().is_dir():
+        from clipkit.models.open_openclip import open_by_name
 
-            return *open_by_name(rest), None, None
-    else:
-        folder = find_folder(text, revision=revision)
-        if not Path(text).expanduser().is_dir() and _only_open_clip(folder):
-            if revision is not None:
-                raise ModelError("open_clip opens a hub model at its newest revision only", where=text)
-            from clipkit.models.openclip import open_by_name
-
-            return *open_by_name(f"hf-hub:{text}"), None, None
+        return *open_by_name(rest), None, None
+    folder = _find(rest, revision, as_open_clip)
     body = artefact.read(folder)
-    return *_open_folder(folder, body, text.startswith("open_clip:"), trust_remote_code), body, folder
+    return *_open_folder(folder, text, body, as_open_clip, trust_remote_code), body, folder
+
+
+def _find(name: str, revision: str | None, as_open_clip: bool) -> Path:
+    if as_open_clip and name.startswith(HUB):
+        return download(name.removeprefix(HUB), revision, "open_clip")
+    folder = find_folder(name, revision=revision)
+    if not Path(name).expanduser().is_dir() and _only_open_clip(folder):
+        return download(name, revision, "open_clip")  # its weights were left aside
+    return folder
 
 
 def _open_folder(
-    folder: Path, body: dict[str, Any] | None, as_open_clip: bool, trust: bool
+    folder: Path, name: str, body: dict[str, Any] | None, as_open_clip: bool, trust: bool
 ) -> tuple[Backend, Processor]:
     if body is not None and body["form"] == "towers":
         from clipkit.models.towers import open_towers
@@ -47,9 +50,9 @@ def _open_folder(
     if (folder / "heads.safetensors").is_file() and not (folder / "config.json").is_file():
         raise ModelError("towers joined by clipkit, but clipkit.json is missing", where=folder)
     if as_open_clip or _only_open_clip(folder):
-        from clipkit.models.openclip import open_folder
+        from clipkit.models.open_openclip import open_folder
 
-        return open_folder(folder)
+        return open_folder(folder, name)
     from clipkit.models import hf
 
     return hf.open_folder(folder, trust)
@@ -57,3 +60,26 @@ def _open_folder(
 
 def _only_open_clip(folder: Path) -> bool:
     return (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def from_config(
+    config: Any, processor: Any, device: Any, revision: str | None, trust_remote_code: bool
+) -> tuple[Backend, Processor]:
+    """What `DualEncoder.from_config` documents: the parts of a model whose weights are random."""
+    import torch
+
+    from clipkit.models import hf
+
+    if not isinstance(config, str | os.PathLike):
+        with torch.device(device):
+            return hf.from_config(config, processor)
+    text = os.fspath(config)
+    if text.startswith(OPEN_CLIP):
+        from clipkit.models import open_openclip
+
+        rest = text.removeprefix(OPEN_CLIP)
+        rest = str(_find(rest, revision, True)) if rest.startswith(HUB) else rest
+        return open_openclip.from_config(rest, device)
+    folder = find_folder(text, revision=revision)
+    with torch.device(device):
+        return hf.open_folder(folder, trust_remote_code, fresh=True)

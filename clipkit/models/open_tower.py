@@ -47,7 +47,7 @@ def open_tokenizer(tokenizer: Any, trust: bool) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     folder = find_folder(tokenizer)
-    if not any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES):
+    if not holds_vocabulary(folder):
         # transformers would make up an empty tokenizer of the right class
         fix = "copy the tokenizer's files (tokenizer.json and tokenizer_config.json) from the original model"
         raise ModelError("the tokenizer's vocabulary is missing", where=folder, fix=fix)
@@ -56,6 +56,24 @@ def open_tokenizer(tokenizer: Any, trust: bool) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         fix = "pass tokenizer=, or a folder with tokenizer.json"
         raise ModelError(f"no tokenizer could be opened: {error}", where=folder, fix=fix) from error
+
+
+def holds_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's vocabulary, in any of the forms that transformers reads."""
+    return any(next(folder.glob(pattern), None) for pattern in _VOCABULARIES)
+
+
+def positions_of(text: Any, pad_token_id: int | None) -> int:
+    """How many tokens a text tower has positions for. RoBERTa and its kin count them from the padding's id upwards."""
+    positions = int(getattr(text.config, "max_position_embeddings", None) or 10**9)
+    for name, module in text.named_modules():
+        offset = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and offset is not None:
+            if offset != pad_token_id:
+                found = f"the text tower takes {offset} for padding, the tokenizer pads with {pad_token_id}"
+                raise ModelError(found, fix="set pad_token_id in the tower's config to the tokenizer's")
+            return int(positions - offset - 1)
+    return positions
 
 
 def image_side_for(

@@ -6,16 +6,13 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,18 +21,26 @@ from clipkit.files import dump_json
 from clipkit.models.backend import Backend, Names, Part
 from clipkit.models.names import near
 from clipkit.models.processor import Processor, hash_tokenizer
-from clipkit.models.weights import check_finite, check_safetensors, quiet, read_json
 
-CONFIG, WEIGHTS, HUB = "open_clip_config.json", "open_clip_model.safetensors", "hf-hub:"
+logger = logging.getLogger("clipkit")
+
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+TEXT_CONFIG = (
+    "text_config"  # a folder with the config of a text tower of transformers, which open_clip_config.json names
+)
 _TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 
 
 class OpenClipBackend(Backend):
     """A model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
 
+    Of CoCa, the two towers: its caption decoder takes no part in embeddings and is frozen. It is saved as
+    it was, so that open_clip opens the whole CoCa again, and it is in no fingerprint.
+
     Args:
         model: as open_clip made it.
         config: its `model_cfg`; None if it is not known, and then it cannot be saved.
+        context_length: of its tokenizer.
     """
 
     family = "open_clip"
@@ -44,31 +49,32 @@ class OpenClipBackend(Backend):
         "text": Names(tuple(f"model.{name}" for name in _TEXT), ()),
     }
 
-    def __init__(self, model: Any, config: dict[str, Any] | None) -> None:
+    def __init__(self, model: Any, config: dict[str, Any] | None, context_length: int) -> None:
         super().__init__()
         self.model, self.config = model, config
-        ids = torch.zeros(1, model.context_length, dtype=torch.long, device=model.logit_scale.device)
-        with torch.no_grad():
-            self.dim = int(model.encode_text(ids).shape[1])
+        if hasattr(model, "text_decoder"):
+            model.text_decoder.requires_grad_(False)
+        self.dim = int(config["embed_dim"]) if config is not None else _dim(model, context_length)
 
     def scalars(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.model.logit_scale, getattr(self.model, "logit_bias", None)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        features: Tensor = self.model.encode_image(pixel_values)
+        features: Tensor = self.model.encode_image(pixel_values, normalize=False)
         return features
 
     def project_image(self, features: Tensor) -> Tensor:
         return features
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
-        features: Tensor = self.model.encode_text(input_ids)  # finds padding by itself
+        features: Tensor = self.model.encode_text(input_ids, normalize=False)  # finds padding by itself
         return features
 
     def describe(self, part: Part) -> dict[str, Any]:
         modules = [module for name, module in self.named_modules() if self.owns(part, name)]
         kinds = sorted({type(m).__name__ for m in modules if "elu" in type(m).__name__.lower()})
-        return {"class": type(self.model).__name__, "activation": "+".join(kinds), "pooling": "the model's own"}
+        about = {"class": type(self.model).__name__, "activation": "+".join(kinds)}
+        return about | (_text_pooling(self.model) if part == "text" else {"pooling": _image_pooling(self.model.visual)})
 
     def save(self, folder: Path, processor: Processor) -> None:
         if self.config is None:
@@ -77,6 +83,8 @@ class OpenClipBackend(Backend):
         weights = {name: tensor.contiguous().clone() for name, tensor in self.model.state_dict().items()}
         save_file(weights, folder / WEIGHTS)
         processor.save(folder)
+        if "hf_model_name" in self.config["text_cfg"]:
+            self.model.text.config.save_pretrained(folder / TEXT_CONFIG)
         body = {"model_cfg": self._config(processor), "preprocess_cfg": _preprocess_config(self.model)}
         (folder / CONFIG).write_text(dump_json(body), encoding="utf-8")
 
@@ -92,6 +100,33 @@ class OpenClipBackend(Backend):
         if _is_hf(processor.text_side):
             config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads its files from the same folder
         return config
+
+
+@torch.no_grad()
+def _dim(model: Any, context_length: int) -> int:
+    ids = torch.zeros(1, context_length, dtype=torch.long, device=model.logit_scale.device)
+    return int(model.encode_text(ids).shape[1])
+
+
+def _text_pooling(model: Any) -> dict[str, Any]:
+    tower = getattr(model, "text", model)
+    if hasattr(tower, "pooler"):  # a text tower of transformers
+        return {"pooling": type(tower.pooler).__name__}
+    if getattr(tower, "cls_emb", None) is not None:
+        return {"pooling": "cls"}
+    pooling, end = _pooled_token(model)
+    return {"pooling": pooling, "eos_token_id": end} if pooling == "eos" else {"pooling": pooling}
+
+
+def _pooled_token(model: Any) -> tuple[str, int | None]:
+    tower, prefix = (model.text, "") if hasattr(model, "text") else (model, "text_")
+    return getattr(tower, f"{prefix}pool_type", "none"), getattr(tower, f"{prefix}eos_id", None)
+
+
+def _image_pooling(visual: Any) -> str:
+    if getattr(visual, "attn_pool", None) is not None:
+        return "attention"
+    return str(getattr(visual, "pool_type", None) or getattr(getattr(visual, "trunk", None), "global_pool", "model's"))
 
 
 def _square(size: Any) -> Any:
@@ -129,6 +164,10 @@ class OpenClipTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.context_length = tokenizer, int(tokenizer.context_length)
+        vocabulary = tokenizer.tokenizer.get_vocab() if _is_hf(self) else tokenizer.encoder
+        self.highest_id = max(vocabulary.values())
+        self.eos_token_id = tokenizer.tokenizer.eos_token_id if _is_hf(self) else tokenizer.eot_token_id
+        self.pad_token_id = tokenizer.tokenizer.pad_token_id if _is_hf(self) else 0
         self._hash: str | None = None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -177,96 +216,44 @@ def wrap(
     """The backend and processor for a model of open_clip that is loaded already."""
     config = open_clip.get_model_config(arch) if isinstance(arch, str) else arch
     if isinstance(arch, str) and config is None:
-        raise _unknown_architecture(arch)
+        raise unknown_architecture(arch)
     if not (hasattr(model, "encode_image") and hasattr(model, "encode_text")):
         raise ModelError(f"an open_clip model was expected, found {type(model).__name__}")
-    images = OpenClipImages(preprocess, open_clip.get_model_preprocess_cfg(model))
-    backend = OpenClipBackend(model, None if config is None else copy.deepcopy(dict(config)))
-    return backend, Processor(images, OpenClipTexts(tokenizer))
+    images, texts = OpenClipImages(preprocess, open_clip.get_model_preprocess_cfg(model)), OpenClipTexts(tokenizer)
+    config = None if config is None else copy.deepcopy(dict(config))
+    _check_padding(model, texts)
+    _settle_end_of_text(model, texts, config)
+    return OpenClipBackend(model, config, texts.context_length), Processor(images, texts)
 
 
-def open_by_name(name: str) -> tuple[OpenClipBackend, Processor]:
-    """`ARCH/TAG`, or `hf-hub:org/name`."""
-    if name.startswith(HUB):
-        return _create(name, name, None, {})
-    arch, _, tag = name.partition("/")
-    if arch not in open_clip.list_models():
-        raise _unknown_architecture(arch)
-    tags = open_clip.list_pretrained_tags_by_model(arch)
-    choice = f"open_clip:{arch}/TAG with TAG one of {', '.join(tags)}" if tags else "no weights are published for it"
-    known = open_clip.get_pretrained_cfg(arch, tag) if tag else None
-    if not known:
-        message = f"no weights called {tag!r} for {arch}.{near(tag, tags)}" if tag else f"which weights of {arch}?"
-        raise ModelError(message, where=f"open_clip:{name}", fix=choice)
-    config = open_clip.get_model_config(arch)
-    trained_quick, built_quick = (bool(c.get("quick_gelu", False)) for c in (known, config))
-    if built_quick and not trained_quick:
-        message = f"{arch} computes QuickGELU, but {tag!r} was trained without"
-        raise ModelError(message, where=f"open_clip:{name}", fix=f"open_clip:{arch.replace('-quickgelu', '')}/{tag}")
-    # A model of the wrong activation is 2.7 points worse on ImageNet; open_clip only warns.
-    config["quick_gelu"] = trained_quick
-    return _create(name, arch, config, {"pretrained": tag, "force_quick_gelu": trained_quick})
+def _check_padding(model: Any, texts: OpenClipTexts) -> None:
+    """A text tower of transformers masks the padding by its id, which must be the tokenizer's."""
+    masked = getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
+    if masked is not None and masked != texts.pad_token_id:
+        found = f"the text tower takes {masked} for padding, the tokenizer pads with {texts.pad_token_id}"
+        raise ModelError(found, fix="set pad_token_id in the tower's config to the tokenizer's")
 
 
-def _unknown_architecture(arch: str) -> ModelError:
+def _settle_end_of_text(model: Any, texts: OpenClipTexts, config: dict[str, Any] | None) -> None:
+    """Pool at the end of text where open_clip would pool at the highest id, and a token stands above that end."""
+    tower = getattr(model, "text", model)
+    if hasattr(tower, "pooler") or getattr(tower, "cls_emb", None) is not None:
+        return
+    end, highest = texts.eos_token_id, texts.highest_id
+    if _pooled_token(model)[0] != "argmax" or end == highest:
+        return
+    if end is None:
+        found = f"the text tower pools at the highest id ({highest}), the tokenizer has no end-of-text token"
+        raise ModelError(found, fix="a tokenizer with an end-of-text token, or another pool_type in text_cfg")
+    logger.warning("token %d stands above the end of text (%d): texts are pooled at their end, not there", highest, end)
+    names = ("pool_type", "eos_id") if tower is not model else ("text_pool_type", "text_eos_id")
+    for name, value in zip(names, ("eos", end), strict=True):
+        setattr(tower, name, value)
+    if config is not None:
+        config["text_cfg"] |= {"pool_type": "eos", "eos_id": end}
+
+
+def unknown_architecture(arch: str) -> ModelError:
     known = open_clip.list_models()
     fix = "open_clip:ARCH/TAG; open_clip.list_pretrained() lists them"
     return ModelError(f"open_clip knows no architecture {arch!r}.{near(arch, known)}", fix=fix)
-
-
-def open_folder(folder: Path) -> tuple[OpenClipBackend, Processor]:
-    """A folder with open_clip_config.json and safetensors."""
-    path = folder / CONFIG
-    if not path.is_file():
-        fix = f"a folder that holds {CONFIG} beside the weights"
-        raise ModelError(f"{CONFIG} is missing, so the model's shape is unknown", where=folder, fix=fix)
-    config = read_json(path).get("model_cfg")
-    if not isinstance(config, dict):
-        raise ModelError("model_cfg is missing", where=path)
-    check_safetensors(folder)
-    _refuse_made_up_bias(folder, config)
-    return _create(str(folder), f"local-dir:{folder}", config, {})
-
-
-def _refuse_made_up_bias(folder: Path, config: Mapping[str, Any]) -> None:
-    if config.get("init_logit_bias") is None:
-        return
-    for path in check_safetensors(folder):
-        with safe_open(path, "pt") as weights:
-            if "logit_bias" in weights.keys():  # noqa: SIM118
-                return
-    raise ModelError("weight logit_bias is missing; open_clip would take 0", where=folder)
-
-
-def _create(
-    name: str, model_name: str, config: dict[str, Any] | None, options: dict[str, Any]
-) -> tuple[OpenClipBackend, Processor]:
-    """Model, transform and tokenizer as open_clip itself opens them, with weights or not at all."""
-    with _open_clip_errors(name), quiet():
-        if config is None:
-            config = open_clip.get_model_config(model_name)
-        model = open_clip.create_model(model_name, require_pretrained=True, precision="fp32", **options)
-        tokenizer = open_clip.get_tokenizer(model_name)
-    check_finite(model, name)
-    settings = open_clip.get_model_preprocess_cfg(model)
-    preprocess = image_transform_v2(PreprocessCfg(**settings), is_train=False)
-    return wrap(model.eval(), preprocess, tokenizer, config)
-
-
-@contextmanager
-def _open_clip_errors(name: str) -> Iterator[None]:
-    # open_clip reports through the root logger, and gives it a handler for good if it has none.
-    root, handler = logging.getLogger(), logging.NullHandler()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except (RuntimeError, OSError, ValueError, KeyError, AssertionError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        message = f"open_clip cannot open it: {' '.join(lines[:3])[:400]}"
-        fix = "check the name; offline, only weights that were downloaded before can be opened"
-        raise ModelError(message, where=name, fix=fix) from error
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)

@@ -125,13 +125,26 @@ class TransformersTexts:
         context_length: the most tokens, special ones included.
         padding: to the `longest` of the batch, or always to `max_length` (SigLIP was trained that way).
         mask: whether the tower is given the attention mask.
+        vocabulary: how many tokens the tower knows, where the tokenizer may have been given more.
+
+    Cut texts keep their end-of-text token, also where the tokenizer would drop it.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int, *, padding: Padding = "longest", mask: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        context_length: int,
+        *,
+        padding: Padding = "longest",
+        mask: bool = True,
+        vocabulary: int | None = None,
+    ) -> None:
         if tokenizer.pad_token_id is None:
             fix = "set tokenizer.pad_token, to the end-of-text token if it has no other"
             raise ModelError("the tokenizer has no pad token, so texts of unequal length make no batch", fix=fix)
         self.tokenizer, self.context_length, self.padding, self.mask = tokenizer, context_length, padding, mask
+        self.vocabulary = vocabulary
+        self._ends = _ends_texts(tokenizer)
         self._hash: str | None = None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -144,6 +157,14 @@ class TransformersTexts:
             return_token_type_ids=False,
             return_tensors="pt",
         )
+        ids = batch["input_ids"]
+        if self._ends and ids.shape[1] == self.context_length:
+            lost = ~(ids == self.tokenizer.eos_token_id).any(1)
+            ids[lost, -1] = self.tokenizer.eos_token_id
+        if self.vocabulary is not None and ids.numel() and int(ids.max()) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(int(ids.max()))
+            fix = f"model.resize_token_embeddings({len(self.tokenizer)}) in transformers, then train the new tokens"
+            raise ModelError(f"the text tower has no embedding for the token {token!r}", fix=fix)
         return dict(batch)
 
     def counts(self, texts: Sequence[str]) -> list[int]:
@@ -168,6 +189,11 @@ class TransformersTexts:
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
+
+
+def _ends_texts(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.eos_token_id is not None and bool(ids) and ids[-1] == tokenizer.eos_token_id
 
 
 def hash_tokenizer(tokenizer: Any) -> str:

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.models.backend import Backend, Names, Part
 from clipkit.models.names import find_folder
-from clipkit.models.open_tower import activation_of, image_side_for, open_tokenizer, open_tower, saved_transform
+from clipkit.models.open_tower import (
+    activation_of,
+    image_side_for,
+    open_tokenizer,
+    open_tower,
+    positions_of,
+    saved_transform,
+)
 from clipkit.models.plain_torch import program
 from clipkit.models.pooling import Pooling, pool_image, pool_text
 from clipkit.models.probe import probe_image, probe_text
@@ -197,24 +204,11 @@ def open_towers(folder: Path, settings: dict[str, Any]) -> tuple[TowersBackend, 
 
 
 def _context_length(asked: int | None, text: nn.Module, tokenizer: Any) -> int:
-    longest = min(_positions(text, tokenizer.pad_token_id), int(tokenizer.model_max_length))
+    longest = min(positions_of(text, tokenizer.pad_token_id), int(tokenizer.model_max_length))
     if asked is not None and asked > longest:
         fix = f"context_length={longest} or less"
         raise ModelError(f"context_length={asked}, but the text tower or its tokenizer ends at {longest}", fix=fix)
     return min(asked or 77, longest)
-
-
-def _positions(text: Any, pad_token_id: int | None) -> int:
-    """How many tokens the tower has positions for. RoBERTa and its kin count them from the padding's id upwards."""
-    positions = int(getattr(text.config, "max_position_embeddings", None) or 10**9)
-    for name, module in text.named_modules():
-        offset = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and offset is not None:
-            if offset != pad_token_id:
-                found = f"the text tower takes {offset} for padding, the tokenizer pads with {pad_token_id}"
-                raise ModelError(found, fix="set pad_token_id in the tower's config to the tokenizer's")
-            return int(positions - offset - 1)
-    return positions
 
 
 def _check_vocabulary(text: Any, tokenizer: Any) -> None:

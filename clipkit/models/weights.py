@@ -1,9 +1,11 @@
-"""Opening a folder of transformers without surprises: nothing random, nothing pickled, no foreign code."""
+"""Opening a folder of transformers without surprises: nothing random, nothing that runs code."""
 
 from __future__ import annotations
 
 import json
 import logging
+import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +36,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
+def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> None:
     """Refuse what transformers would open wrongly or dangerously.
 
+    Args:
+        folder: holds config.json, and unless `weights` is False also the weights.
+        trust_remote_code: whether the configs may name Python code to run.
+
     Raises:
-        ModelError: no config.json, no safetensors, a Git LFS pointer, a config that asks to run code.
+        ModelError: no config.json, no weights, a Git LFS pointer, a config or a pickle that asks to run code.
         CorruptArtefact: a config or weight file that cannot be read.
     """
     if not (folder / "config.json").is_file():
@@ -47,7 +53,8 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
     for name in _CONFIGS:
         if (folder / name).is_file() and not trust_remote_code:
             _refuse_code(folder / name)
-    check_safetensors(folder)
+    if weights:
+        check_weights(folder, ("pytorch_model*.bin",))
 
 
 def _refuse_code(path: Path) -> None:
@@ -57,26 +64,70 @@ def _refuse_code(path: Path) -> None:
         raise ModelError(f"the model asks to run its own code ({', '.join(asked)})", where=path, fix=fix)
 
 
-def check_safetensors(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, each with a readable header."""
+def check_weights(folder: Path, pickled: Iterable[str] = ()) -> list[Path]:
+    """The weight files of a folder, each readable: the safetensors, or where there are none the pickles.
+
+    Args:
+        folder: holds the weights, not in folders below it.
+        pickled: patterns of the pickles that the native library would open.
+    """
     files = sorted(folder.glob("*.safetensors"))
+    files = files or sorted({path for pattern in pickled for path in folder.glob(pattern)})
     if not files:
-        pickled = [path.name for path in folder.iterdir() if path.suffix in _PICKLES]
-        if pickled:
-            fix = "convert them with the library that wrote them (safe_serialization=True); pickles can run code"
-            raise ModelError(f"only pickled weights were found: {', '.join(sorted(pickled))}", where=folder, fix=fix)
-        raise ModelError("no weights (*.safetensors) were found", where=folder, fix="download the model again")
+        others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES))
+        found = f"no weights that can be opened were found, only {others}" if others else "no weights were found"
+        fix = f"a folder with *.safetensors or {', '.join(pickled)}; download the model again"
+        raise ModelError(found, where=folder, fix=fix)
     for path in files:
-        with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise ModelError("a Git LFS pointer instead of weights", where=path, fix="git lfs pull")
-        try:
-            with safe_open(path, "pt") as opened:
-                opened.keys()
-        except SafetensorError as error:
-            message = f"not a readable safetensors file of {path.stat().st_size} bytes: {error}"
-            raise CorruptArtefact(message, where=path, fix="download or save the model again") from error
+        weight_shapes(path)
     return files
+
+
+def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file or a pickle, without reading the numbers.
+
+    Raises:
+        ModelError: a Git LFS pointer, or a pickle that holds more than tensors.
+        CorruptArtefact: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ModelError("a Git LFS pointer instead of weights", where=path, fix="git lfs pull")
+    if path.suffix != ".safetensors":
+        return _pickled_shapes(path)
+    try:
+        with safe_open(path, "pt") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        message = f"not a readable safetensors file of {path.stat().st_size} bytes: {error}"
+        raise CorruptArtefact(message, where=path, fix="download or save the model again") from error
+
+
+def _pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    found = load_pickle(path, "meta")
+    state = found.get("state_dict", found) if isinstance(found, dict) else None  # open_clip's training checkpoints
+    if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
+        raise ModelError("a pickle without a dictionary of weights", where=path, fix="save model.state_dict()")
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def load_pickle(path: Path, device: str = "cpu") -> Any:
+    """A pickle's content by torch's safe unpickler, which builds tensors and plain containers alone."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if "nsupported" in line), "")
+        if not reason:
+            raise _unreadable(path, error) from error
+        fix = "safetensors, or a pickle of model.state_dict() alone; a pickle like this one can run any code"
+        raise ModelError(f"the pickle asks for more than tensors: {reason[:200]}", where=path, fix=fix) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> CorruptArtefact:
+    message = f"not a readable pickle of weights, {path.stat().st_size} bytes: {_first_line(error)[:200]}"
+    return CorruptArtefact(message, where=path, fix="download or save the model again")
 
 
 def load_exactly(
@@ -101,12 +152,12 @@ def load_exactly(
                 folder,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                use_safetensors=True,
+                use_safetensors=any(folder.glob("*.safetensors")),
                 local_files_only=True,
                 dtype=torch.float32,
                 **options,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError) as error:
         raise ModelError(f"transformers cannot open the model: {_first_line(error)}", where=folder) from error
     missing = sorted(info["missing_keys"])
     _check_shapes(info["mismatched_keys"], folder)

@@ -57,56 +57,187 @@ def _clip_tokenizer() -> Any:
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=24)
 
 
-def _siglip_tokenizer() -> Any:
-    from transformers import Siglip2Tokenizer
+def _siglip_tokenizer(folder: Path) -> Any:
+    """SentencePiece, as the first SigLIP: canonical texts, the end of text for padding."""
+    import sentencepiece
+    from transformers import SiglipTokenizer
 
-    fast = Siglip2Tokenizer().backend_tokenizer
-    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    fast.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
-    model = json.loads(fast.to_str())["model"]
-    return Siglip2Tokenizer(
-        vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], model_max_length=16
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([text.lower() for text in TEXTS]),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
     )
+    return SiglipTokenizer(str(folder / "spiece.model"), model_max_length=16)
+
+
+def _gemma_tokenizer(folder: Path) -> Any:
+    """As the SigLIP 2 checkpoints of fixed resolution bring it: it keeps the case."""
+    from tokenizers import processors
+    from transformers import GemmaTokenizer
+
+    fast = GemmaTokenizer().backend_tokenizer
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, max_token_length=4, show_progress=False)
+    fast.train_from_iterator([*TEXTS, *(text.lower() for text in TEXTS)], trainer)
+    model = json.loads(fast.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    post = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    sides = {"padding_side": "right", "model_max_length": 16}
+    ends: dict[str, Any] = {"post_processor": post, "add_bos_token": False, "add_eos_token": True}
+    return GemmaTokenizer(vocab=model["vocab"], merges=merges, **ends, **sides)
+
+
+def _bert_tokenizer() -> Any:
+    from transformers import BertTokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    fast = BertTokenizer().backend_tokenizer
+    fast.train_from_iterator(TEXTS, trainers.WordPieceTrainer(special_tokens=special, show_progress=False))
+    return BertTokenizer(vocab=fast.get_vocab(), model_max_length=24)
+
+
+def _xlm_roberta_tokenizer() -> Any:
+    from transformers import XLMRobertaTokenizer
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    fast = XLMRobertaTokenizer().backend_tokenizer
+    trainer = trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>", show_progress=False)
+    fast.train_from_iterator(TEXTS, trainer)
+    vocabulary = [(token, score) for token, score in json.loads(fast.to_str())["model"]["vocab"]]
+    return XLMRobertaTokenizer(vocab=vocabulary, model_max_length=24)
 
 
 LAYERS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PATCHES: dict[str, Any] = {**LAYERS, "image_size": 32, "patch_size": 8}
+CROP: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+SQUASH: dict[str, Any] = {"size": {"height": 32, "width": 32}}
 
 
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP that transformers wrote: non-square images are cropped, texts cut at 24 tokens."""
+def _special_ids(tokenizer: Any) -> dict[str, Any]:
+    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+
+def write_clip(folder: Path) -> None:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     tokenizer = _clip_tokenizer()
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **ids}
-    vision = {**LAYERS, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    processor = CLIPProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}), tokenizer
-    )
-    return _write(model, processor, tmp_path_factory.mktemp("hf") / "clip")
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **_special_ids(tokenizer)}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=PATCHES, projection_dim=16))
+    _write(model, CLIPProcessor(CLIPImageProcessor(**CROP), tokenizer), folder)
+
+
+def write_metaclip_2(folder: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPProcessor, MetaClip2Config, MetaClip2Model
+
+    tokenizer = _xlm_roberta_tokenizer()
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24, **_special_ids(tokenizer)}
+    model = MetaClip2Model(MetaClip2Config(text_config=text, vision_config=PATCHES, projection_dim=16))
+    _write(model, CLIPProcessor(CLIPImageProcessor(**CROP), tokenizer), folder)
+
+
+def write_altclip(folder: Path) -> None:
+    from transformers import AltCLIPConfig, AltCLIPModel, AltCLIPProcessor, CLIPImageProcessor
+
+    tokenizer = _xlm_roberta_tokenizer()
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 26, "project_dim": 24}
+    text |= {**_special_ids(tokenizer), "type_vocab_size": 1}
+    model = AltCLIPModel(AltCLIPConfig(text_config=text, vision_config=PATCHES, projection_dim=16))
+    _write(model, AltCLIPProcessor(CLIPImageProcessor(**CROP), tokenizer), folder)
+
+
+def write_chinese_clip(folder: Path) -> None:
+    from transformers import ChineseCLIPConfig, ChineseCLIPImageProcessor, ChineseCLIPModel, ChineseCLIPProcessor
+
+    tokenizer = _bert_tokenizer()
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    model = ChineseCLIPModel(ChineseCLIPConfig(text_config=text, vision_config=PATCHES, projection_dim=16))
+    _write(model, ChineseCLIPProcessor(ChineseCLIPImageProcessor(**CROP), tokenizer), folder)
+
+
+def write_align(folder: Path) -> None:
+    from transformers import AlignConfig, AlignModel, AlignProcessor, EfficientNetImageProcessor
+
+    tokenizer = _bert_tokenizer()
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    one = {"kernel_sizes": [3], "in_channels": [32], "out_channels": [16], "strides": [2], "expand_ratios": [1]}
+    vision = {"image_size": 32, "num_block_repeats": [1], **one, "depthwise_padding": [], "hidden_dim": 64}
+    vision |= {"squeeze_expansion_ratio": 0.25, "width_coefficient": 1.0}
+    model = AlignModel(AlignConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model.temperature.data.fill_(0.037)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # statistics that differ from the initial ones
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    sides = {"size": {"height": 36, "width": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    _write(model, AlignProcessor(EfficientNetImageProcessor(**sides), tokenizer), folder)
+
+
+def write_siglip(folder: Path) -> None:
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
+
+    folder.mkdir(parents=True)
+    tokenizer = _siglip_tokenizer(folder)
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=PATCHES))
+    _write(model, SiglipProcessor(SiglipImageProcessor(**SQUASH), tokenizer), folder)
+
+
+def write_siglip2(folder: Path) -> None:
+    """The fixed-size SigLIP 2: the classes of SigLIP, the tokenizer of Gemma."""
+    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
+
+    tokenizer = _gemma_tokenizer(folder)
+    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "pad_token_id": 0}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=PATCHES))
+    model.logit_bias.data.fill_(-3.0)
+    _write(model, SiglipProcessor(SiglipImageProcessor(**SQUASH), tokenizer), folder)
+
+
+WRITE = {
+    "clip": write_clip,
+    "metaclip_2": write_metaclip_2,
+    "altclip": write_altclip,
+    "chinese_clip": write_chinese_clip,
+    "align": write_align,
+    "siglip": write_siglip,
+    "siglip2": write_siglip2,
+}
 
 
 @pytest.fixture(scope="session")
-def siglip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SigLIP (the fixed-size SigLIP 2 has the same classes) that transformers wrote."""
-    from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel, SiglipProcessor
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders that transformers wrote, one tiny model of each family of dual encoders."""
+    root = tmp_path_factory.mktemp("families")
 
-    tokenizer = _siglip_tokenizer()
-    text = {**LAYERS, "vocab_size": len(tokenizer), "max_position_embeddings": 16, "pad_token_id": 0}
-    vision = {**LAYERS, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(1)
-    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
-    processor = SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer)
-    return _write(model, processor, tmp_path_factory.mktemp("hf") / "siglip")
+    def find(family: str) -> Path:
+        if not (root / family / "config.json").is_file():
+            torch.manual_seed(0)
+            WRITE[family](root / family)
+        return root / family
+
+    return find
 
 
-def _write(model: Any, processor: Any, folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def clip_folder(family_folder: Callable[[str], Path]) -> Path:
+    """A CLIP that transformers wrote: non-square images are cropped, texts cut at 24 tokens."""
+    return family_folder("clip")
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(family_folder: Callable[[str], Path]) -> Path:
+    """A SigLIP 2 of fixed size that transformers wrote."""
+    return family_folder("siglip2")
+
+
+def _write(model: Any, processor: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,16 @@ def test_what_is_no_text_is_refused_by_position(towers: DualEncoder) -> None:
         towers.encode_texts(["a cat"], batch_size=0)
 
 
+def test_cut_texts_are_counted_in_the_log(
+    towers: DualEncoder, texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    towers.encode_texts(texts[:3])
+    towers.save_pretrained(tmp_path / "saved")  # the built-in texts are cut, too
+    assert caplog.messages == []
+    towers.encode_texts(["word " * 77, "word " * 78, *texts])
+    assert caplog.messages == ["2 of 6 texts were cut at 77 tokens"]
+
+
 def test_encoding_leaves_the_mode_of_every_module(towers: DualEncoder, texts: list[str]) -> None:
     towers.train()
     towers.backend.text.eval()

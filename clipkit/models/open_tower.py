@@ -9,13 +9,14 @@ from typing import Any
 
 import transformers
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
 from clipkit.errors import ModelError
 from clipkit.models.backend import Part
 from clipkit.models.names import find_folder
 from clipkit.models.processor import ImageSide, TransformersImages
 from clipkit.models.transform import ImageTransform, Resize
-from clipkit.models.weights import check_folder, load_exactly
+from clipkit.models.weights import check_folder, load_exactly, read_json
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
 
@@ -33,13 +34,46 @@ def open_tower(tower: Any, part: Part, pooling: str, trust: bool, class_name: st
         raise ModelError(f"a tower is a transformers model, a folder or a hub name; found {type(tower).__name__}")
     folder = find_folder(tower)
     check_folder(folder, trust_remote_code=trust)
-    loader = getattr(transformers, class_name or "AutoModel", AutoModel)
+    loader = getattr(transformers, class_name or _class_name(folder, part), AutoModel)
     spare_pooler = () if pooling == "pooler" else ("pooler.",)
     options = {"trust_remote_code": trust} if loader is AutoModel else {}
     model, missing = load_exactly(loader.from_pretrained, folder, spare=True, may_lack=spare_pooler, **options)
     if missing:
         model.pooler = None
     return getattr(model, "vision_model" if part == "image" else "text_model", model)
+
+
+def _class_name(folder: Path, part: Part) -> str:
+    """Of an encoder and decoder (T5 and its kin) the encoder alone reads texts."""
+    name = str(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(str(read_json(folder / "config.json").get("model_type"))))
+    return name if part == "text" and name.endswith("EncoderModel") else "AutoModel"
+
+
+def trained_pooling(text: Any, asked: str) -> Any:
+    """The pooling that a folder of sentence-transformers was trained with, where `auto` is asked for."""
+    config = find_folder(text) / "1_Pooling" / "config.json" if isinstance(text, str | Path) else None
+    if asked != "auto" or config is None or not config.is_file():
+        return asked
+    found = read_json(config)
+    modes = [
+        mode for key, mode in _SENTENCE_POOLING.items() if found.get(key) is True or found.get("pooling_mode") == mode
+    ]
+    pooling = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(modes[0]) if len(modes) == 1 else None
+    if pooling is None:
+        fix = "choose text_pooling= yourself: the heads are new and will learn from it"
+        raise ModelError(f"its pooling is not known here: {found}", where=config, fix=fix)
+    return pooling
+
+
+# Of sentence-transformers' pooling config: the switches up to version 5, and the one word since.
+_SENTENCE_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "lasttoken",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+}
 
 
 def open_tokenizer(tokenizer: Any, trust: bool) -> Any:
@@ -127,13 +161,13 @@ def timm_transform(pretrained: dict[str, Any], image_size: int | None = None) ->
     """The evaluation transform of a timm model's `pretrained_cfg`, as timm's create_transform builds it."""
     size = image_size or int(pretrained["input_size"][-1])
     mode, fraction = pretrained.get("crop_mode", "center"), float(pretrained.get("crop_pct") or 0.875)
-    if mode not in ("center", "squash"):
-        raise ModelError(f"timm's crop_mode {mode!r} is not known here", fix="pass image_processor=")
+    if mode not in ("center", "squash") or pretrained.get("crop_border_pixels"):
+        raise ModelError(
+            f"timm's crop_mode {mode!r} or a trimmed border is not known here", fix="pass image_processor="
+        )
     mean, std = (tuple(float(x) for x in pretrained[key]) for key in ("mean", "std"))
     kernel: Any = pretrained.get("interpolation") or "bicubic"
     scaled = int(size / fraction)  # before the crop; under squash, timm resizes both sides to it and crops, too
-    if mode == "squash" and scaled != size:
-        raise ModelError(f"timm's squash with crop_pct {fraction} is not known here", fix="pass image_processor=")
     return ImageTransform(size, mean, std, "squash" if mode == "squash" else "shortest", scaled, kernel)
 
 

@@ -83,12 +83,14 @@ def _pixels(processor: Processor) -> str:
         return 'pixels = AutoImageProcessor.from_pretrained(folder)(images=image, return_tensors="pt").pixel_values'
     goal, kernel = side.image_size, f"Image.Resampling.{side.filter.upper()}"
     lines = ['image = image.convert("L")'] if len(side.mean) == 1 else []
-    if side.resize == "squash":
+    short = side.resize_to or goal
+    if side.resize == "squash" and short == goal:
         lines.append(f"image = image.resize(({goal}, {goal}), {kernel})")
     else:
-        short = side.resize_to or goal
+        squash = f"sides = [{short}, {short}]"
+        shortest = f"sides = [max({short}, {short} * side // min(image.size)) for side in image.size]"
         lines += [
-            f"sides = [max({short}, {short} * side // min(image.size)) for side in image.size]",
+            squash if side.resize == "squash" else shortest,
             f"left, top = [round((side - {goal}) / 2) for side in sides]",
             f"image = image.resize(sides, {kernel}).crop((left, top, left + {goal}, top + {goal}))",
         ]

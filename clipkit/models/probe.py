@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError
+from clipkit.models.families import settle_end_of_text
 from clipkit.models.pooling import choose_image_pooling, choose_text_pooling, pool_image, pool_text
 from clipkit.models.processor import ImageSide, TransformersTexts
 
@@ -27,8 +28,8 @@ def probe_text(tower: Any, text_side: TransformersTexts, pooling: str) -> tuple[
     output, ids = tower.eval()(**inputs), inputs["input_ids"]
     if pooling == "auto":
         pooling = choose_text_pooling(tower, output, causal=_is_causal(tower, ids))
+    _check_eos(tower, text_side, pooling)
     eos = text_side.tokenizer.eos_token_id
-    _check_eos(tower, text_side.tokenizer, pooling)
     pooled = pool_text(output, pooling, ids, inputs.get("attention_mask"), eos)
     _freeze_unread(tower, pooled)
     return pooling, pooled.shape[1]
@@ -52,11 +53,9 @@ def _is_causal(tower: Any, input_ids: Tensor) -> bool:
     return torch.equal(*first)
 
 
-def _check_eos(tower: Any, tokenizer: Any, pooling: str) -> None:
-    if pooling == "eos" and tokenizer.eos_token_id is None:
-        raise ModelError("pooling 'eos' needs a tokenizer with an end-of-text token")
-    expected = getattr(tower.config, "eos_token_id", None)
-    reads_eos = pooling == "pooler" and str(tower.config.model_type).startswith("clip")
-    if reads_eos and expected not in (2, tokenizer.eos_token_id):  # 2: old configs, which take the highest id instead
-        found = f"the tower pools at token {expected}, the tokenizer ends texts with {tokenizer.eos_token_id}"
-        raise ModelError(found, fix="set eos_token_id in the text config to the tokenizer's")
+def _check_eos(tower: Any, text_side: TransformersTexts, pooling: str) -> None:
+    if pooling == "eos" and not text_side.ends_texts:
+        fix = "a tokenizer that adds its end-of-text token (add_eos_token=True), or text_pooling='last'"
+        raise ModelError("pooling 'eos' needs a tokenizer that ends each text with an end-of-text token", fix=fix)
+    if pooling == "pooler" and str(tower.config.model_type).startswith(("clip", "metaclip")):
+        settle_end_of_text(tower, text_side.tokenizer)

@@ -144,7 +144,7 @@ class TransformersTexts:
             raise ModelError("the tokenizer has no pad token, so texts of unequal length make no batch", fix=fix)
         self.tokenizer, self.context_length, self.padding, self.mask = tokenizer, context_length, padding, mask
         self.vocabulary = vocabulary
-        self._ends = _ends_texts(tokenizer)
+        self.ends_texts = _ends_texts(tokenizer)  # with its end-of-text token
         self._hash: str | None = None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -158,7 +158,7 @@ class TransformersTexts:
             return_tensors="pt",
         )
         ids = batch["input_ids"]
-        if self._ends and ids.shape[1] == self.context_length:
+        if self.ends_texts and ids.shape[1] == self.context_length:
             lost = ~(ids == self.tokenizer.eos_token_id).any(1)
             ids[lost, -1] = self.tokenizer.eos_token_id
         if self.vocabulary is not None and ids.numel() and int(ids.max()) >= self.vocabulary:

@@ -25,6 +25,7 @@ from clipkit.models.open_tower import (
     open_tower,
     positions_of,
     saved_transform,
+    trained_pooling,
 )
 from clipkit.models.plain_torch import program
 from clipkit.models.pooling import Pooling, pool_image, pool_text
@@ -161,6 +162,7 @@ def join_towers(
         channels=channels,
         resize=resize,
     )
+    text_pooling = trained_pooling(text, text_pooling)
     text = open_tower(text, "text", text_pooling, trust_remote_code)
     siglip = str(text.config.model_type).startswith("siglip")  # pools the last position, trained on full padding
     length = _context_length(context_length, text, tokenizer)

@@ -31,8 +31,8 @@ class ImageTransform:
     Args:
         image_size: height and width that come out, in pixels.
         mean, std: of each channel, of values in [0, 1]; their length is the number of channels (1 or 3).
-        resize: `squash` to a square, or the `shortest` side to `resize_to`, then a centre crop.
-        resize_to: pixels of the shortest side before the crop; `image_size` unless given.
+        resize: `squash` to a square of side `resize_to`, or the `shortest` side to it; then a centre crop.
+        resize_to: pixels before the crop; `image_size` unless given.
         filter: PIL's `bicubic` or `bilinear`, both antialiased.
     """
 
@@ -64,10 +64,12 @@ class ImageTransform:
         if len(self.mean) == 1:
             image = image.convert("L")
         width, height, goal = *image.size, self.image_size
-        if self.resize == "squash":
-            return image if (width, height) == (goal, goal) else image.resize((goal, goal), _FILTERS[self.filter])
         short = self.resize_to or goal
-        if min(width, height) != short:  # the longer side is rounded down, as torchvision does
+        if self.resize == "squash":
+            if (width, height) != (short, short):
+                width, height = short, short
+                image = image.resize((short, short), _FILTERS[self.filter])
+        elif min(width, height) != short:  # the longer side is rounded down, as torchvision does
             width, height = (max(short, short * side // min(width, height)) for side in (width, height))
             image = image.resize((width, height), _FILTERS[self.filter])
         left, top = (round((side - goal) / 2) for side in (width, height))
@@ -76,8 +78,12 @@ class ImageTransform:
     def describe(self) -> dict[str, Any]:
         return {"transform": "ImageTransform", **self._fields()}
 
+    @property
+    def _crops(self) -> bool:
+        return self.resize != "squash" or self.resize_to not in (None, self.image_size)
+
     def _fields(self) -> dict[str, Any]:
-        crop = None if self.resize == "squash" else self.image_size
+        crop = self.image_size if self._crops else None
         return {
             "image_size": self.image_size,
             "resize": self.resize,
@@ -91,11 +97,11 @@ class ImageTransform:
     def save(self, folder: Path) -> None:
         """Write a preprocessor_config.json that transformers reads, too (three channels)."""
         side = {"height": self.image_size, "width": self.image_size}
-        squash = self.resize == "squash"
+        short = self.resize_to or self.image_size
         config = {
-            "image_processor_type": "ViTImageProcessor" if squash else "CLIPImageProcessor",
+            "image_processor_type": "CLIPImageProcessor" if self._crops else "ViTImageProcessor",
             "do_resize": True,
-            "size": side if squash else {"shortest_edge": self.resize_to or self.image_size},
+            "size": {"height": short, "width": short} if self.resize == "squash" else {"shortest_edge": short},
             "resample": int(_FILTERS[self.filter]),
             "do_rescale": True,
             "rescale_factor": 1 / 255,
@@ -104,7 +110,7 @@ class ImageTransform:
             "image_std": list(self.std),
             _MARK: self._fields(),
         }
-        if not squash:
+        if self._crops:
             config |= {"do_center_crop": True, "crop_size": side}
         (folder / "preprocessor_config.json").write_text(dump_json(config), encoding="utf-8")
 

@@ -12,6 +12,7 @@ import timm.data
 import torch
 import transformers
 from PIL import Image
+from tokenizers import Regex, processors
 from transformers import AutoModel
 
 from clipkit.errors import ModelError
@@ -49,12 +50,21 @@ VISION: dict[str, tuple[str, dict[str, Any], str, int]] = {
         16,
     ),
     "ResNet": ("ResNetModel", {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}, "pooler", 16),
+    "DINOv3": ("DINOv3ViTModel", {**PATCHES, "num_register_tokens": 2}, "pooler", 32),
+    "Swin": (
+        "SwinModel",
+        {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+        "pooler",
+        32,
+    ),
     "timm": ("TimmWrapperModel", TIMM, "pooler", 1280),
 }
 WORDS = {"vocab_size": 200, "max_position_embeddings": 64}
 TEXT: dict[str, tuple[str, dict[str, Any], str]] = {
     "BERT": ("BertModel", {**SMALL, **WORDS}, "mean"),
     "RoBERTa": ("RobertaModel", {**SMALL, **WORDS, "pad_token_id": 0}, "mean"),
+    "XLM-R": ("XLMRobertaModel", {**SMALL, **WORDS, "pad_token_id": 0}, "mean"),
+    "MiniLM": ("BertModel", {**SMALL, **WORDS, "num_attention_heads": 4, "hidden_dropout_prob": 0.1}, "mean"),
     "DistilBERT": ("DistilBertModel", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2, **WORDS}, "mean"),
     "ModernBERT": ("ModernBertModel", {**SMALL, **WORDS, "pad_token_id": 0}, "mean"),
     "T5": (
@@ -170,6 +180,118 @@ def test_heads_scale_and_bias_are_saved(make_towers: Make, images: Images, texts
     assert torch.equal(again.logit_scale, torch.tensor(2.0) + 0.123)
     assert again.logit_bias is not None
     assert again.logit_bias.item() == -10
+
+
+def test_t5_by_name_is_its_encoder(make_towers: Make, word_tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
+    whole = build("T5ForConditionalGeneration", TEXT["T5"][1]).eval()
+    whole.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    model = make_towers(text=str(tmp_path), tokenizer=None)
+    assert type(model.backend.text).__name__ == "T5EncoderModel"
+    inputs = model.processor.texts(texts)
+    with torch.no_grad():
+        expected = whole.get_encoder()(**inputs).last_hidden_state
+        assert torch.equal(model.backend.text(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(("written", "pooling"), [("mean", "mean"), ("cls", "cls"), ("lasttoken", "last")])
+def test_a_folder_of_sentence_transformers_brings_its_pooling(
+    written: str, pooling: str, make_towers: Make, word_tokenizer: Any, texts: list[str], tmp_path: Path
+) -> None:
+    peer = pytest.importorskip("sentence_transformers")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    build("BertModel", TEXT["MiniLM"][1]).save_pretrained(tmp_path / "bert")
+    word_tokenizer.save_pretrained(tmp_path / "bert")
+    parts = [modules.Transformer(str(tmp_path / "bert"), max_seq_length=64), modules.Pooling(32, pooling_mode=written)]
+    sentences = peer.SentenceTransformer(modules=parts, device="cpu")
+    sentences.save_pretrained(str(tmp_path / "sentences"))
+    model = make_towers(text=tmp_path / "sentences", tokenizer=None, context_length=64)
+    assert model.backend.settings()["text_pooling"] == pooling
+    expected = torch.as_tensor(sentences.encode(texts[:3])) @ model.backend.text_head.weight.T
+    found = model.backend.embed_text(**model.processor.texts(texts[:3]))
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_a_pooling_that_is_not_known_is_refused(make_towers: Make, word_tokenizer: Any, tmp_path: Path) -> None:
+    build("BertModel", TEXT["MiniLM"][1]).save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(ModelError, match="pooling is not known"):
+        make_towers(text=tmp_path, tokenizer=None)
+    make_towers(text=tmp_path, tokenizer=None, text_pooling="mean")
+
+
+def test_a_tower_opens_from_a_pickle_of_tensors(make_towers: Make, images: Images, tmp_path: Path) -> None:
+    vision = build("ViTModel", PATCHES)
+    vision.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(vision.state_dict(), tmp_path / "pytorch_model.bin")
+    model = make_towers(tmp_path, image_size=32)
+    assert torch.equal(model.encode_images(images), make_towers(vision).encode_images(images))
+
+
+def ending_tokenizer(post: bool) -> Any:
+    """Ends each text with `</s>`: after truncation, as is usual, or within the text, where truncation drops it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    words = ["<pad>", "</s>", "word", "other", "[UNK]"]
+    fast = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if post:
+        fast.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    else:
+        fast.normalizer = normalizers.Replace(Regex("$"), " </s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="[UNK]"
+    )
+
+
+@pytest.mark.parametrize("post", [True, False])
+def test_a_cut_text_keeps_its_end(post: bool, make_towers: Make, images: Images, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokenizer": ending_tokenizer(post), "text_pooling": "eos", "context_length": 6}
+    model = make_towers(text=build("GPT2Model", TEXT["GPT-2"][1]), **options)
+    ids = model.processor.texts(["word " * 9, "word other"])["input_ids"]
+    assert ids.tolist() == [[2, 2, 2, 2, 2, 1], [2, 3, 1, 0, 0, 0]]
+    assert model.processor.token_counts(["word " * 9]) == [10]
+    check_round_trip(model, images, ["word " * 9, "word other"], tmp_path / "saved")
+
+
+def test_pooling_at_an_end_that_no_text_has_is_refused(make_towers: Make) -> None:
+    tokenizer = ending_tokenizer(True)
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    with pytest.raises(ModelError, match="ends each text"):
+        make_towers(text=build("GPT2Model", TEXT["GPT-2"][1]), tokenizer=tokenizer, text_pooling="eos")
+
+
+def test_clips_text_tower_of_an_old_config_pools_at_the_end(
+    make_towers: Make, clip_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tower, tokenizer = CLIPTextModel.from_pretrained(clip_folder), AutoTokenizer.from_pretrained(clip_folder)
+    tower.eos_token_id = tower.config.eos_token_id = 2
+    model = make_towers(text=tower, tokenizer=tokenizer)
+    assert tower.eos_token_id == model.backend.text.config.eos_token_id == 1
+
+
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("fraction", [1.0, 0.8])
+def test_timms_crop_modes_are_timms(
+    mode: str, fraction: float, make_towers: Make, images: Images, tmp_path: Path
+) -> None:
+    config = {**TIMM, "pretrained_cfg": {**TIMM["pretrained_cfg"], "crop_mode": mode, "crop_pct": fraction}}
+    model = make_towers(build("TimmWrapperModel", config))
+    native = timm.data.create_transform(**timm.data.resolve_data_config(config["pretrained_cfg"]), is_training=False)
+    for image in images:
+        assert (model.processor.image(image) - native(image)).abs().max() < 1e-6
+    check_round_trip(model, images, ["a cat"], tmp_path / "saved")
+
+
+def test_timms_border_is_refused(make_towers: Make) -> None:
+    config = {**TIMM, "pretrained_cfg": {**TIMM["pretrained_cfg"], "crop_mode": "border"}}
+    with pytest.raises(ModelError, match="'border'"):
+        make_towers(build("TimmWrapperModel", config))
 
 
 def test_timms_transform_is_timms(images: Images, make_towers: Make) -> None:

@@ -40,7 +40,7 @@ def image(backend: Backend, processor: Processor, goal: int) -> Change:
         if hasattr(visual, "grid_size"):
             visual.grid_size = (after, after)
         visual.image_size = goal if isinstance(visual.image_size, int) else (goal, goal)
-        visual.preprocess_cfg = {**visual.preprocess_cfg, "size": (goal, goal)}
+        visual.preprocess_cfg = {**visual.preprocess_cfg, "size": side.settings["size"]}
 
     return Change(side, apply)
 
@@ -49,7 +49,7 @@ def _image_side(side: Any, goal: int) -> OpenClipImages:
     settings = dict(side.settings)
     if str(side.preprocess) != str(image_transform_v2(PreprocessCfg(**settings), is_train=False)):
         raise ModelError("the image transform is not the one that open_clip builds for this model")
-    settings["size"] = (goal, goal)
+    settings["size"] = goal if isinstance(settings["size"], int) else (goal, goal)
     return OpenClipImages(image_transform_v2(PreprocessCfg(**settings), is_train=False), settings)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError
@@ -24,42 +25,51 @@ def image(backend: Backend, processor: Processor, goal: int) -> Change:
     """The change to images of `goal` pixels."""
     side = _image_side(processor.image_side, goal)
     tower = backend.get_submodule(root_of(backend, "image"))
-    old = _only(getattr(tower.config, "image_size", None))
-    if old is None:
-        return _without_config(backend, tower, side, goal)
-    twin = _rebuilt(tower, image_size=goal)
-    patch = _patch(tower)
-    tables: dict[str, Tensor] = {}
+    old, changes = _known_size(tower, goal)
+    twin = _rebuilt(tower, changes) if changes else None
+    tables = {} if twin is None else _wider(tower, twin, old, goal)
+    if not (tables or (takes(backend, side) if twin is None else _runs(twin, side))):
+        raise cannot("image", tower, f"it does not take images of {goal} pixels")
+
+    def apply() -> None:
+        if twin is not None:
+            _transplant(tower, twin, tables)
+        _set_configs(backend, "image", tower, changes)
+
+    return Change(side, apply)
+
+
+def _known_size(tower: Any, goal: int) -> tuple[int, dict[str, Any]]:
+    """The size that a tower was built for, and what its config says for another; nothing where it says none."""
+    config, inner = tower.config, getattr(tower, "timm_model", None)
+    if inner is not None:  # timm's convolutional towers refuse to be told a size, and need none
+        old = _only(getattr(getattr(inner, "patch_embed", None), "img_size", None))
+        old = old if hasattr(inner, "set_input_size") else None
+        return old or 0, {"model_args": {**(config.model_args or {}), "img_size": goal}} if old else {}
+    size = getattr(config, "image_size", None)
+    new = type(size)([goal] * len(size)) if isinstance(size, list | tuple) else goal
+    return _only(size) or 0, {"image_size": new} if _only(size) else {}
+
+
+def _runs(twin: Any, side: Any) -> bool:
+    try:
+        with torch.no_grad():
+            twin.eval()(pixel_values=side([Image.new("RGB", (64, 64))]))
+    except (RuntimeError, ValueError, AssertionError):
+        return False
+    return True
+
+
+def _wider(tower: nn.Module, twin: nn.Module, old: int, goal: int) -> dict[str, Tensor]:
+    patch, tables = _patch(tower), {}
     for name, table, shape in _differing(tower, twin):
         before, after = (old // patch, goal // patch) if patch else (0, 0)
         prefix = table.shape[-2] - before**2
         fits = prefix >= 0 and (*table.shape[:-2], prefix + after**2, table.shape[-1]) == shape
-        if not (patch and after and fits):
+        if not (before and after and fits):
             raise cannot("image", tower, f"{name} holds relative positions, not a grid of absolute ones")
         tables[name] = resample_grid(table, prefix, before, after)
-    if not tables and not takes(backend, side):
-        raise cannot("image", tower, f"it does not take images of {goal} pixels")
-
-    def apply() -> None:
-        _transplant(tower, twin, tables)
-        _set_configs(backend, "image", tower, "image_size", goal)
-
-    return Change(side, apply)
-
-
-def _without_config(backend: Backend, tower: Any, side: Any, goal: int) -> Change:
-    """Convolutional towers take any size; timm's transformers are told theirs when they are made."""
-    if takes(backend, side):
-        return Change(side, lambda: None)
-    inner: Any = getattr(tower, "timm_model", None)
-    if not hasattr(inner, "set_input_size"):
-        raise cannot("image", tower, f"it does not take images of {goal} pixels")
-
-    def apply() -> None:
-        inner.set_input_size(img_size=goal)
-        tower.config.model_args = {**(tower.config.model_args or {}), "img_size": goal}
-
-    return Change(side, apply)
+    return tables
 
 
 def text(backend: Backend, processor: Processor, goal: int) -> Change:
@@ -69,20 +79,21 @@ def text(backend: Backend, processor: Processor, goal: int) -> Change:
     positions = getattr(tower.config, "max_position_embeddings", None)
     skipped, differing = 0, []
     if positions is not None:
-        differing = _differing(tower, _rebuilt(tower, max_position_embeddings=positions + 1))
+        differing = _differing(tower, _rebuilt(tower, {"max_position_embeddings": positions + 1}))
         skipped = max((_skipped(tower, name) for name, _, _ in differing), default=0)
     usable = goal if positions is None else positions - skipped
     if goal > usable and not differing:
         why = f"its positions are rotary or relative, so that there are none to interpolate; it ends at {usable}"
         raise cannot("text", tower, why, f"context_length={usable} or less")
     whole = goal > usable or processor.context_length == usable  # else the tower had more positions than were used
-    twin = _rebuilt(tower, max_position_embeddings=goal + skipped) if differing and whole else None
+    changes = {"max_position_embeddings": goal + skipped}
+    twin = _rebuilt(tower, changes) if differing and whole else None
     tables = {} if twin is None else _longer(tower, twin, usable, goal)
 
     def apply() -> None:
         if twin is not None:
             _transplant(tower, twin, tables)
-            _set_configs(backend, "text", tower, "max_position_embeddings", goal + skipped)
+            _set_configs(backend, "text", tower, changes)
         if hasattr(backend, "joint"):
             backend.joint = replace(backend.joint, context_length=goal)  # type: ignore[type-var]
 
@@ -105,12 +116,11 @@ def _skipped(tower: nn.Module, name: str) -> int:
     return 0 if padding is None else int(padding) + 1
 
 
-def _rebuilt(tower: Any, **changes: int) -> Any:
+def _rebuilt(tower: Any, changes: dict[str, Any]) -> Any:
     """A tower of the same class with random weights and another config."""
     config = copy.deepcopy(tower.config)
     for key, value in changes.items():
-        old = getattr(config, key)
-        setattr(config, key, type(old)([value] * len(old)) if isinstance(old, list | tuple) else value)
+        setattr(config, key, value)
     with torch.random.fork_rng(devices=[]), quiet():
         return type(tower)(config)
 
@@ -131,10 +141,10 @@ def _transplant(tower: nn.Module, twin: nn.Module, tables: dict[str, Tensor]) ->
         mine = modules.get(name)
         if mine is None:
             continue
-        for key, buffer in theirs.named_buffers(recurse=False):
-            old = getattr(mine, key, None)
-            if isinstance(old, Tensor) and old.shape != buffer.shape:
-                setattr(mine, key, buffer.to(old.device))
+        for key, buffer in theirs._buffers.items():  # named_buffers leaves out those that are None
+            here = mine._buffers.get(key)
+            if (here is None) != (buffer is None) or (here is not None and here.shape != buffer.shape):
+                mine._buffers[key] = None if buffer is None else buffer.to(next(tower.parameters()).device)
         for key, value in vars(theirs).items():
             if _numbers(value) and vars(mine).get(key, value) != value:
                 setattr(mine, key, value)
@@ -146,14 +156,14 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _set_configs(backend: Backend, part: Part, tower: nn.Module, key: str, value: int) -> None:
+def _set_configs(backend: Backend, part: Part, tower: nn.Module, changes: dict[str, Any]) -> None:
     """In every copy of the tower's config: transformers gives one to each module, and one to the whole model."""
     whole = getattr(getattr(backend, "model", None), "config", None)
     inner = getattr(whole, "vision_config" if part == "image" else "text_config", None)
     for config in [inner, *(getattr(module, "config", None) for module in tower.modules())]:
-        old = getattr(config, key, None)
-        if old is not None:
-            setattr(config, key, type(old)([value] * len(old)) if isinstance(old, list | tuple) else value)
+        for key, value in changes.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
 
 
 def _only(size: Any) -> int | None:

@@ -77,10 +77,12 @@ def inject(model: DualEncoder, part: Part, adapted: Adapted) -> None:
         peft.inject_adapter_in_model(config, top, ADAPTER)
     del top.peft_config  # transformers would save it in place of the model
     for name, parameter in backend.named_parameters():
-        if name in outside:
-            parameter.requires_grad_(outside[name])
-        elif backend.owns(part, name) and not backend.owns(part, name, head=False):
+        if name not in outside:
+            parameter.requires_grad_(MARK in name)
+        elif backend.owns(part, name):  # its head
             parameter.requires_grad_(f"backend.{name}" in model.fresh)
+        else:
+            parameter.requires_grad_(outside[name])
     state.parts[part] = adapted
     model.lora = state
     model.fresh |= {f"backend.{n}" for n, _ in backend.named_parameters() if MARK in n and backend.owns(part, n)}

@@ -179,8 +179,7 @@ class DualEncoder(nn.Module):
             UsageError: peft is not installed; the tower has LoRA already.
             ModelError: no such layers.
         """
-        for each in PARTS if part == "both" else (part,):
-            lora.add(self, each, rank, alpha, dropout, targets)
+        lora.add(self, PARTS if part == "both" else (part,), rank, alpha, dropout, targets)
         return self
 
     def merge_lora(self) -> Self:

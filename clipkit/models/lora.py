@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from clipkit.errors import ModelError, UsageError
 from clipkit.models.attention import SplitAttention
-from clipkit.models.backend import Backend, Part
+from clipkit.models.backend import PARTS, Backend, Part
 from clipkit.models.blocks import blocks
 from clipkit.models.names import near
 
@@ -48,14 +48,22 @@ class Lora:
     still: list[nn.Module] = field(default_factory=list)  # frozen BatchNorm, which has to stay in eval mode
 
 
-def add(model: DualEncoder, part: Part, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None) -> None:
-    """Put LoRA on one tower."""
-    if model.lora and part in model.lora.parts:
-        raise UsageError(f"the {part} tower has LoRA already", fix="model.merge_lora() first")
+def add(
+    model: DualEncoder, parts: Sequence[Part], rank: int, alpha: float, dropout: float, targets: Sequence[str] | None
+) -> None:
+    """Put LoRA on one tower or both; nothing is changed unless all of it can be."""
+    for part in parts:
+        if part not in PARTS:
+            raise UsageError(f"LoRA goes on 'image', 'text' or 'both', found {part!r}")
+        if model.lora and part in model.lora.parts:
+            raise UsageError(f"the {part} tower has LoRA already", fix="model.merge_lora() first")
     if rank < 1 or not 0 <= dropout < 1 or not alpha > 0:
-        raise UsageError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); found {rank}, {alpha}, {dropout}")
-    layers = _targets(model.backend, part, targets)
-    inject(model, part, Adapted(rank, alpha, dropout, tuple(layers)))
+        found = f"{rank}, {alpha}, {dropout}"
+        raise UsageError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); found {found}")
+    require_peft()
+    chosen = _targets(model.backend, parts, targets)
+    for part, layers in chosen.items():
+        inject(model, part, Adapted(rank, alpha, dropout, layers))
 
 
 def inject(model: DualEncoder, part: Part, adapted: Adapted) -> None:
@@ -114,25 +122,37 @@ def root_of(backend: Backend, part: Part) -> str:
     return ".".join(shared)
 
 
-def _targets(backend: Backend, part: Part, wanted: Sequence[str] | None) -> list[str]:
-    """Names below the root: of the linear layers of attention and MLP, or of the layers whose names end as asked."""
-    layers = _adaptable(backend, part)
+def _targets(backend: Backend, parts: Sequence[Part], wanted: Sequence[str] | None) -> dict[Part, tuple[str, ...]]:
+    """Names below each root: the linear layers of attention and MLP, or the layers whose names end as asked."""
     if wanted is None:
-        inside = {id(module) for block in blocks(backend, part) for module in block.modules()}
-        found = [name for name, module in layers.items() if id(module) in inside and not _is_convolution(module)]
-        if not found:
-            message = f"the {part} tower has no linear layers in its blocks, so there is no default for LoRA"
-            raise ModelError(message, fix="targets= with the names of layers, for example of convolutions")
-        return sorted(found)
-    found = []
-    for ending in wanted:
-        hits = [name for name in layers if f".{ending}." in f".{name}."]
-        if not hits:
-            known = sorted({name.rpartition(".")[2] for name in layers})
-            message = f"the {part} tower has no layer called {ending!r} that LoRA could adapt.{near(ending, known)}"
-            raise ModelError(message, where="targets", fix=f"some of: {', '.join(known)}")
-        found += hits
-    return sorted(set(found))
+        return {part: _linear_layers(backend, part) for part in parts}
+    layers = {part: _adaptable(backend, part) for part in parts}
+    known = sorted({name.rpartition(".")[2] for named in layers.values() for name in named})
+    where = f"{' and '.join(parts)} tower"
+    for ending in wanted:  # of both towers, one may have it
+        if not any(_ends(name, ending) for named in layers.values() for name in named):
+            message = f"no layer called {ending!r} that LoRA could adapt.{near(ending, known)}"
+            raise ModelError(message, where=where, fix=f"some of: {', '.join(known)}")
+    found = {part: tuple(sorted(n for n in layers[part] if any(_ends(n, e) for e in wanted))) for part in parts}
+    if lacking := [part for part in parts if not found[part]]:
+        message = f"the {lacking[0]} tower has no layer called {' or '.join(map(repr, wanted))}"
+        raise ModelError(message, where=where, fix=f"some of: {', '.join(known)}")
+    return found
+
+
+def _ends(name: str, ending: str) -> bool:
+    """Also where the ending names what holds the layer: `attn` stands for all of its projections."""
+    return f".{ending}." in f".{name}."
+
+
+def _linear_layers(backend: Backend, part: Part) -> tuple[str, ...]:
+    inside = {id(module) for block in blocks(backend, part) for module in block.modules()}
+    layers = _adaptable(backend, part)
+    found = [name for name, module in layers.items() if id(module) in inside and not _is_convolution(module)]
+    if not found:
+        message = f"the {part} tower has no linear layers in its blocks, so there is no default for LoRA"
+        raise ModelError(message, fix="targets= with the names of layers, for example of convolutions")
+    return tuple(sorted(found))
 
 
 def _adaptable(backend: Backend, part: Part) -> dict[str, nn.Module]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clipkit.labelling.classifier import ZeroShotClassifier
     from clipkit.losses.contrastive import info_nce
     from clipkit.losses.similar import Paired, SameGroup
+    from clipkit.models.arithmetic import average, interpolate
     from clipkit.models.dual_encoder import DualEncoder
     from clipkit.models.fingerprint import Fingerprint
     from clipkit.search.index import EmbeddingIndex
@@ -45,9 +46,11 @@ _HOME = {
     "Trainer": "training.trainer",
     "ZeroShotClassifier": "labelling.classifier",
     "ZeroShotEvaluator": "evaluation.zero_shot",
+    "average": "models.arithmetic",
     "check_data": "data.check",
     "embed": "embedding.embed",
     "info_nce": "losses.contrastive",
+    "interpolate": "models.arithmetic",
     "load_image": "images",
     "load_pairs": "data.pairs",
     "run": "training.run",
@@ -69,9 +72,11 @@ __all__ = [
     "Trainer",
     "ZeroShotClassifier",
     "ZeroShotEvaluator",
+    "average",
     "check_data",
     "embed",
     "info_nce",
+    "interpolate",
     "load_image",
     "load_pairs",
     "run",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clipkit.models.processor import Processor
 
 Part = Literal["image", "text"]
+PARTS: tuple[Part, ...] = ("image", "text")
 
 
 class Names(NamedTuple):

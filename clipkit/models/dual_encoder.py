@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkit.models import artefact
-from clipkit.models.adapters import freeze
-from clipkit.models.backend import Backend, Part
+from clipkit.models import adapter_files, artefact, lora
+from clipkit.models.adapters import checkpoint_gradients, freeze
+from clipkit.models.backend import PARTS, Backend, Part
 from clipkit.models.encode import encode, image_chunks, listed, report_cut, text_chunks
 from clipkit.models.fingerprint import Fingerprint, take
+from clipkit.models.patch_dropout import PatchDropout, drop_patches
 from clipkit.models.processor import Processor
+from clipkit.models.resize import resize
 from clipkit.models.saving import golden, save
 from clipkit.models.transform import Resize
 
@@ -49,6 +51,8 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.backend, self.processor, self.name = backend, processor, name
         self._in_eval: list[nn.Module] = []  # frozen towers
+        self._patches: PatchDropout | None = None
+        self.lora: lora.Lora | None = None  # how the towers are adapted
         self.fresh: frozenset[str] = frozenset()  # names of parameters that began at random: they learn faster
 
     # -- what it is ---------------------------------------------------------------------------
@@ -85,7 +89,8 @@ class DualEncoder(nn.Module):
 
     def fingerprint(self) -> Fingerprint:
         """What names this model in every index and result; changes with any weight or setting."""
-        return take(self.backend, self.processor)
+        plain = lora.merged(self)  # what `save_pretrained` writes
+        return take(plain.backend, plain.processor)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -125,22 +130,123 @@ class DualEncoder(nn.Module):
         """
         return self.backend.image_features(pixel_values.to(self.dtype))
 
-    def freeze(self, part: Part, *, head: bool = False) -> Self:
+    # -- changing it ---------------------------------------------------------------------------
+
+    def freeze(self, part: Part, *, head: bool = False, blocks: int | None = None) -> Self:
         """Lock a tower: no gradients, and eval mode even while the rest trains (BatchNorm, dropout).
 
         Args:
             part: `image` or `text`.
             head: whether its projection is locked as well. With it, the embeddings of that side stay
                 what they are (an index of images stays valid); without it, the tower's features do.
+            blocks: lock only the first so many blocks (transformer layers, stages) and what lies before
+                them: patches or tokens, and positions. Negative: all but the last so many.
         """
-        self._in_eval += freeze(self.backend, part, head=head)
+        self._in_eval += freeze(self.backend, self.processor, part, head=head, first=blocks)
         return self
 
     def train(self, mode: bool = True) -> Self:
         """Training or eval mode, for all but the frozen towers."""
         super().train(mode)
-        for module in self._in_eval:
+        for module in [*self._in_eval, *(self.lora.still if self.lora else ())]:
             module.training = False  # the list holds their children, too
+        return self
+
+    def add_lora(
+        self,
+        part: Literal["image", "text", "both"] = "both",
+        *,
+        rank: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        targets: Sequence[str] | None = None,
+    ) -> Self:
+        """Train small matrices beside frozen weights (LoRA, Hu et al. 2021; needs peft).
+
+        The tower is frozen, its BatchNorm stays in eval mode. Its head trains along if it is fresh (from
+        `from_towers`), else it is frozen, too. Logit scale and bias train as before, and so does the other
+        tower. The matrices learn at `TrainConfig.head_learning_rate`, for they begin at random.
+        `save_pretrained` writes the merged model, `save_adapter` the adapter alone.
+
+        Args:
+            part: which tower.
+            rank, alpha: the update is alpha / rank * B A with A of `rank` rows; it begins at 0.
+            dropout: of what A is given, in training.
+            targets: names of layers, as peft takes them (`["q_proj", "v_proj"]`); all linear layers of
+                attention and MLP if None. Packed attention of open_clip has q_proj, k_proj, v_proj, out_proj.
+
+        Raises:
+            UsageError: peft is not installed; the tower has LoRA already.
+            ModelError: no such layers.
+        """
+        lora.add(self, PARTS if part == "both" else (part,), rank, alpha, dropout, targets)
+        return self
+
+    def merge_lora(self) -> Self:
+        """Add the updates to the weights, in place; what could train before `add_lora` can train again."""
+        if self.lora is not None:
+            lora.merge_in_place(self)
+        return self
+
+    def save_adapter(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the LoRA adapter alone: peft's files for each tower, and all else that was trained.
+
+        Raises:
+            UsageError: there is no adapter, or something stands at `folder`.
+            ModelError: weights that are not finite.
+        """
+        adapter_files.save(self, Path(folder), overwrite)
+
+    def load_adapter(self, folder: str | os.PathLike[str]) -> Self:
+        """Put an adapter of `save_adapter` on its base model; it can be trained on, or merged.
+
+        Raises:
+            ModelMismatch: this is not the model that it was trained on; what differs is named.
+            CorruptArtefact: a file is missing or damaged.
+        """
+        adapter_files.load(self, Path(folder))
+        return self
+
+    def gradient_checkpointing(self, on: bool = True) -> Self:
+        """Compute each block again in the backward pass, for less memory and about a third more time.
+
+        The gradients are the same, with dropout, too.
+
+        Raises:
+            ModelError: a tower that trains cannot: its library has no such switch, or it has BatchNorm.
+        """
+        checkpoint_gradients(self.backend, on)
+        return self
+
+    def patch_dropout(self, rate: float) -> Self:
+        """In training, show the image tower a random part of the patches (FLIP, Li et al. 2023).
+
+        Class and register tokens always stay. Eval mode, and a frozen tower, see the whole image.
+
+        Args:
+            rate: part of the patches to leave out of each image, in [0, 1); 0 turns it off.
+
+        Raises:
+            ModelError: the image tower needs all of its patches.
+        """
+        self._patches = drop_patches(self.backend, self.processor, rate, self._patches)
+        return self
+
+    def resize(self, *, image_size: int | None = None, context_length: int | None = None) -> Self:
+        """Take other images or longer texts, for good: positions are interpolated, the processor follows.
+
+        Image positions are resampled as a grid, bicubic with antialias, as open_clip and timm do it; class tokens
+        keep theirs. Text positions are interpolated linearly for a longer context and cut for a shorter one. Both
+        need training to be as good as before. Make the optimizer afterwards: position weights are new parameters.
+
+        Args:
+            image_size: pixels.
+            context_length: tokens, special ones included.
+
+        Raises:
+            ModelError: the positions cannot be interpolated; the message says why.
+        """
+        self.processor = resize(self.backend, self.processor, image_size, context_length, lora=self.lora is not None)
         return self
 
     # -- encoding -----------------------------------------------------------------------------
@@ -154,6 +260,7 @@ class DualEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         workers: int = 0,
         progress: bool = False,
+        dim: int | None = None,
     ) -> Tensor:
         """Image embeddings, in the order given: (n, dim), float32, unit length, on the CPU.
 
@@ -164,6 +271,8 @@ class DualEncoder(nn.Module):
             dtype: precision of the computation by autocast, e.g. torch.bfloat16; the model's own if None.
             workers: processes that open and transform images; 0 does it here.
             progress: whether to show a bar.
+            dim: keep the first so many components, at unit length again (Matryoshka, Kusupati et al. 2022);
+                all if None. Good only for models that were trained for it.
 
         Raises:
             BadImage: an image cannot be used; it is named.
@@ -171,7 +280,7 @@ class DualEncoder(nn.Module):
         """
         items = listed(images, "encode_images", (str, bytes, os.PathLike, Image.Image, np.ndarray, Mapping))
         chunks = image_chunks(items, self.processor, batch_size, workers)
-        return encode(self, chunks, "image", items, device, dtype, progress)
+        return encode(self, chunks, "image", items, device, dtype, progress, dim)
 
     def encode_texts(
         self,
@@ -181,6 +290,7 @@ class DualEncoder(nn.Module):
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         progress: bool = False,
+        dim: int | None = None,
     ) -> Tensor:
         """Text embeddings, in the order given: (n, dim), float32, unit length, on the CPU.
 
@@ -193,7 +303,7 @@ class DualEncoder(nn.Module):
         """
         items = listed(texts, "encode_texts", (str, bytes))
         chunks = text_chunks(items, self.processor, batch_size)
-        found = encode(self, chunks, "text", items, device, dtype, progress)
+        found = encode(self, chunks, "text", items, device, dtype, progress, dim)
         if tuple(items) != artefact.GOLDEN_TEXTS:  # one of them is over-long on purpose
             report_cut(items, self.processor)
         return found
@@ -359,6 +469,8 @@ class DualEncoder(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a folder that the native library opens, with clipkit.json beside its files.
 
+        LoRA is merged into the weights that are written; the model itself goes on as it is.
+
         Args:
             folder: is created; must not exist, or be empty, unless `overwrite`.
             overwrite: replace a model that stands there. Other folders are never replaced.
@@ -367,7 +479,7 @@ class DualEncoder(nn.Module):
             UsageError: something stands at `folder`.
             ModelError: weights that are not finite.
         """
-        save(self, Path(folder), overwrite)
+        save(lora.merged(self), Path(folder), overwrite)
 
     def _cast(self, dtype: torch.dtype) -> None:
         scalars = [p for p in self.backend.scalars() if p is not None]

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,11 +34,14 @@ def encode(
     device: str | torch.device | None,
     dtype: torch.dtype | None,
     progress: bool,
+    dim: int | None = None,
 ) -> Tensor:
     """(n, dim) float32 on the CPU, in the order of `items`, from which `chunks` were made."""
+    if dim is not None and not 1 <= dim <= model.dim:
+        raise UsageError(f"dim={dim}, but the model's embeddings have {model.dim} components")
     if device is not None:
         model.to(device)
-    found = torch.empty(len(items), model.dim)
+    found = torch.empty(len(items), dim or model.dim)
     done = 0
     with _inference(model, dtype), _progress(f"{side}s", len(items), progress) as advance:
         for inputs in chunks:
@@ -46,6 +50,8 @@ def encode(
             if not finite.all():
                 bad = done + int((~finite).int().argmax())
                 _refuse(side, bad, items[bad])
+            if dim is not None:
+                vectors = F.normalize(vectors[:, :dim], dim=-1)
             found[done : done + len(vectors)] = vectors
             done += len(vectors)
             advance(len(vectors))

@@ -39,7 +39,7 @@ class TrainConfig:
         max_steps: steps at most, whatever `epochs` says.
         batch_size: pairs of a global batch, over all ranks: the negatives of the loss.
         learning_rate: peak rate of pretrained weights (1e-5: Goyal et al. 2023, FLYP).
-        head_learning_rate: peak rate of weights that start at random, fresh heads of `from_towers`.
+        head_learning_rate: peak rate of weights that start at random: fresh heads of `from_towers`, LoRA.
         scale_learning_rate: of the logit scale and bias; None: `head_learning_rate` where the heads are fresh,
             else `learning_rate`. Adam moves them by at most this much a step.
         weight_decay: decoupled; never on norms, biases, class tokens, embeddings of
@@ -109,6 +109,33 @@ def _positive(config: TrainConfig, *names: str) -> None:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA on the towers; `lora: {}` takes these defaults.
+
+    Attributes:
+        part: which tower: ``image``, ``text``, ``both``.
+        rank, alpha: the update is alpha / rank * B A.
+        dropout: of what A is given.
+        targets: names of layers; None: the linear layers of attention and MLP.
+    """
+
+    part: Literal["image", "text", "both"] = "both"
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+
+    __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+            found = f"{self.rank}, {self.alpha}, {self.dropout}"
+            raise ConfigError(
+                f"rank is at least 1, alpha above 0, dropout in [0, 1); found {found}", where="model.lora"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model: `name` alone, or `vision` and `text`.
 
@@ -119,6 +146,12 @@ class ModelConfig:
         dim: of the shared space, where towers are joined.
         head: what joins them.
         freeze: towers that stand still: ``image`` (LiT, Zhai et al. 2022), ``text``.
+        freeze_blocks: how many first blocks of a tower stand still, with what lies before them:
+            ``{image: 6}``; negative: all but the last so many.
+        lora: small matrices in place of whole weights; None: none.
+        gradient_checkpointing: less memory for about a third more time.
+        patch_dropout: part of the patches that training leaves out (FLIP, Li et al. 2023).
+        image_size, context_length: pixels and tokens to resize the model to; None: its own.
     """
 
     name: str | None = None
@@ -128,10 +161,17 @@ class ModelConfig:
     dim: int = 512
     head: Literal["linear", "mlp"] = "linear"
     freeze: tuple[Literal["image", "text"], ...] = ()
+    freeze_blocks: dict[Literal["image", "text"], int] = field(default_factory=dict)
+    lora: LoraConfig | None = None
+    gradient_checkpointing: bool = False
+    patch_dropout: float = 0.0
+    image_size: int | None = None
+    context_length: int | None = None
 
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
+        self._check_changes()
         towers = (self.vision, self.text)
         if not (all(towers) if self.name is None else not any(towers)):
             raise ConfigError(
@@ -139,6 +179,19 @@ class ModelConfig:
                 where="model",
                 fix="set model.name=openai/clip-vit-base-patch32, or model.vision=… and model.text=…",
             )
+
+    def _check_changes(self) -> None:
+        adapted = () if self.lora is None else ("image", "text") if self.lora.part == "both" else (self.lora.part,)
+        for part in ("image", "text"):
+            ways = [part in self.freeze, part in self.freeze_blocks, part in adapted]
+            if sum(ways) > 1:
+                message = f"the {part} tower is named by more than one of freeze, freeze_blocks and lora"
+                raise ConfigError(message, where="model", fix="keep one of them for each tower")
+        if not 0 <= self.patch_dropout < 1:
+            raise ConfigError(f"patch_dropout is a part of the patches, from 0 to below 1; found {self.patch_dropout}")
+        for name in ("image_size", "context_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -329,4 +382,5 @@ def _known(location: Sequence[Any]) -> list[str]:
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "similar": SimilarConfig}
     sections["evaluate"] = EvaluateConfig
     section: Any = sections.get(str(location[0]), RunConfig) if len(location) > 1 else RunConfig
+    section = LoraConfig if len(location) > 2 and location[1] == "lora" else section
     return [each.name for each in dataclasses.fields(section)]

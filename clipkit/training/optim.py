@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.lora import MARK
 from clipkit.training.config import TrainConfig
 
 _NOT_DECAYED = ("position_embedding", "positional_embedding", "pos_embed", "cls_token", "class_embedding")
@@ -21,7 +22,8 @@ def parameter_groups(model: DualEncoder, config: TrainConfig) -> list[dict[str, 
     positions are never decayed: decay would pull the temperature of CLIP from 100 to 80 in 10,000 ordinary steps.
     """
     scalars = {id(model.logit_scale), id(model.logit_bias)}
-    scale_rate = config.scale_learning_rate or (config.head_learning_rate if model.fresh else config.learning_rate)
+    fresh_heads = any(MARK not in name for name in model.fresh)  # LoRA is fresh, but says nothing about the scale
+    scale_rate = config.scale_learning_rate or (config.head_learning_rate if fresh_heads else config.learning_rate)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -65,7 +65,7 @@ def run(config: RunConfig) -> Run:
 
 
 def open_model(config: ModelConfig) -> DualEncoder:
-    """The model that a config names, with its frozen parts."""
+    """The model that a config names, changed as it says."""
     if config.name is not None:
         model = DualEncoder.from_pretrained(config.name)
     else:
@@ -74,9 +74,24 @@ def open_model(config: ModelConfig) -> DualEncoder:
         model = DualEncoder.from_towers(
             config.vision, config.text, config.tokenizer or config.text, dim=config.dim, head=config.head
         )
+    change_model(model, config)
+    return model
+
+
+def change_model(model: DualEncoder, config: ModelConfig) -> None:
+    """Resize, freeze and adapt a model in place, in the order in which these things build on each other."""
+    if config.image_size is not None or config.context_length is not None:
+        model.resize(image_size=config.image_size, context_length=config.context_length)
     for part in config.freeze:
         model.freeze(part)
-    return model
+    for part, first in config.freeze_blocks.items():
+        model.freeze(part, blocks=first)
+    if config.lora is not None:
+        model.add_lora(**vars(config.lora))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing()
+    if config.patch_dropout:
+        model.patch_dropout(config.patch_dropout)
 
 
 def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any, Any]:

@@ -297,3 +297,56 @@ def photo_paths(images: list[Image.Image], tmp_path: Path) -> list[Path]:
     for path, image in zip(paths, images, strict=True):
         image.save(path)
     return paths
+
+
+@pytest.fixture(params=["clip", "siglip", "open_clip", "towers"])
+def any_model(request: pytest.FixtureRequest) -> DualEncoder:
+    """A fresh tiny model of each backend and kind of text tower."""
+    if request.param == "towers":
+        found: DualEncoder = request.getfixturevalue("towers")
+        return found
+    if request.param == "open_clip":
+        import open_clip
+
+        arch = request.getfixturevalue("open_clip_arch")("tiny-any")
+        torch.manual_seed(5)
+        model, _, preprocess = open_clip.create_model_and_transforms(arch)
+        return DualEncoder.from_open_clip(model, preprocess, open_clip.get_tokenizer(arch), arch=arch)
+    return DualEncoder.from_pretrained(request.getfixturevalue(f"{request.param}_folder"))
+
+
+def reopen(model: DualEncoder, folder: Path) -> DualEncoder:
+    """The model as its saved folder gives it back."""
+    model.save_pretrained(folder)
+    return DualEncoder.from_pretrained(f"open_clip:{folder}" if model.backend.family == "open_clip" else folder)
+
+
+@pytest.fixture(name="reopen")
+def reopen_fixture() -> Callable[[DualEncoder, Path], DualEncoder]:
+    return reopen
+
+
+@pytest.fixture
+def vision_tower() -> Callable[[str], Any]:
+    """Tiny vision towers by kind; a name of timm's stands for itself."""
+
+    def make(kind: str) -> Any:
+        import transformers as t
+
+        torch.manual_seed(6)
+        if kind == "swin":
+            size = {"image_size": 32, "patch_size": 4, "window_size": 4}
+            return t.SwinModel(t.SwinConfig(**size, embed_dim=8, depths=[1, 1], num_heads=[2, 2]))
+        if kind == "convnext":
+            return t.ConvNextModel(t.ConvNextConfig(hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], image_size=32))
+        if kind == "dinov2":
+            return t.Dinov2Model(t.Dinov2Config(**LAYERS, image_size=32, patch_size=8))
+        if kind == "beit":
+            return t.BeitModel(t.BeitConfig(**LAYERS, image_size=32, patch_size=8, use_relative_position_bias=True))
+        if kind == "dinov3":
+            return t.DINOv3ViTModel(t.DINOv3ViTConfig(**LAYERS, image_size=32, patch_size=8))
+        settings = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
+        small = {"img_size": 32, "depth": 2} if kind.startswith("vit") else None
+        return t.TimmWrapperModel(t.TimmWrapperConfig(architecture=kind, pretrained_cfg=settings, model_args=small))
+
+    return make

@@ -57,6 +57,18 @@ def test_an_image_may_come_in_any_form(towers: DualEncoder, images: Images, phot
         assert torch.equal(towers.encode_images(items), expected)
 
 
+def test_matryoshka_keeps_the_first_components(towers: DualEncoder, images: Images, texts: list[str]) -> None:
+    whole, words = towers.encode_images(images), towers.encode_texts(texts)
+    expected = torch.nn.functional.normalize(whole[:, :5], dim=1)
+    assert torch.equal(towers.encode_images(images, dim=5), expected)
+    assert towers.encode_texts(texts, dim=5).shape == (4, 5)
+    assert torch.allclose(towers.encode_texts(texts, dim=5).norm(dim=1), torch.ones(4), atol=1e-6)
+    assert torch.allclose(towers.encode_texts(texts, dim=12), words, atol=1e-6)
+    for dim in (0, 13, -1):
+        with pytest.raises(UsageError, match=f"dim={dim}, but the model's embeddings have 12 components"):
+            towers.encode_images(images, dim=dim)
+
+
 def test_workers_and_batch_size_change_nothing(towers: DualEncoder, images: Images, texts: list[str]) -> None:
     many = images * 3
     expected = towers.encode_images(many, batch_size=5)

@@ -17,16 +17,18 @@ def start(command, env=ENV):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
-def seen(folder, command):
+def seen(folder, command, program=PROGRAM):
     folder.mkdir()
-    done = start([*command, str(PROGRAM), str(folder)])
+    done = start([*command, str(program), str(folder)])
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "seen.pt")
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_one_process_result(tmp_path):
-    one, two = seen(tmp_path / "one", [sys.executable]), seen(tmp_path / "two", [*TORCHRUN, "2"])
+@pytest.mark.parametrize("name", ["rank_program.py", "lora_program.py"])
+def test_two_ranks_give_the_one_process_result(tmp_path, name):
+    program = PROGRAM.with_name(name)
+    one, two = seen(tmp_path / "one", [sys.executable], program), seen(tmp_path / "two", [*TORCHRUN, "2"], program)
     assert (one["world"], two["world"]) == (1, 2)
     assert one["gradients"].keys() == two["gradients"].keys()
     for name, wanted in one["gradients"].items():

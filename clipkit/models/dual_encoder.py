@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from clipkit.models import artefact
 from clipkit.models.adapters import freeze
 from clipkit.models.backend import Backend, Part
+from clipkit.models.card import Card
 from clipkit.models.encode import encode, image_chunks, listed, text_chunks
 from clipkit.models.fingerprint import Fingerprint, take
 from clipkit.models.processor import Processor
-from clipkit.models.saving import golden, save
+from clipkit.models.saving import Saved, golden, save
 from clipkit.models.transform import Resize
 
 
@@ -49,6 +50,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.backend, self.processor, self.name = backend, processor, name
         self._in_eval: list[nn.Module] = []  # frozen towers
+        self.card = Card()  # what is known of it beside its weights
         self.fresh: frozenset[str] = frozenset()  # names of parameters that began at random: they learn faster
 
     # -- what it is ---------------------------------------------------------------------------
@@ -224,6 +226,7 @@ class DualEncoder(nn.Module):
         model = cls(backend, processor, str(name)).eval()
         if body is not None and folder is not None:
             artefact.check_golden(body, golden(model), folder)
+            model.card = Card.from_dict(body.get("card", {}))
         if dtype is not None:
             model._cast(dtype)
         return model if device is None else model.to(device)
@@ -320,18 +323,31 @@ class DualEncoder(nn.Module):
         model.fresh = frozenset(name for name, _ in model.named_parameters() if name.startswith(heads))
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a folder that the native library opens, with clipkit.json beside its files.
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, overwrite: bool = False, card: Mapping[str, Any] | None = None
+    ) -> Saved:
+        """Write a folder that the native library opens, with clipkit.json and a model card beside its files.
+
+        Models of transformers and open_clip keep their format. Joined towers become a VisionTextDualEncoder of
+        transformers where that was tried and gives the same embeddings to 1e-5, else vision/, text/ and
+        heads.safetensors with a program that needs no clipkit.
 
         Args:
             folder: is created; must not exist, or be empty, unless `overwrite`.
             overwrite: replace a model that stands there. Other folders are never replaced.
+            card: facts for the model card, see `clipkit.models.card.Card`: license, base_model, data, pairs, config,
+                metrics, n, limits. They are kept in `self.card`, and by the folder.
+
+        Returns:
+            In which form it was written, and why.
 
         Raises:
-            UsageError: something stands at `folder`.
+            UsageError: something stands at `folder`; an unknown fact.
             ModelError: weights that are not finite.
         """
-        save(self, Path(folder), overwrite)
+        if card is not None:
+            self.card = self.card.updated(card)
+        return save(self, Path(folder), overwrite)
 
     def _cast(self, dtype: torch.dtype) -> None:
         scalars = [p for p in self.backend.scalars() if p is not None]

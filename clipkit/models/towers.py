@@ -1,6 +1,7 @@
 """Any vision tower and any text tower of transformers, joined by two projection heads.
 
-Saved as `vision/` and `text/`, which transformers opens, and `heads.safetensors`.
+Saved as a VisionTextDualEncoder where that class can hold them (`vtde`), else as `vision/` and `text/`, which
+transformers opens, and `heads.safetensors`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class Joint:
     padding: Literal["longest", "max_length"]
     attention_mask: bool
     eos_token_id: int | None
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Joint:
+        """Out of what `TowersBackend.settings` gave."""
+        return cls(**{key: value for key, value in settings.items() if key != "classes"})
 
 
 class TowersBackend(Backend):
@@ -169,7 +175,7 @@ def join_towers(
 def open_towers(folder: Path, settings: dict[str, Any]) -> tuple[TowersBackend, Processor]:
     """What `TowersBackend.save` wrote, with the settings that clipkit.json keeps."""
     classes = settings["classes"]
-    joint = Joint(**{key: value for key, value in settings.items() if key != "classes"})
+    joint = Joint.from_settings(settings)
     vision = open_tower(folder / "vision", "image", joint.image_pooling, False, classes["vision"])
     text = open_tower(folder / "text", "text", joint.text_pooling, False, classes["text"])
     weights = load_file(folder / "heads.safetensors")
@@ -197,14 +203,14 @@ def open_towers(folder: Path, settings: dict[str, Any]) -> tuple[TowersBackend, 
 
 
 def _context_length(asked: int | None, text: nn.Module, tokenizer: Any) -> int:
-    longest = min(_positions(text, tokenizer.pad_token_id), int(tokenizer.model_max_length))
+    longest = min(text_positions(text, tokenizer.pad_token_id), int(tokenizer.model_max_length))
     if asked is not None and asked > longest:
         fix = f"context_length={longest} or less"
         raise ModelError(f"context_length={asked}, but the text tower or its tokenizer ends at {longest}", fix=fix)
     return min(asked or 77, longest)
 
 
-def _positions(text: Any, pad_token_id: int | None) -> int:
+def text_positions(text: Any, pad_token_id: int | None) -> int:
     """How many tokens the tower has positions for. RoBERTa and its kin count them from the padding's id upwards."""
     positions = int(getattr(text.config, "max_position_embeddings", None) or 10**9)
     for name, module in text.named_modules():

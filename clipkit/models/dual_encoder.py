@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from clipkit.models.fingerprint import Fingerprint, take
 from clipkit.models.processor import Processor
 from clipkit.models.saving import Saved, golden, save
 from clipkit.models.transform import Resize
+
+if TYPE_CHECKING:
+    from clipkit.models.export import ExportReport
 
 
 class Embeddings(NamedTuple):
@@ -348,6 +351,34 @@ class DualEncoder(nn.Module):
         if card is not None:
             self.card = self.card.updated(card)
         return save(self, Path(folder), overwrite)
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        to: Literal["transformers", "open_clip", "onnx"],
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write the model in another library's format, and check it against this one.
+
+        CLIP with a ViT and SigLIP convert between transformers and open_clip, weights, tokenizer and transform.
+        ONNX takes any model: image.onnx and text.onnx give embeddings of unit length, for batches of any size.
+
+        Args:
+            folder: is created; must not exist, or be empty, unless `overwrite`.
+            to: `transformers`, `open_clip` or `onnx` (extra `onnx`).
+            overwrite: replace a model that stands there.
+
+        Returns:
+            How far the two are apart: on identical tensors, and with the other library's own preprocessing.
+
+        Raises:
+            ModelError: the architecture does not convert (the message says which do), or embeddings would differ.
+            UsageError: it is of that library already; something stands at `folder`; the extra is missing.
+        """
+        from clipkit.models.export import export
+
+        return export(self, Path(folder), to, overwrite)
 
     def _cast(self, dtype: torch.dtype) -> None:
         scalars = [p for p in self.backend.scalars() if p is not None]

@@ -131,9 +131,14 @@ _TRANSFORMERS = "AutoModel and AutoProcessor of transformers open it"
 
 def golden(model: DualEncoder) -> artefact.Goldens:
     """The embeddings of the built-in images and texts, in fp32 on the CPU."""
+    model = reference(model)
+    images = model.encode_images(artefact.golden_images(), dtype=torch.float32)
+    return {"image": images, "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=torch.float32)}
+
+
+def reference(model: DualEncoder) -> DualEncoder:
+    """The model in fp32 on the CPU; it shares the weights where they are so already."""
     plain = model.device.type == "cpu" and model.dtype is torch.float32
     backend = model.backend if plain else copy.deepcopy(model.backend).cpu().float()
     # a new shell: in training, Accelerate has patched autocast into this one's forward
-    model = type(model)(backend, model.processor, model.name)
-    images = model.encode_images(artefact.golden_images(), dtype=torch.float32)
-    return {"image": images, "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=torch.float32)}
+    return type(model)(backend, model.processor, model.name)

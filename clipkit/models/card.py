@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NAME = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_LIBRARY = {"open_clip": "open_clip", "towers": "clipkit"}  # all other forms are transformers'
+_LIBRARY = {"open_clip": "open_clip", "towers": "clipkit", "onnx": "onnxruntime"}  # all other forms are transformers'
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,11 @@ def _training(card: Card) -> str:
 
 
 def _use(backend: Backend, processor: Processor, form: str) -> str:
-    native, code = _native(backend, processor, form)
-    parts = ["## Use", "", "Each of these prints the same similarity; start them in this folder, beside a photo.jpg."]
-    for title, block in (("clipkit", _CLIPKIT), (native, code)):
+    blocks = [_native(backend, processor, form)]
+    if form != "onnx":
+        blocks.insert(0, ("clipkit", _CLIPKIT))
+    parts = ["## Use", "", "Prints the similarity of a photo and a caption; to be started in this folder."]
+    for title, block in blocks:
         parts += ["", f"With {title}:", "", "```python", block.rstrip("\n"), "```"]
     return "\n".join([*parts, ""])
 
@@ -161,6 +163,8 @@ def _native(backend: Backend, processor: Processor, form: str) -> tuple[str, str
         block = plain_torch.program(backend.joint, processor, *backend.classes(), as_block=True)
         return "transformers and safetensors (the same as without_clipkit.py)", block
     text = processor.describe()["text"]
+    if form == "onnx":
+        return "onnxruntime", _ONNX.format(padding=text["padding"], length=processor.context_length)
     no_mask = "" if text["attention_mask"] else 'inputs.pop("attention_mask", None)  # it was trained without\n'
     code = _TRANSFORMERS.format(padding=text["padding"], length=processor.context_length, no_mask=no_mask)
     return "transformers", code
@@ -184,6 +188,21 @@ inputs = processor(images=[image], text=[text], **settings)
 {no_mask}with torch.no_grad():
     output = model(**inputs)
 print(F.cosine_similarity(output.image_embeds, output.text_embeds).item())
+"""
+
+_ONNX = """import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer
+
+def embed(side, inputs):
+    session = onnxruntime.InferenceSession(f"{{side}}.onnx")
+    return session.run(None, {{each.name: inputs[each.name] for each in session.get_inputs()}})[0]
+
+image, text = Image.open("photo.jpg").convert("RGB"), "a caption"
+pixels = AutoImageProcessor.from_pretrained(".")(images=[image], return_tensors="np")
+settings = {{"padding": "{padding}", "truncation": True, "max_length": {length}, "return_tensors": "np"}}
+ids = AutoTokenizer.from_pretrained(".")([text], **settings)
+print(float((embed("image", pixels) @ embed("text", ids).T).item()))
 """
 
 _OPEN_CLIP = """import open_clip, torch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,8 +59,7 @@ def export(model: DualEncoder, folder: Path, to: Target, overwrite: bool) -> Exp
     if to == "onnx":
         from clipkit.models.onnx_export import export_onnx
 
-        report: ExportReport = export_onnx(model, folder, overwrite)
-        return report
+        return export_onnx(model, folder, overwrite)
     if to not in ("transformers", "open_clip"):
         raise UsageError(f"a model can be exported to transformers, open_clip or onnx, found {to!r}")
     native = "open_clip" if model.backend.family == "open_clip" else "transformers"
@@ -155,11 +155,21 @@ def _on_identical_tensors(model: DualEncoder, other: DualEncoder) -> dict[str, f
 
 @torch.no_grad()
 def _embed(model: DualEncoder, pixels: Tensor, ids: Tensor) -> artefact.Goldens:
-    modes = {module: module.training for module in model.modules()}
-    found = model.eval()(pixel_values=pixels, input_ids=ids)
-    for module, mode in modes.items():
-        module.training = mode
+    with evaluating(model):
+        found = model(pixel_values=pixels, input_ids=ids)
     return {"image": found.image, "text": found.text}
+
+
+@contextmanager
+def evaluating(model: DualEncoder) -> Iterator[None]:
+    """In eval mode for a while; every module is left in the mode it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _full_length(model: DualEncoder, texts: Sequence[str]) -> Tensor:

@@ -232,6 +232,26 @@ def search(
         _say(f"{hit.score:.3f}  {hit.path}")
 
 
+@app.command(epilog="Example: clipkit export runs/birds/model birds-open-clip --to open_clip")
+def export(
+    model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    to: Annotated[Literal["transformers", "open_clip", "onnx"], typer.Option(help="The format.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an export that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another library's format, and say how close the two are."""
+    from dataclasses import asdict
+
+    from clipkit.models.dual_encoder import DualEncoder
+
+    report = DualEncoder.from_pretrained(model).export(folder, to=to, overwrite=overwrite)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        _say(str(report))
+
+
 @check.command("data", epilog="Example: clipkit check data birds.csv --image file --text caption")
 def check_data_command(
     data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from command import clipkit
 
-VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "check data", "env"]
+VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +160,16 @@ def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
     fails(2, "no column 'nope'", arguments=["train", *basic, out, "similar=[{group: nope}]"])
     fails(2, "expected one YAML file", arguments=["train", "a.yaml", "b.yaml"])
     fails(2, "No such option", arguments=["label", "x", "--nonsense"])
+
+
+def test_export_says_how_close_the_two_are(tmp_path, model):
+    done = clipkit("export", model, tmp_path / "onnx", "--to", "onnx", "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert max(report["tensors"].values()) < 1e-5
+    assert (tmp_path / "onnx" / "image.onnx").is_file()
+
+    done = clipkit("export", model, tmp_path / "there", "--to", "open_clip")
+    assert done.code == 2
+    assert "joined of two towers" in done.err
+    assert not (tmp_path / "there").exists()

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from clipkit.models import adapter_files, artefact, lora
 from clipkit.models.adapters import checkpoint_gradients, freeze
 from clipkit.models.backend import PARTS, Backend, Part
+from clipkit.models.card import Card
 from clipkit.models.encode import encode, image_chunks, listed, report_cut, text_chunks
 from clipkit.models.fingerprint import Fingerprint, take
 from clipkit.models.patch_dropout import PatchDropout, drop_patches
 from clipkit.models.processor import Processor
 from clipkit.models.resize import resize
-from clipkit.models.saving import golden, save
+from clipkit.models.saving import Saved, golden, save
 from clipkit.models.transform import Resize
+
+if TYPE_CHECKING:
+    from clipkit.models.export import ExportReport
 
 
 class Embeddings(NamedTuple):
@@ -53,6 +57,7 @@ class DualEncoder(nn.Module):
         self._in_eval: list[nn.Module] = []  # frozen towers
         self._patches: PatchDropout | None = None
         self.lora: lora.Lora | None = None  # how the towers are adapted
+        self.card = Card()  # what is known of it beside its weights
         self.fresh: frozenset[str] = frozenset()  # names of parameters that began at random: they learn faster
 
     # -- what it is ---------------------------------------------------------------------------
@@ -340,6 +345,7 @@ class DualEncoder(nn.Module):
         model = cls(backend, processor, str(name)).eval()
         if body is not None and folder is not None:
             artefact.check_golden(body, golden(model), folder)
+            model.card = Card.from_dict(body.get("card", {}))
         if dtype is not None:
             model._cast(dtype)
         return model if device is None else model.to(device)
@@ -466,20 +472,61 @@ class DualEncoder(nn.Module):
         model.fresh = frozenset(name for name, _ in model.named_parameters() if name.startswith(heads))
         return model
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a folder that the native library opens, with clipkit.json beside its files.
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, overwrite: bool = False, card: Mapping[str, Any] | None = None
+    ) -> Saved:
+        """Write a folder that the native library opens, with clipkit.json and a model card beside its files.
+
+        Models of transformers and open_clip keep their format. Joined towers become a VisionTextDualEncoder of
+        transformers where that was tried and gives the same embeddings to 1e-5, else vision/, text/ and
+        heads.safetensors with a program that needs no clipkit.
 
         LoRA is merged into the weights that are written; the model itself goes on as it is.
 
         Args:
             folder: is created; must not exist, or be empty, unless `overwrite`.
             overwrite: replace a model that stands there. Other folders are never replaced.
+            card: facts for the model card, see `clipkit.models.card.Card`: license, base_model, data, pairs, config,
+                metrics, n, limits. They are kept in `self.card`, and by the folder.
+
+        Returns:
+            In which form it was written, and why.
 
         Raises:
-            UsageError: something stands at `folder`.
+            UsageError: something stands at `folder`; an unknown fact.
             ModelError: weights that are not finite.
         """
-        save(lora.merged(self), Path(folder), overwrite)
+        if card is not None:
+            self.card = self.card.updated(card)
+        return save(self, Path(folder), overwrite)
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        to: Literal["transformers", "open_clip", "onnx"],
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """Write the model in another library's format, and check it against this one.
+
+        CLIP with a ViT and SigLIP convert between transformers and open_clip, weights, tokenizer and transform.
+        ONNX takes any model: image.onnx and text.onnx give embeddings of unit length, for batches of any size.
+
+        Args:
+            folder: is created; must not exist, or be empty, unless `overwrite`.
+            to: `transformers`, `open_clip` or `onnx` (extra `onnx`).
+            overwrite: replace a model that stands there.
+
+        Returns:
+            How far the two are apart: on identical tensors, and with the other library's own preprocessing.
+
+        Raises:
+            ModelError: the architecture does not convert (the message says which do), or embeddings would differ.
+            UsageError: it is of that library already; something stands at `folder`; the extra is missing.
+        """
+        from clipkit.models.export import export
+
+        return export(lora.merged(self), Path(folder), to, overwrite)
 
     def _cast(self, dtype: torch.dtype) -> None:
         scalars = [p for p in self.backend.scalars() if p is not None]

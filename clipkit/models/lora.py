@@ -209,7 +209,9 @@ def _plain(model: DualEncoder, *, merge: bool) -> DualEncoder:
         return model
     backend = copy.deepcopy(model.backend).cpu()
     unload(backend, merge=merge)
-    return type(model)(backend, model.processor, model.name).eval()
+    found = type(model)(backend, model.processor, model.name).eval()
+    found.card = model.card
+    return found
 
 
 def merge_in_place(model: DualEncoder) -> None:

@@ -11,6 +11,7 @@ from clipkit.models import artefact
 from clipkit.models.backend import Backend
 from clipkit.models.names import download, find_folder
 from clipkit.models.processor import Processor
+from clipkit.models.weights import read_json
 
 Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
 
@@ -53,6 +54,10 @@ def _open_folder(
         from clipkit.models.open_openclip import open_folder
 
         return open_folder(folder, name)
+    if _is_vtde(folder):
+        from clipkit.models.vtde import open_vtde
+
+        return open_vtde(folder, None if body is None else body["settings"], trust)
     from clipkit.models import hf
 
     return hf.open_folder(folder, trust)
@@ -60,6 +65,11 @@ def _open_folder(
 
 def _only_open_clip(folder: Path) -> bool:
     return (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _is_vtde(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == "vision-text-dual-encoder"
 
 
 def from_config(

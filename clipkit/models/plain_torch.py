@@ -23,19 +23,16 @@ _TEXT = {
     "eos": "pooled.last_hidden_state[range(len(mask)), (ids.input_ids == {eos}).int().argmax(1)]",
 }
 
-_TEMPLATE = """# The similarity of an image and a caption by this model, without clipkit:
-#     python without_clipkit.py photo.jpg "a caption"
-import sys
-from pathlib import Path
+_TEMPLATE = """{launch}
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import {classes}
 
-folder, (path, text) = Path(__file__).parent, sys.argv[1:]
-heads = load_file(folder / "heads.safetensors")
-vision = {vision}.from_pretrained(folder / "vision").eval()
-text_tower = {text}.from_pretrained(folder / "text").eval()
+{given}
+heads = {{name: tensor.float() for name, tensor in load_file(folder / "heads.safetensors").items()}}
+vision = {vision}.from_pretrained(folder / "vision").eval().float()
+text_tower = {text}.from_pretrained(folder / "text").eval().float()
 
 def head(side, x):
 {head}
@@ -53,17 +50,34 @@ with torch.no_grad():
 print((image_embedding @ text_embedding.T).item())
 """
 
+_FILE = (
+    """# The similarity of an image and a caption by this model, without clipkit:
+#     python without_clipkit.py photo.jpg "a caption"
+import sys
+from pathlib import Path""",
+    "folder, (path, text) = Path(__file__).parent, sys.argv[1:]",
+)
+_BLOCK = ("from pathlib import Path", 'folder, path, text = Path("."), "photo.jpg", "a caption"')
+
 _LINEAR = '    return F.linear(x, heads[f"{side}_head.weight"])'
 _MLP = """    x = F.gelu(F.linear(x, heads[f"{side}_head.0.weight"], heads[f"{side}_head.0.bias"]))
     return F.linear(x, heads[f"{side}_head.2.weight"], heads[f"{side}_head.2.bias"])"""
 
 
-def program(joint: Joint, processor: Processor, vision: str, text: str) -> str:
-    """without_clipkit.py for the model folder; a test runs it where clipkit cannot be imported."""
+def program(joint: Joint, processor: Processor, vision: str, text: str, *, as_block: bool = False) -> str:
+    """without_clipkit.py for the model folder, or the same for its card; tests run both without clipkit.
+
+    Args:
+        vision, text: names of the towers' classes.
+        as_block: whether it is to run inside the folder, on photo.jpg, instead of on what the command line gives.
+    """
+    launch, given = _BLOCK if as_block else _FILE
     names = {"AutoTokenizer", vision, text} | (
         set() if isinstance(processor.image_side, ImageTransform) else {"AutoImageProcessor"}
     )
     return _TEMPLATE.format(
+        launch=launch,
+        given=given,
         classes=", ".join(sorted(names)),
         vision=vision,
         text=text,

@@ -1,8 +1,11 @@
-"""Writing a model folder: native files, clipkit.json, and proof that it opens again."""
+"""Writing a model folder: native files, a card, clipkit.json, and proof that it opens again."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,53 +13,134 @@ import torch
 
 from clipkit.errors import ClipkitError, ModelError, UsageError
 from clipkit.files import publish
-from clipkit.models import artefact
+from clipkit.models import artefact, card, lora
 from clipkit.models.weights import check_finite
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
+    from clipkit.models.processor import Processor
+    from clipkit.models.towers import TowersBackend
+
+logger = logging.getLogger("clipkit")
 
 
-def save(model: DualEncoder, folder: Path, overwrite: bool) -> None:
-    """What `DualEncoder.save_pretrained` documents."""
+@dataclass(frozen=True)
+class Saved:
+    """In which form a model was written.
+
+    Attributes:
+        form: `open_clip` (its `local-dir:`), `vision-text-dual-encoder` or another model type of transformers
+            (AutoModel and AutoProcessor), or `towers` (vision/, text/, heads.safetensors, without_clipkit.py).
+        why: what opens it, and for `towers` why it is no VisionTextDualEncoder.
+    """
+
+    form: str
+    why: str
+
+
+def save(model: DualEncoder, folder: Path, overwrite: bool, proven: Saved | None = None) -> Saved:
+    """What `DualEncoder.save_pretrained` documents.
+
+    Args:
+        proven: what saving this model gave before, when only its weights have changed since: it is written in that
+            form, and not opened again (`check_saved` does, at the end).
+    """
     taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if taken and not overwrite:
         raise UsageError("the folder exists and is not empty", where=folder, fix="another folder, or overwrite=True")
     if taken and not _holds_model(folder):
         raise UsageError("only a model may be overwritten, and this is none", where=folder, fix="another folder")
     check_finite(model.backend, model.name)
-    publish(folder, lambda fresh: _write(model, fresh), replace=True)
+    plain = lora.merged(model)
+    saved: list[Saved] = []
+    publish(folder, lambda fresh: saved.append(_write(plain, fresh, proven)), replace=True)
+    model.card = plain.card
+    if proven is None:
+        logger.info("%s: saved as %s: %s", folder, saved[-1].form, saved[-1].why)
+    return saved[-1]
 
 
 def _holds_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (artefact.NAME, "config.json", "open_clip_config.json"))
 
 
-def _write(model: DualEncoder, folder: Path) -> None:
-    folder.mkdir()
-    backend = model.backend
-    backend.save(folder, model.processor)
+def _write(model: DualEncoder, folder: Path, proven: Saved | None) -> Saved:
+    expected = golden(model)
+    saved = _write_native(model, folder, expected, proven)
     found = model.fingerprint()
+    model.card = model.card.settled(model.name, found)
+    card.write(folder, model.card, model.backend, model.processor, found, saved.form)
     about = {
         "name": model.name,
+        "why": saved.why,
         "fingerprint": found.as_dict(),
         "logit_scale": found.record["logit_scale"],
         "logit_bias": found.record["logit_bias"],
         "similarity": model.similarity,
+        "card": model.card.as_dict(),
     }
-    artefact.write(folder, form=backend.family, settings=backend.settings(), about=about, golden=golden(model))
-    try:  # while an older model still stands: what cannot be opened again is not published
+    artefact.write(folder, form=saved.form, settings=model.backend.settings(), about=about, golden=expected)
+    if proven is None:
+        check_saved(model, folder)  # while an older model still stands: what cannot be opened is not published
+    return saved
+
+
+def check_saved(model: DualEncoder, folder: Path) -> None:
+    """Open a folder that `model` was saved in.
+
+    Raises:
+        ModelError: it does not open, or gives other embeddings.
+    """
+    try:
         type(model).from_pretrained(folder)
     except ClipkitError as error:
         message = f"the saved model does not open as it was: {error.message}"
         raise ModelError(message, where=model.name, fix="check what is special about its processor or arch") from error
 
 
+def _write_native(model: DualEncoder, folder: Path, expected: artefact.Goldens, proven: Saved | None) -> Saved:
+    from clipkit.models.towers import TowersBackend
+
+    folder.mkdir()
+    backend = model.backend
+    if isinstance(backend, TowersBackend):
+        return _write_towers(backend, model.processor, folder, expected, proven)
+    backend.save(folder, model.processor)
+    return Saved(backend.family, "open_clip opens it (local-dir:)" if backend.family == "open_clip" else _TRANSFORMERS)
+
+
+def _write_towers(
+    backend: TowersBackend, processor: Processor, folder: Path, expected: artefact.Goldens, proven: Saved | None
+) -> Saved:
+    from clipkit.models import vtde
+
+    if proven is None:
+        reason = vtde.attempt(backend, processor, folder, expected)
+        if reason is None:
+            return Saved(vtde.FORM, _TRANSFORMERS)
+        shutil.rmtree(folder)
+        folder.mkdir()
+        proven = Saved("towers", f"no VisionTextDualEncoder, for {reason}")
+    if proven.form == vtde.FORM:
+        vtde.write(backend, processor, folder)
+    else:
+        backend.save(folder, processor)
+    return proven
+
+
+_TRANSFORMERS = "AutoModel and AutoProcessor of transformers open it"
+
+
 def golden(model: DualEncoder) -> artefact.Goldens:
     """The embeddings of the built-in images and texts, in fp32 on the CPU."""
+    model = reference(model)
+    images = model.encode_images(artefact.golden_images(), dtype=torch.float32)
+    return {"image": images, "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=torch.float32)}
+
+
+def reference(model: DualEncoder) -> DualEncoder:
+    """The model in fp32 on the CPU; it shares the weights where they are so already."""
     plain = model.device.type == "cpu" and model.dtype is torch.float32
     backend = model.backend if plain else copy.deepcopy(model.backend).cpu().float()
     # a new shell: in training, Accelerate has patched autocast into this one's forward
-    model = type(model)(backend, model.processor, model.name)
-    images = model.encode_images(artefact.golden_images(), dtype=torch.float32)
-    return {"image": images, "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=torch.float32)}
+    return type(model)(backend, model.processor, model.name)

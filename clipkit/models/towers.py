@@ -1,6 +1,7 @@
 """Any vision tower and any text tower of transformers, joined by two projection heads.
 
-Saved as `vision/` and `text/`, which transformers opens, and `heads.safetensors`.
+Saved as a VisionTextDualEncoder where that class can hold them (`vtde`), else as `vision/` and `text/`, which
+transformers opens, and `heads.safetensors`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class Joint:
     padding: Literal["longest", "max_length"]
     attention_mask: bool
     eos_token_id: int | None
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Joint:
+        """Out of what `TowersBackend.settings` gave."""
+        return cls(**{key: value for key, value in settings.items() if key != "classes"})
 
 
 class TowersBackend(Backend):
@@ -178,7 +184,7 @@ def join_towers(
 def open_towers(folder: Path, settings: dict[str, Any]) -> tuple[TowersBackend, Processor]:
     """What `TowersBackend.save` wrote, with the settings that clipkit.json keeps."""
     classes = settings["classes"]
-    joint = Joint(**{key: value for key, value in settings.items() if key != "classes"})
+    joint = Joint.from_settings(settings)
     vision = open_tower(folder / "vision", "image", joint.image_pooling, False, classes["vision"])
     text = open_tower(folder / "text", "text", joint.text_pooling, False, classes["text"])
     weights = load_file(folder / "heads.safetensors")

@@ -18,6 +18,7 @@ from clipkit import distributed
 from clipkit.errors import UsageError
 from clipkit.files import resource_errors
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.saving import Saved, check_saved, save
 from clipkit.training.progress import Progress
 
 logger = logging.getLogger("clipkit")
@@ -45,15 +46,22 @@ def claim_folder(folder: Path) -> Path:
 
 
 class Best:
-    """Keeps the weights of the best evaluation, in memory and in output_dir/model."""
+    """Keeps the weights of the best evaluation, in memory and in output_dir/model.
+
+    The first folder is opened again at once, so that a model that cannot be saved is known early; those that
+    replace it hold other weights in the same form, and only the last of them is opened, in `restore`.
+    """
 
     def __init__(self, model: DualEncoder, folder: Path, key: str | None) -> None:
         self.model, self.folder, self.key = model, folder, key
         self.value, self.step = -math.inf, 0
+        self.card = model.card
+        self.saved: Saved | None = None
+        self.unopened = False
         self.metrics: dict[str, float] = {}
         self.weights: dict[str, Tensor] = {}
 
-    def offer(self, step: int, metrics: dict[str, float], progress: Progress) -> None:
+    def offer(self, step: int, metrics: dict[str, float], n: Mapping[str, int], progress: Progress) -> None:
         self.key = self.key or next(iter(metrics))
         if self.key not in metrics:
             raise UsageError(
@@ -65,15 +73,19 @@ class Best:
         if value > self.value:
             self.value, self.step, self.metrics = value, step, metrics
             self.weights = {name: each.detach().clone() for name, each in self._state()}
-            self._save()
+            self._save(metrics, n)
 
     def restore(self, total: int) -> tuple[dict[str, float], int]:
         if not self.weights:  # nothing was measured: the last weights are all there is
-            self._save()
+            self._save({}, {})
             return {}, total
         with torch.no_grad():
             for name, each in self._state():
                 each.copy_(self.weights[name])
+        self.model.card = self.card
+        if self.unopened and distributed.is_main():
+            check_saved(self.model, self.folder / "model")
+        distributed.barrier()
         return self.metrics, self.step
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
@@ -81,9 +93,12 @@ class Best:
         yield from (pair for pair in model.named_parameters() if pair[1].requires_grad)
         yield from model.named_buffers()
 
-    def _save(self) -> None:
+    def _save(self, metrics: Mapping[str, float], n: Mapping[str, int]) -> None:
+        self.model.card = self.model.card.updated({"metrics": metrics, "n": n})
+        self.unopened = self.saved is not None
         if distributed.is_main():
-            self.model.save_pretrained(self.folder / "model", overwrite=True)
+            self.saved = save(self.model, self.folder / "model", overwrite=True, proven=self.saved)
+        self.card = self.model.card
         distributed.barrier()
 
 

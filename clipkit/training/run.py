@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def run(config: RunConfig) -> Run:
         similar=[each.build() for each in config.similar],
         evaluators=evaluators(config.evaluate, test, config.train),
     )
+    model.card = model.card.updated({"data": config.data.train, "config": asdict(config)})
     result = trainer.train()
     save_result(folder, model, result, trainer.evaluators, config.train.seed)
     return Run(model, result, folder)

@@ -23,6 +23,7 @@ from clipkit.data.plan import Plan, hash64
 from clipkit.errors import ClipkitError, TooManyRejected, UsageError
 from clipkit.losses.contrastive import Embedded, info_nce
 from clipkit.losses.similar import Keys, Paired, Similar
+from clipkit.models.card import base_of
 from clipkit.models.dual_encoder import DualEncoder, Embeddings
 from clipkit.training.config import TrainConfig
 from clipkit.training.folder import Best, Log, claim_folder, write_rejects
@@ -114,6 +115,13 @@ class Trainer:
         )
         self._refuse_batch_norm()
         self.accelerator = _accelerator(config)
+        model.card = model.card.updated(
+            {
+                "base_model": model.card.base_model or base_of(model.name),
+                "pairs": sum(captions),
+                "config": {**_flat(config), "similar": [str(each) for each in self.similar]},
+            }
+        )
 
     # -- before the first step
 
@@ -189,7 +197,7 @@ class Trainer:
                     metrics = self.evaluate()
                     log.write({"step": step, **metrics})
                     self.accelerator.log(metrics, step=step)
-                    keeper.offer(step, metrics, progress)
+                    keeper.offer(step, metrics, self._counts(), progress)
                     wrapped.train()
         seconds = time.perf_counter() - start
         self._unwrap(wrapped)
@@ -217,6 +225,9 @@ class Trainer:
                 raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
             metrics |= found
         return metrics
+
+    def _counts(self) -> dict[str, int]:
+        return {key: count for each in self.evaluators for key, count in getattr(each, "n", dict)().items()}
 
     def _tolerate(self, rejected: int) -> None:
         limit = self.config.max_bad

@@ -212,3 +212,21 @@ def test_bf16(tmp_path, pairs, make_model):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
     assert ours["loss"] != theirs["loss"]
     assert torch.is_autocast_enabled("cpu") is False
+
+
+def test_the_saved_folder_tells_of_the_training(tmp_path):
+    import tiny
+
+    from clipkit import RetrievalEvaluator, TrainConfig, Trainer
+
+    pairs, model = tiny.make_pairs(), tiny.make_model()
+    model.name = "org/base"
+    config = TrainConfig(str(tmp_path / "run"), batch_size=8, max_steps=4, evaluate_every=1, progress=False)
+    result = Trainer(model, pairs, config, evaluators=[RetrievalEvaluator(pairs)]).train()
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    for words in ("64 image-text pairs", "base_model: org/base", '"batch_size": 8', "Paired", "retrieval/images 32"):
+        assert words in card
+    key, value = next(iter(result.metrics.items()))
+    assert f"| {key} | {value:.4f} |" in card
+    model.save_pretrained(tmp_path / "again")
+    assert f"| {key} | {value:.4f} |" in (tmp_path / "again" / "README.md").read_text()

@@ -18,7 +18,7 @@ from clipkit.files import dump_json
 from clipkit.models import artefact, convert
 from clipkit.models.arch_configs import refuse
 from clipkit.models.processor import TransformersTexts
-from clipkit.models.saving import golden, reference
+from clipkit.models.saving import check_place, golden, reference
 from clipkit.models.weights import quiet
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def export(model: DualEncoder, folder: Path, to: Target, overwrite: bool) -> Exp
     native = "open_clip" if model.backend.family == "open_clip" else "transformers"
     if native == to:
         raise UsageError(f"this model is one of {to} already", fix=f"save_pretrained({str(folder)!r})")
+    check_place(folder, overwrite)
     source = reference(model)
     with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
         bare = Path(room) / "model"

@@ -18,7 +18,7 @@ from clipkit.files import dump_json, publish
 from clipkit.models import card
 from clipkit.models.artefact import GOLDEN_TEXTS, golden_images
 from clipkit.models.export import ExportReport, evaluating
-from clipkit.models.saving import reference
+from clipkit.models.saving import check_place, reference
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -54,9 +54,7 @@ def export_onnx(model: DualEncoder, folder: Path, overwrite: bool) -> ExportRepo
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"ONNX export needs {', '.join(missing)}", fix="pip install 'clipkit[onnx]'")
-    taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if taken and not (overwrite and (folder / FACTS).is_file()):
-        raise UsageError("the folder exists and is not empty", where=folder, fix="another folder")
+    check_place(folder, overwrite, (FACTS,))
     reports: list[ExportReport] = []
     plain = reference(model)
     plain.card = model.card

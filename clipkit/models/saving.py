@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from clipkit.models.towers import TowersBackend
 
 logger = logging.getLogger("clipkit")
+
+_MARKS = (artefact.NAME, "config.json", "open_clip_config.json")
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,7 @@ def save(model: DualEncoder, folder: Path, overwrite: bool, proven: Saved | None
         proven: what saving this model gave before, when only its weights have changed since: it is written in that
             form, and not opened again (`check_saved` does, at the end).
     """
-    taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if taken and not overwrite:
-        raise UsageError("the folder exists and is not empty", where=folder, fix="another folder, or overwrite=True")
-    if taken and not _holds_model(folder):
-        raise UsageError("only a model may be overwritten, and this is none", where=folder, fix="another folder")
+    check_place(folder, overwrite)
     check_finite(model.backend, model.name)
     plain = lora.merged(model)
     saved: list[Saved] = []
@@ -60,8 +59,14 @@ def save(model: DualEncoder, folder: Path, overwrite: bool, proven: Saved | None
     return saved[-1]
 
 
-def _holds_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (artefact.NAME, "config.json", "open_clip_config.json"))
+def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) -> None:
+    """Refuse a folder that something stands in, unless it is to be overwritten and holds one of the files `marks`."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise UsageError("the folder exists and is not empty", where=folder, fix="another folder, or overwrite=True")
+    if not any((folder / name).is_file() for name in marks):
+        raise UsageError("only a model may be overwritten, and this is none", where=folder, fix="another folder")
 
 
 def _write(model: DualEncoder, folder: Path, proven: Saved | None) -> Saved:

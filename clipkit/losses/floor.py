@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
+Affinity = Callable[[Tensor, Tensor], Tensor]  # positions of rows (r,) and of columns (c,) -> (r, c)
 
-def info_nce_floor(affinity: Tensor, row_item: Tensor, col_item: Tensor) -> float:
+_ROWS = 1024  # at once
+
+
+def info_nce_floor(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> float:
     """The least that symmetric InfoNCE can be, in nats: the mean of the least of its two directions.
 
     Rows that are the same item share their logits, and so do columns. For one direction, with T the affinity
@@ -19,52 +25,74 @@ def info_nce_floor(affinity: Tensor, row_item: Tensor, col_item: Tensor) -> floa
     is bounded alone: a floor that may lie a little low.
 
     Args:
-        affinity: (r, c) in [0, 1], -1 where two are not compared, as `similar.target` gives it.
+        affinity: of rows and columns by their positions, in [0, 1]; -1 where two are not compared.
         row_item, col_item: (r,) and (c,), one number for each distinct image or text.
     """
-    directions = [(affinity, row_item, col_item), (affinity.T, col_item, row_item)]
-    return sum(_direction(*each) for each in directions) / 2
+    forth = _direction(affinity, row_item, col_item)
+    back = _direction(lambda rows, cols: affinity(cols, rows).T, col_item, row_item)
+    return (forth + back) / 2
 
 
-def _direction(affinity: Tensor, row_item: Tensor, col_item: Tensor) -> float:
-    weight = affinity.clamp(min=0).double()
-    mass = weight.sum(1)
-    kept = mass > 0  # rows without a positive take no part
-    target = weight[kept] / mass[kept, None]
-    compared = affinity[kept] >= 0
+def _direction(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> float:
+    total, count = 0.0, 0
     items, col = torch.unique(col_item, return_inverse=True)
-    by_item = _sum_columns(target, col, len(items))
-    if not compared.all():
-        room = _sum_columns(compared.double(), col, len(items))
-        return float(
-            (torch.special.xlogy(by_item, room.clamp(min=1)) - torch.special.xlogy(by_item, by_item)).sum()
-        ) / len(target)
-    groups, row = torch.unique(row_item[kept], return_inverse=True)
-    joint = torch.zeros(len(groups), len(items), dtype=torch.float64).index_add_(0, row, by_item)
-    room = torch.bincount(col, minlength=len(items)).double()
-    share = joint / joint.sum(1, keepdim=True)
-    return float((torch.special.xlogy(joint, room.expand_as(joint)) - torch.special.xlogy(joint, share)).sum()) / len(
-        target
-    )
+    everyone = torch.arange(len(col_item))
+    for rows in whole_items(row_item):
+        weight = affinity(rows, everyone)
+        compared = weight >= 0
+        target = weight.clamp(min=0).double()
+        kept = target.sum(1) > 0  # rows without a positive take no part
+        target = target[kept] / target[kept].sum(1, keepdim=True)
+        total += _bound(target, compared[kept], row_item[rows][kept], col, len(items))
+        count += len(target)
+    return total / max(1, count)
 
 
-def sigmoid_floor(affinity: Tensor, row_item: Tensor, col_item: Tensor) -> float:
+def _bound(target: Tensor, compared: Tensor, row_item: Tensor, col: Tensor, items: int) -> float:
+    by_item = _sum_columns(target, col, items)
+    if compared.all():
+        _, row = torch.unique(row_item, return_inverse=True)
+        by_item = torch.zeros(int(row.max()) + 1 if len(row) else 0, items).double().index_add_(0, row, by_item)
+        room = torch.bincount(col, minlength=items).double().expand_as(by_item)
+    else:
+        room = _sum_columns(compared.double(), col, items).clamp(min=1)
+    share = by_item / by_item.sum(1, keepdim=True)
+    return float((torch.special.xlogy(by_item, room) - torch.special.xlogy(by_item, share)).sum())
+
+
+def sigmoid_floor(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> float:
     """The least that the pairwise sigmoid loss can be, in nats: exact.
 
     Pairs of the same two items share one logit: with p of them called alike and q not, they cost at least
     ``-p ln (p / (p + q)) - q ln (q / (p + q))`` together; the sum is divided by the number of rows.
 
     Args:
-        affinity: (r, c) in [0, 1], the label; -1 where two are not compared.
+        affinity: as in `info_nce_floor`, read as labels.
         row_item, col_item: as in `info_nce_floor`.
     """
-    (rows, row), (cols, col) = (torch.unique(each, return_inverse=True) for each in (row_item, col_item))
-    alike, all_pairs = torch.zeros(2, len(rows), len(cols), dtype=torch.float64)
-    alike.index_add_(0, row, _sum_columns(affinity.clamp(min=0).double(), col, len(cols)))
-    all_pairs.index_add_(0, row, _sum_columns((affinity >= 0).double(), col, len(cols)))
-    other = all_pairs - alike
-    costs = (torch.special.xlogy(part, part / all_pairs.clamp(min=1)) for part in (alike, other))
-    return -float(sum(each.sum() for each in costs)) / len(affinity)
+    total = 0.0
+    items, col = torch.unique(col_item, return_inverse=True)
+    everyone = torch.arange(len(col_item))
+    for rows in whole_items(row_item):
+        label = affinity(rows, everyone)
+        _, row = torch.unique(row_item[rows], return_inverse=True)
+        alike, all_pairs = torch.zeros(2, int(row.max()) + 1, len(items), dtype=torch.float64)
+        alike.index_add_(0, row, _sum_columns(label.clamp(min=0).double(), col, len(items)))
+        all_pairs.index_add_(0, row, _sum_columns((label >= 0).double(), col, len(items)))
+        for part in (alike, all_pairs - alike):
+            total -= float(torch.special.xlogy(part, part / all_pairs.clamp(min=1)).sum())
+    return total / len(row_item)
+
+
+def whole_items(item: Tensor) -> Iterator[Tensor]:
+    """Positions in parts of about a thousand, where no item is in two parts."""
+    order = item.argsort(stable=True)
+    ends = torch.cat([torch.nonzero(item[order].diff()).flatten() + 1, torch.tensor([len(item)])])
+    start = 0
+    for end in ends.tolist():
+        if end - start >= _ROWS or end == len(item):
+            yield order[start:end]
+            start = end
 
 
 def _sum_columns(values: Tensor, col: Tensor, count: int) -> Tensor:

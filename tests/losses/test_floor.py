@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipkit.losses.floor import info_nce_floor, sigmoid_floor
+from clipkit.losses import floor
+from clipkit.losses.floor import info_nce_floor, sigmoid_floor, whole_items
+
+
+def tiles(affinity: Tensor) -> floor.Affinity:
+    return lambda rows, cols: affinity[rows][:, cols]
 
 
 def best(affinity: Tensor, row_item: Tensor, col_item: Tensor, sigmoid: bool = False) -> float:
@@ -43,10 +48,10 @@ def best(affinity: Tensor, row_item: Tensor, col_item: Tensor, sigmoid: bool = F
 
 def test_one_caption_on_m_images_is_ln_m() -> None:
     images, texts = torch.arange(12), torch.arange(12) // 4
-    assert info_nce_floor(torch.eye(12), images, texts) == pytest.approx(math.log(4))
+    assert info_nce_floor(tiles(torch.eye(12)), images, texts) == pytest.approx(math.log(4))
     group = (texts[:, None] == texts[None]).float()
-    assert info_nce_floor(group, images, texts) == pytest.approx(math.log(4))  # the entropy of four positives
-    assert info_nce_floor(torch.eye(12), images, images) == 0
+    assert info_nce_floor(tiles(group), images, texts) == pytest.approx(math.log(4))  # the entropy of four positives
+    assert info_nce_floor(tiles(torch.eye(12)), images, images) == 0
 
 
 def test_duplicates_that_are_not_compared_cost_nothing() -> None:
@@ -54,7 +59,7 @@ def test_duplicates_that_are_not_compared_cost_nothing() -> None:
     affinity = torch.eye(6)
     affinity[:3, :3] = -1
     affinity.fill_diagonal_(1)
-    assert info_nce_floor(affinity, images, texts) == 0
+    assert info_nce_floor(tiles(affinity), images, texts) == 0
 
 
 @pytest.mark.parametrize("kind", ["paired", "group", "graded", "both sides"])
@@ -67,8 +72,8 @@ def test_no_logits_do_better(kind: str) -> None:
     affinity = {"group": (group[:, None] == group[None]).double(), "graded": torch.rand(9, 9).double()}.get(
         kind, torch.eye(9).double()
     )
-    assert info_nce_floor(affinity, images, texts) == pytest.approx(best(affinity, images, texts), abs=1e-5)
-    assert sigmoid_floor(affinity, images, texts) == pytest.approx(best(affinity, images, texts, True), abs=1e-5)
+    assert info_nce_floor(tiles(affinity), images, texts) == pytest.approx(best(affinity, images, texts), abs=1e-5)
+    assert sigmoid_floor(tiles(affinity), images, texts) == pytest.approx(best(affinity, images, texts, True), abs=1e-5)
 
 
 def test_left_out_entries_give_a_bound() -> None:
@@ -76,6 +81,18 @@ def test_left_out_entries_give_a_bound() -> None:
     images, texts = torch.randint(0, 6, (9,)), torch.randint(0, 5, (9,))
     affinity = torch.where(torch.rand(9, 9) < 0.2, -1.0, torch.eye(9)).double()
     affinity.fill_diagonal_(1)
-    floor, found = info_nce_floor(affinity, images, texts), best(affinity, images, texts)
+    floor, found = info_nce_floor(tiles(affinity), images, texts), best(affinity, images, texts)
     assert 0.5 * found < floor <= found + 1e-6
-    assert sigmoid_floor(affinity, images, texts) == pytest.approx(best(affinity, images, texts, True), abs=1e-5)
+    assert sigmoid_floor(tiles(affinity), images, texts) == pytest.approx(best(affinity, images, texts, True), abs=1e-5)
+
+
+def test_parts_never_cut_an_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2)
+    images, texts = torch.randint(0, 30, (100,)), torch.randint(0, 40, (100,))
+    whole = info_nce_floor(tiles(torch.eye(100)), images, texts), sigmoid_floor(tiles(torch.eye(100)), images, texts)
+    monkeypatch.setattr(floor, "_ROWS", 7)
+    parts = list(whole_items(images))
+    assert len(parts) > 5
+    assert torch.equal(torch.cat(parts).sort().values, torch.arange(100))
+    assert info_nce_floor(tiles(torch.eye(100)), images, texts) == pytest.approx(whole[0], abs=1e-12)
+    assert sigmoid_floor(tiles(torch.eye(100)), images, texts) == pytest.approx(whole[1], abs=1e-12)

@@ -72,6 +72,29 @@ def main_first() -> Iterator[None]:
             barrier()  # also after an error, or the others wait for ever
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every process's `values`, of one shape; without gradient."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The highest of every process's `values`, of one shape; without gradient."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
+    if world_size() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values, operation)
+    return values
+
+
+def rows_before(count: int) -> int:
+    """How many rows the processes of lower rank hold, where this one holds `count`."""
+    return sum(all_gather_object(count)[: rank()])
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, in order of rank; lengths may differ, an empty one included.
 

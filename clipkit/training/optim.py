@@ -24,20 +24,25 @@ def parameter_groups(
     `heads` are what stands beside the model while it learns; they learn as fresh heads do.
     """
     scalars = {id(model.logit_scale), id(model.logit_bias)}
-    scale_rate = config.scale_learning_rate or (config.head_learning_rate if model.fresh else config.learning_rate)
+    of_scale = scale_rate(model, config)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
     beside = [] if heads is None else [(None, each) for each in heads.parameters()]
     for name, parameter in [*model.named_parameters(), *beside]:
         if not parameter.requires_grad:
             continue
         rate = config.head_learning_rate if name is None or name in model.fresh else config.learning_rate
-        rate = scale_rate if id(parameter) in scalars else rate
+        rate = of_scale if id(parameter) in scalars else rate
         plain = parameter.ndim < 2 or any(part in (name or "") for part in _NOT_DECAYED)
         groups[rate, 0.0 if plain else config.weight_decay].append(parameter)
     return [
         {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def scale_rate(model: DualEncoder, config: TrainConfig) -> float:
+    """Peak learning rate of the logit scale and bias."""
+    return config.scale_learning_rate or (config.head_learning_rate if model.fresh else config.learning_rate)
 
 
 def build_optimizer(model: DualEncoder, config: TrainConfig, heads: torch.nn.Module | None = None) -> torch.optim.AdamW:

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from clipkit.data.loader import codes, numbers
+from clipkit.data.keys import codes, number_values
 from clipkit.data.plan import Draw, Plan
 from clipkit.losses.floor import info_nce_floor, sigmoid_floor, whole_items
 from clipkit.losses.similar import ROW, Similar, key_columns, target
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import TrainConfig
-from clipkit.training.optim import schedule
+from clipkit.training.optim import scale_rate, schedule
 
 _ROWS, _BATCHES, _CAPTIONS = 8192, 16, 10_000  # of which the sample is made, at most
 
@@ -59,7 +60,7 @@ class Preflight:
         low, high = self.scale[1:]
         unlike = ", ".join(f"{count:,.1f} of the same {what}" for what, count in self.false_negatives.items() if count)
         facts = [
-            f"loss: starts near {self.start:.2f}, cannot fall below {self.floor:.3f} ({self.batches} batches looked at)",
+            f"loss: starts near {self.start:.2f}, cannot fall below {self.floor:.3f} ({self.batches} batches seen)",
             f"pairs called unlike in a batch of {self.batch_size} though they may not be: {unlike or 'none found'}",
             f"captions cut: {100 * self.truncated:.1f} % of {self.captions:,}",
             f"scale: {self.scale[0]:.1f} now, between {low:.1f} and {high:.1f} after the last step",
@@ -76,7 +77,6 @@ def preflight(
     *,
     steps: int,
     sigmoid: bool,
-    scale_rate: float,
 ) -> Preflight:
     """Look at a sample of the planned batches; takes a second or so, and opens no image.
 
@@ -87,14 +87,13 @@ def preflight(
         config: the loop.
         steps: of the whole run.
         sigmoid: whether the loss is the sigmoid one.
-        scale_rate: peak learning rate of the logit scale.
     """
     looked = _Look(pairs, plan, notions)
     found = [looked.batch(0, k, notions, sigmoid) for k in _spread(plan)]
     texts = [text for draws in looked.seen for text in draws][:_CAPTIONS]
     counts = model.processor.token_counts(texts)
     scale = float(model.logit_scale.detach().float().exp())
-    reach = scale_rate * sum(schedule(step, steps, config.warmup) for step in range(steps))
+    reach = scale_rate(model, config) * sum(schedule(step, steps, config.warmup) for step in range(steps))
     result = Preflight(
         batch_size=plan.batch_size,
         batches=len(found),
@@ -128,14 +127,12 @@ class _Look:
         wanted, measured = key_columns(notions)
         self.pairs, self.plan = pairs, plan
         self.keys: dict[str, Tensor] = {name: codes(pairs, name) for name in wanted if name not in ("texts", "image")}
-        self.keys |= {name: numbers(pairs, name) for name in measured}
+        self.keys |= {name: number_values(pairs, name) for name in measured}
         labelled = "label" in (getattr(pairs, "column_names", None) or ())
         self.label = codes(pairs, "label") if labelled else None
         self.seen: list[list[str]] = []
 
-    def batch(
-        self, epoch: int, k: int, notions: Sequence[Similar], sigmoid: bool
-    ) -> tuple[float, Mapping[str, float]]:
+    def batch(self, epoch: int, k: int, notions: Sequence[Similar], sigmoid: bool) -> tuple[float, Mapping[str, float]]:
         """The floor of a global batch, and its false negatives."""
         draws = self.plan.batch(epoch, k)
         keys, items = self._keys(draws)
@@ -145,8 +142,8 @@ class _Look:
                 continue
 
             def affinity(rows: Tensor, cols: Tensor, each: Similar = each) -> Tensor:
-                picked = ({name: values[at] for name, values in keys.items()} for at in (rows, cols))
-                found = target(each, *picked)
+                ours, theirs = ({name: values[at] for name, values in keys.items()} for at in (rows, cols))
+                found = target(each, ours, theirs)
                 return found.masked_fill(rows[:, None] == cols, -1) if each.alone else found
 
             sides = [items["picture" if side == "image" else "caption"] for side in each.between]
@@ -176,7 +173,7 @@ def _picture(record: Mapping[str, Any]) -> object:
     if isinstance(cell, Mapping):
         data, path = cell.get("bytes"), cell.get("path")
         return path if data is None else hashlib.blake2b(data, digest_size=16).digest()
-    return cell.tobytes() if hasattr(cell, "tobytes") else cell
+    return cell.tobytes() if isinstance(cell, Image.Image | np.ndarray) else cell
 
 
 def _numbered(values: Sequence[Any]) -> Tensor:
@@ -218,8 +215,8 @@ def _warnings(found: Preflight, reach: float, fresh: bool, plan: Plan) -> list[s
         )
     if fresh and reach < 1 and found.scale[0] < 30:
         said.append(
-            f"the scale can only move from {found.scale[0]:.1f} to {found.scale[2]:.1f} in this run: new heads end near "
-            "50 to 100. Raise scale_learning_rate, or train longer"
+            f"the scale can only move from {found.scale[0]:.1f} to {found.scale[2]:.1f} in this run; new heads end "
+            "near 50 to 100. Raise scale_learning_rate, or train longer"
         )
     if plan.steps_per_epoch == 1:
         said.append("one batch is the whole epoch: every step sees the same negatives")

@@ -20,6 +20,7 @@ from clipkit.data.keys import number_values, require_column
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan, hash64
 from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
+from clipkit.files import write_json
 from clipkit.losses.contrastive import Loss, prior_bias
 from clipkit.losses.similar import Paired, Similar, key_columns
 from clipkit.models.dual_encoder import DualEncoder
@@ -27,6 +28,7 @@ from clipkit.training.config import TrainConfig
 from clipkit.training.folder import Best, Log, claim_folder, write_rejects
 from clipkit.training.learner import Learner
 from clipkit.training.optim import build_optimizer, schedule
+from clipkit.training.preflight import preflight
 from clipkit.training.progress import Progress
 from clipkit.training.step import Contrast, backward
 
@@ -86,7 +88,7 @@ class Trainer:
         evaluators: Sequence[Evaluator] = (),
     ) -> None:
         distributed.start()
-        self.model, self.config = model, config
+        self.model, self.pairs, self.config = model, pairs, config
         self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
         self.folder = claim_folder(Path(config.output_dir))
@@ -187,6 +189,18 @@ class Trainer:
         if unused:
             logger.info("%d parameters take no part in the loss: %s", len(unused), ", ".join(unused[:5]))
 
+    def _preflight(self, progress: Progress) -> None:
+        """Say what this data at this batch allows, on rank 0; the others wait at the first collective."""
+        if not distributed.is_main():
+            return
+        sigmoid = self.contrast.loss == "sigmoid"
+        found = preflight(
+            self.model, self.pairs, self.plan, self.similar, self.config, steps=self.total, sigmoid=sigmoid
+        )
+        write_json(self.folder / "preflight.json", found.as_dict())
+        for line in found.lines():
+            progress.note(line)
+
     # -- the loop
 
     def train(self) -> TrainResult:
@@ -204,6 +218,7 @@ class Trainer:
         wrapped.train()
         shown = config.progress and distributed.is_main()
         with Log(self.folder / "metrics.jsonl") as log, Progress(self.total, "training", shown=shown) as progress:
+            self._preflight(progress)
             for step, batch in enumerate(self.loader.batches(0, self.total), start=1):
                 rejected |= {each["row"]: each for each in batch.rejected}
                 self._tolerate(len(rejected))

@@ -64,7 +64,7 @@ def objective(out: Outputs, rows: Mapping[Side, Rows], similar: Sequence[Similar
 
 
 def _one(i: int, similar: Similar, out: Outputs, rows: Mapping[Side, Rows], contrast: Contrast) -> Loss:
-    a, b = (_side(side, f"head{i}" if similar.head else side, similar, out, rows) for side in similar.between)
+    a, b = (side_of(side, f"head{i}" if similar.head else side, similar, out, rows) for side in similar.between)
     options: dict[str, Any] = {"label_smoothing": contrast.label_smoothing, "tile": contrast.tile}
     scale, bias = out["scale"], out.get("bias")
     if similar.temperature is not None:
@@ -84,7 +84,8 @@ def _one(i: int, similar: Similar, out: Outputs, rows: Mapping[Side, Rows], cont
     return matryoshka(loss, a, b, contrast.matryoshka) if contrast.matryoshka and not similar.head else loss(a, b)
 
 
-def _side(side: Side, name: str, similar: Similar, out: Outputs, rows: Mapping[Side, Rows]) -> Embedded:
+def side_of(side: Side, name: str, similar: Similar, out: Outputs, rows: Mapping[Side, Rows]) -> Embedded:
+    """The rows of a side that a notion compares: `name` of what the model gave, the images or their views."""
     if out.get(name) is None:
         raise UsageError(f"{type(similar).__name__} compares {side}s, and the batch has none of them", where="similar")
     emb, known = out[name], rows[side]

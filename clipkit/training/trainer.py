@@ -173,7 +173,7 @@ class Trainer:
                     fix='freeze the tower (model.freeze("image")), take one without it, or leave out micro_batch',
                 )
 
-    def _leave_out_unused(self) -> None:
+    def leave_out_unused(self) -> None:
         """DDP waits for every trained parameter; those that the loss never reaches stand still."""
         if distributed.world_size() == 1:
             return
@@ -206,7 +206,7 @@ class Trainer:
     def train(self) -> TrainResult:
         """Train, evaluate, keep the best; see the class."""
         config, model, learner = self.config, self.model, self.learner.to(self.accelerator.device)
-        self._leave_out_unused()
+        self.leave_out_unused()
         optimizer = build_optimizer(model, config, heads=learner.heads)
         wrapped, optimizer = self.accelerator.prepare(learner, optimizer)
         self.accelerator.init_trackers("clipkit", config=_flat(config))

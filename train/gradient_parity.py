@@ -39,8 +39,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
-from clipkit import Paired, SameGroup, info_nce
+from clipkit import Paired, SameGroup, info_nce, sigmoid_loss
+from clipkit.data.batch import Batch, Rows
 from clipkit.losses.contrastive import Embedded
+from clipkit.training.step import backward
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's notes on parameters that a loss does not train
 logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # of gathering in one process
@@ -93,6 +95,11 @@ def open_clip_loss(out: dict, rows: Tensor, labels: Tensor, rank: int, world: in
     return open_clip.ClipLoss(rank=rank, world_size=world, **options)(**out)
 
 
+def clipkit_sigmoid(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int) -> Tensor:
+    image, text = (Embedded(out[side], {"row": rows}) for side in ("image_features", "text_features"))
+    return sigmoid_loss(image, text, Paired(), out["logit_scale"], torch.tensor(-5.0).double()).loss
+
+
 def open_clip_siglip(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int) -> Tensor:
     return SigLipLoss(rank=rank, world_size=world)(**out, logit_bias=torch.tensor(-5.0).double())
 
@@ -123,13 +130,14 @@ def supcon(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int, effic
 def clipkit_loss(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int, group: bool = False) -> Tensor:
     keys = {"row": rows, "class": labels}
     image, text = (Embedded(out[side], keys) for side in ("image_features", "text_features"))
-    return info_nce(image, text, SameGroup("class") if group else Paired(), out["logit_scale"])
+    return info_nce(image, text, SameGroup("class") if group else Paired(), out["logit_scale"]).loss
 
 
 OVER_RANKS: dict[str, Callable[..., Tensor]] = {
     "clipkit": clipkit_loss,
     "clipkit, uneven ranks": clipkit_loss,
     "clipkit, shared classes": partial(clipkit_loss, group=True),
+    "clipkit, sigmoid": clipkit_sigmoid,
     "open_clip, as it is by default": open_clip_loss,
     "open_clip --gather-with-grad": partial(open_clip_loss, gather_with_grad=True),
     "open_clip --local-loss": partial(open_clip_loss, local_loss=True),
@@ -188,6 +196,24 @@ def sentence_transformers_cached(encoders: Encoders, images: Tensor, texts: Tens
         partition_mode="per_direction",
     )
     loss([{"pixel_values": images}, {"input_ids": texts}], None).backward()
+
+
+class Named(nn.Module):
+    """The same encoders with the outputs that clipkit's step reads."""
+
+    def __init__(self, encoders: Encoders) -> None:
+        super().__init__()
+        self.encoders = encoders
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        image, text, scale = self.encoders(pixel_values, input_ids).values()
+        return {"image": image, "text": text, "scale": scale}
+
+
+def clipkit_cached(encoders: Encoders, images: Tensor, texts: Tensor) -> None:
+    rows = Rows({"row": torch.arange(N)})
+    batch = Batch({"pixel_values": images, "input_ids": texts}, {"image": rows, "text": rows}, N)
+    backward(Named(encoders), batch, [Paired()], micro_batch=N // CHUNKS)
 
 
 # --- running them
@@ -281,7 +307,8 @@ def main() -> None:
             found = torch.load(Path(folder) / f"{world}.pt")
         lines += [row(name, f"{world} ranks", each, big[name]) for name, each in found.items()]
 
-    chunked = {"open_clip --accum-freq": (open_clip_accumulation, 2, False)}
+    chunked: dict[str, tuple] = {"clipkit micro_batch": (clipkit_cached, 1, False)}
+    chunked["open_clip --accum-freq"] = (open_clip_accumulation, 2, False)
     chunked["sentence-transformers, cached"] = (sentence_transformers_cached, 1, True)
     for dropout in (0.0, 0.1):
         for name, how in chunked.items():

@@ -1,8 +1,8 @@
 """Memory and time of the contrastive loss as the batch grows: plain, tiled, and open_clip's.
 
-Forward and backward of the loss alone, on unit vectors. Each measurement is a process of its own. Memory is
-the peak above the two inputs (their gradients are in it); time is the best of several runs, and the ratio is to
-the plain loss at the same size, measured in turns. Sizes that would not fit into free memory are left out, by name.
+Forward and backward of the loss alone, on unit vectors. Each measurement is a process of its own. Memory is the
+peak above the two inputs (their gradients are in it); time is the best of several runs, and the ratio is to the plain
+loss at the same size, measured just before. Sizes that would not fit into free memory are left out, by name.
 
     python train/loss_scaling.py
     python train/loss_scaling.py --sizes 1024 4096 16384 65536 --dim 512 --to scaling.svg
@@ -21,14 +21,14 @@ import torch
 from open_clip.loss import SigLipLoss
 
 from clipkit import Paired, info_nce, sigmoid_loss
-from clipkit.losses.contrastive import Embedded
+from clipkit.losses.contrastive import TILE, Embedded
 
 KINDS = {
     "info_nce, plain": ("info_nce", None),
-    "info_nce, tiled": ("info_nce", "auto"),
+    "info_nce, tiled": ("info_nce", TILE),
     "open_clip ClipLoss": ("open_clip", None),
     "sigmoid, plain": ("sigmoid", None),
-    "sigmoid, tiled": ("sigmoid", "auto"),
+    "sigmoid, tiled": ("sigmoid", TILE),
     "open_clip SigLipLoss": ("open_clip_sigmoid", None),
 }
 MATRICES = 5  # N x N, which a plain loss holds at its worst: what has to be free
@@ -45,8 +45,8 @@ def loss(kind: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     keys = {"row": torch.arange(len(a))}
     sides = Embedded(a, keys), Embedded(b, keys)
     if what == "sigmoid":
-        return sigmoid_loss(*sides, Paired(), scale, bias, tile=tile)
-    return info_nce(*sides, Paired(), scale, tile=tile)
+        return sigmoid_loss(*sides, Paired(), scale, bias, tile=tile).loss
+    return info_nce(*sides, Paired(), scale, tile=tile).loss
 
 
 def measure(kind: str, n: int, dim: int, repeats: int) -> dict[str, float]:

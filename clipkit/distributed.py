@@ -95,7 +95,7 @@ def rows_before(count: int) -> int:
     return sum(all_gather_object(count)[: rank()])
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     """The rows of all processes, in order of rank; lengths may differ, an empty one included.
 
     Gradients flow back to the process that owns a row, summed over all processes that used it
@@ -104,14 +104,14 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     Args:
         rows: (n_local, ...), the same trailing shape and dtype on every process.
+        counts: the `n_local` of every process, where it is known already.
 
     Returns:
         (sum of n_local, ...).
     """
     if world_size() == 1:
         return rows
-    counts = all_gather_object(len(rows))
-    gathered: Tensor = _GatherRows.apply(rows, counts)
+    gathered: Tensor = _GatherRows.apply(rows, counts or all_gather_object(len(rows)))
     return gathered
 
 

@@ -55,9 +55,10 @@ class Embedded:
 
     def gathered(self) -> Embedded:
         """The rows of all ranks; embeddings carry gradient back to their owners."""
-        anchor = None if self.anchor is None else distributed.gather_rows(self.anchor)
-        keys = {name: distributed.gather_rows(values) for name, values in self.keys.items()}
-        return Embedded(distributed.gather_rows(self.emb), keys, anchor)
+        counts = distributed.all_gather_object(len(self.emb))
+        anchor = None if self.anchor is None else distributed.gather_rows(self.anchor, counts)
+        keys = {name: distributed.gather_rows(values, counts) for name, values in self.keys.items()}
+        return Embedded(distributed.gather_rows(self.emb, counts), keys, anchor)
 
     def cut(self, dim: int) -> Embedded:
         """The first `dim` dimensions, brought to unit length."""

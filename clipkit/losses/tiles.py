@@ -106,8 +106,10 @@ class Pairs(ABC):
         )
         if self._start is not None:  # nothing is compared with itself
             first = self._start + rows.start
-            shared = torch.arange(max(first, cols.start), min(first + len(found), cols.stop), device=found.device)
-            found = found.index_put((shared - first, shared - cols.start), found.new_tensor(-1.0))
+            shared = range(max(first, cols.start), min(first + len(found), cols.stop))
+            if shared:
+                at = torch.arange(shared.start, shared.stop, device=found.device)
+                found = found.index_put((at - first, at - cols.start), found.new_tensor(-1.0))
         return found
 
     def _hard(self, tile: Tile) -> Tensor | None:

@@ -75,7 +75,9 @@ class Trainer:
 
     Raises:
         UsageError: the folder holds another run; the batch is larger than the data; trained BatchNorm
-            on several ranks; a launcher whose processes are not connected.
+            on several ranks or with micro-batches; a sigmoid loss without a bias; a launcher whose processes are
+            not connected.
+        DataError: scores that are no weights.
     """
 
     def __init__(

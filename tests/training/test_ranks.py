@@ -10,23 +10,29 @@ import torch
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-ENV = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[1]), "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PROGRAM.parents[1:3])), "OMP_NUM_THREADS": "1"}
 
 
 def start(command, env=ENV):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
-def seen(folder, command):
+def seen(folder, command, *options):
     folder.mkdir()
-    done = start([*command, str(PROGRAM), str(folder)])
+    done = start([*command, str(PROGRAM), str(folder), *options])
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "seen.pt")
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return seen(tmp_path_factory.mktemp("ranks") / "one", [sys.executable])
+
+
 @pytest.mark.slow
-def test_two_ranks_give_the_one_process_result(tmp_path):
-    one, two = seen(tmp_path / "one", [sys.executable]), seen(tmp_path / "two", [*TORCHRUN, "2"])
+@pytest.mark.parametrize("options", [(), ("4",)], ids=["plain", "cached"])  # of 5 and 4 rows: two chunks, and one
+def test_two_ranks_give_the_one_process_result(tmp_path, one, options):
+    two = seen(tmp_path / "two", [*TORCHRUN, "2"], *options)
     assert (one["world"], two["world"]) == (1, 2)
     assert one["gradients"].keys() == two["gradients"].keys()
     for name, wanted in one["gradients"].items():

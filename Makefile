@@ -1,18 +1,22 @@
 # Two commands set everything up on a machine with Python >= 3.11, pip and make:
 #   make quickstart   .venv, clipkit, and the main job on the embedded glyphs
 #   make test         the same with the development tools, then the tests
+#   make test-full    with the whole matrix of the training step: every loss, target, mode, precision and number of ranks
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: quickstart test check format clean
+.PHONY: quickstart test test-full check format clean
 
 quickstart: .venv/installed
 	$(BIN)/clipkit quickstart --overwrite
 
 test: .venv/installed-dev
 	$(BIN)/pytest
+
+test-full: .venv/installed-dev
+	$(BIN)/pytest -m "full or not full"
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

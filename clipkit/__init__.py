@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from clipkit.evaluation.zero_shot import ZeroShotEvaluator
     from clipkit.images import load_image
     from clipkit.labelling.classifier import ZeroShotClassifier
-    from clipkit.losses.contrastive import info_nce
-    from clipkit.losses.similar import Paired, SameGroup
+    from clipkit.losses.contrastive import info_nce, sigmoid_loss
+    from clipkit.losses.graded import Graded
+    from clipkit.losses.similar import Paired, SameGroup, Views
     from clipkit.models.arithmetic import average, interpolate
     from clipkit.models.dual_encoder import DualEncoder
     from clipkit.models.fingerprint import Fingerprint
@@ -38,12 +39,14 @@ _HOME = {
     "EmbeddingIndex": "search.index",
     "EmbeddingStore": "embedding.store",
     "Fingerprint": "models.fingerprint",
+    "Graded": "losses.graded",
     "Paired": "losses.similar",
     "RetrievalEvaluator": "evaluation.retrieval",
     "RunConfig": "training.config",
     "SameGroup": "losses.similar",
     "TrainConfig": "training.config",
     "Trainer": "training.trainer",
+    "Views": "losses.similar",
     "ZeroShotClassifier": "labelling.classifier",
     "ZeroShotEvaluator": "evaluation.zero_shot",
     "average": "models.arithmetic",
@@ -54,6 +57,7 @@ _HOME = {
     "load_image": "images",
     "load_pairs": "data.pairs",
     "run": "training.run",
+    "sigmoid_loss": "losses.contrastive",
     "split_pairs": "data.split",
 }
 
@@ -64,12 +68,14 @@ __all__ = [
     "EmbeddingIndex",
     "EmbeddingStore",
     "Fingerprint",
+    "Graded",
     "Paired",
     "RetrievalEvaluator",
     "RunConfig",
     "SameGroup",
     "TrainConfig",
     "Trainer",
+    "Views",
     "ZeroShotClassifier",
     "ZeroShotEvaluator",
     "average",
@@ -80,6 +86,7 @@ __all__ = [
     "load_image",
     "load_pairs",
     "run",
+    "sigmoid_loss",
     "split_pairs",
 ]
 

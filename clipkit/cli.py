@@ -16,6 +16,7 @@ from clipkit.errors import UsageError, exit_with_message
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
+    from clipkit.training.config import RunConfig
 
 app = typer.Typer(
     help="Train, measure and use text-image dual encoders.",
@@ -67,12 +68,7 @@ def train(
     print_config: Annotated[bool, typer.Option(help="Print the whole config and stop.")] = False,
 ) -> None:
     """Train a model on pairs, from a config."""
-    from clipkit.training.config import RunConfig
-
-    files = [each for each in settings if "=" not in each]
-    if len(files) > 1:
-        raise UsageError(f"expected one YAML file, found {len(files)}: {', '.join(files)}")
-    config = RunConfig.load(files[0] if files else None, [each for each in settings if "=" in each])
+    config = _run_config(settings)
     if print_config:
         typer.echo(config.dump(), nl=False)
         return
@@ -252,6 +248,27 @@ def export(
         _say(str(report))
 
 
+@check.command("gradients", epilog="Example: torchrun --nproc_per_node 2 -m clipkit check gradients run.yaml")
+def check_gradients_command(
+    settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both, as for train.")],
+    as_json: Json = False,
+) -> None:
+    """Compare the gradients of a config's first step, under this launcher, with those of the big batch."""
+    import tempfile
+    from dataclasses import replace
+
+    from clipkit import distributed
+    from clipkit.training.run import check_run_gradients
+
+    config = _run_config(settings)
+    with tempfile.TemporaryDirectory() as folder:  # each process its own: nothing of a run is written
+        found = check_run_gradients(replace(config, train=replace(config.train, output_dir=folder, progress=False)))
+    if distributed.is_main():
+        typer.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+    if not found.same:
+        raise typer.Exit(1)
+
+
 @check.command("data", epilog="Example: clipkit check data birds.csv --image file --text caption")
 def check_data_command(
     data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
@@ -293,6 +310,15 @@ def env(as_json: Json = False) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         _say(f"{name:<{width}}  {value}")
+
+
+def _run_config(settings: Sequence[str]) -> RunConfig:
+    from clipkit.training.config import RunConfig
+
+    files = [each for each in settings if "=" not in each]
+    if len(files) > 1:
+        raise UsageError(f"expected one YAML file, found {len(files)}: {', '.join(files)}")
+    return RunConfig.load(files[0] if files else None, [each for each in settings if "=" in each])
 
 
 def _open(model: str) -> DualEncoder:

@@ -72,7 +72,30 @@ def main_first() -> Iterator[None]:
             barrier()  # also after an error, or the others wait for ever
 
 
-def gather_rows(rows: Tensor) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of every process's `values`, of one shape; without gradient."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The highest of every process's `values`, of one shape; without gradient."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def _reduced(values: Tensor, operation: Any) -> Tensor:
+    if world_size() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values, operation)
+    return values
+
+
+def rows_before(count: int) -> int:
+    """How many rows the processes of lower rank hold, where this one holds `count`."""
+    return sum(all_gather_object(count)[: rank()])
+
+
+def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     """The rows of all processes, in order of rank; lengths may differ, an empty one included.
 
     Gradients flow back to the process that owns a row, summed over all processes that used it
@@ -81,14 +104,14 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     Args:
         rows: (n_local, ...), the same trailing shape and dtype on every process.
+        counts: the `n_local` of every process, where it is known already.
 
     Returns:
         (sum of n_local, ...).
     """
     if world_size() == 1:
         return rows
-    counts = all_gather_object(len(rows))
-    gathered: Tensor = _GatherRows.apply(rows, counts)
+    gathered: Tensor = _GatherRows.apply(rows, counts or all_gather_object(len(rows)))
     return gathered
 
 

@@ -90,3 +90,23 @@ def test_evaluation_programs(world, tmp_path):
     out = start("accelerate", "eval/zero_shot.py", world / "classes", *ask, tmp_path / "z.json", folder=tmp_path)
     assert "majority 0.1250" in out
     assert json.loads((tmp_path / "z.json").read_text())["n"]["zero_shot/images"] == 32
+
+
+@pytest.mark.slow
+def test_gradient_parity(tmp_path):
+    start("python", "train/gradient_parity.py", "--ranks", 2, "--to", tmp_path / "parity.md", folder=tmp_path)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "parity.md").open()][2:]
+    ours = [row for row in table if row[0].startswith("clipkit")]
+    assert len(ours) == 6
+    assert all(set(row[2:]) <= {"1.000 / 1.000", "1.000", "not trained"} for row in ours), ours
+    rows = {(name, run): cells for name, run, *cells in table}
+    assert rows["open_clip, as it is by default", "2 ranks"] == ["0.500 / 1.000", "0.500 / 1.000", "1.000"]
+    assert rows["open_clip --accum-freq", "4 chunks"][2] == "4.000"
+
+
+@pytest.mark.slow
+def test_loss_scaling(tmp_path):
+    settings = ["--sizes", 128, 256, "--dim", 16, "--repeats", 1, "--to", tmp_path / "scaling.svg"]
+    out = start("python", "train/loss_scaling.py", *settings, folder=tmp_path)
+    assert out.count("| info_nce, tiled |") == out.count("| open_clip SigLipLoss |") == 2
+    assert (tmp_path / "scaling.svg").read_text().count("<path") > 20

@@ -18,12 +18,14 @@ NAMES = {
     "EmbeddingIndex",
     "EmbeddingStore",
     "Fingerprint",
+    "Graded",
     "Paired",
     "RetrievalEvaluator",
     "RunConfig",
     "SameGroup",
     "TrainConfig",
     "Trainer",
+    "Views",
     "ZeroShotClassifier",
     "ZeroShotEvaluator",
     "average",
@@ -34,6 +36,7 @@ NAMES = {
     "load_image",
     "load_pairs",
     "run",
+    "sigmoid_loss",
     "split_pairs",
 }
 

@@ -38,7 +38,7 @@ def make_pairs() -> Any:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def make_model(seed: int = 0, dropout: float = 0.0) -> Any:
+def make_model(seed: int = 0, dropout: float = 0.0, **options: Any) -> Any:
     """A DualEncoder of a one-layer ViT and a one-layer BERT; the same weights for the same seed."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
@@ -54,4 +54,4 @@ def make_model(seed: int = 0, dropout: float = 0.0) -> Any:
     torch.manual_seed(seed)
     vision = ViTModel(ViTConfig(image_size=16, patch_size=4, **size, **drop))
     text = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **size, **drop))
-    return DualEncoder.from_towers(vision, text, fast, dim=16, context_length=8)
+    return DualEncoder.from_towers(vision, text, fast, dim=16, context_length=8, **options)

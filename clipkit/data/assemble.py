@@ -91,7 +91,16 @@ def _metadata(table: Table, names: list[str], kept: list[int]) -> Dataset:
         rows = table.columns.select_columns(names).select(kept)
         return Dataset(rows.with_format("arrow")[:], info=rows.info)
     columns = {name: [table.columns[name][row] for row in kept] for name in names}
+    if "hard_images" in columns:
+        columns["hard_images"] = [_beside(table, cell) for cell in columns["hard_images"]]
     return Dataset(pa.table({name: _cells(cells) for name, cells in columns.items()}))
+
+
+def _beside(table: Table, cell: Any) -> Any:
+    """Paths of hard negatives start where those of the images do."""
+    if isinstance(cell, str) and cell.strip():
+        return str((table.root / cell).absolute())
+    return [_beside(table, each) for each in cell] if isinstance(cell, list) else cell
 
 
 def _cells(cells: list[Any]) -> Any:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from clipkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def key_values(pairs: Any, column: str) -> list[Hashable | None]:
@@ -21,6 +26,38 @@ def key_values(pairs: Any, column: str) -> list[Hashable | None]:
         if not isinstance(value, Hashable):
             raise UsageError(f"the column {column!r} holds {type(value).__name__}, by which nothing can be grouped")
     return [None if _is_empty(value) else value for value in values]
+
+
+def codes(pairs: Any, column: str) -> Tensor:
+    """(n,) int64: one number for each distinct value, given once per data set; -1 for empty cells."""
+    import torch
+
+    numbers: dict[Any, int] = {}
+    found = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in key_values(pairs, column)]
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def number_values(pairs: Any, column: str) -> Tensor:
+    """(n,) or (n, d) float32: a column of numbers, or of lists of d numbers; NaN for empty cells.
+
+    Raises:
+        UsageError: there is no such column, it holds something else, or lists of different lengths.
+    """
+    import torch
+
+    require_column(pairs, column)
+    cells = list(pairs[column])
+    width = next((len(cell) for cell in cells if isinstance(cell, (list, tuple, np.ndarray))), None)
+    empty = np.nan if width is None else [np.nan] * width
+    try:
+        found = np.asarray([empty if cell is None else cell for cell in cells], dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"expected numbers, or lists of equally many numbers; {error}",
+            where=f"column {column!r}",
+            fix="name another column, or make it numeric",
+        ) from error
+    return torch.from_numpy(found)
 
 
 def require_column(pairs: Any, column: str) -> None:

@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipkit.data.augment import Augmentation, augment
-from clipkit.data.keys import key_values
-from clipkit.data.plan import Draw, Plan
-from clipkit.errors import BadImage, ClipkitError, DataError
-from clipkit.images import load_image
-
-ROW = "row"  # the key that every sample carries, for every notion of similarity
-
-
-class Transform(Protocol):
-    """What the loader needs of a model's processor."""
-
-    def images(self, images: Sequence[Any]) -> Tensor: ...
-    def texts(self, texts: Sequence[str]) -> dict[str, Tensor]: ...
-
-
-@dataclass
-class Batch:
-    """This rank's rows of one global batch.
-
-    Args:
-        inputs: keyword arguments of the model's forward, first dimension n_local.
-        keys: column -> (n_local,) int64, for `Similar.affinity`.
-        rejected: rows whose image could not be used, left out of `inputs`.
-    """
-
-    inputs: dict[str, Tensor]
-    keys: dict[str, Tensor]
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-
-    def to(self, device: torch.device) -> Batch:
-        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-
-        return Batch(move(self.inputs), move(self.keys), self.rejected)
-
-
-def codes(pairs: Any, column: str) -> Tensor:
-    """(n,) int64: one number for each distinct value, given once per data set; -1 for empty cells."""
-    numbers: dict[Any, int] = {}
-    found = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in key_values(pairs, column)]
-    return torch.tensor(found, dtype=torch.int64)
+from clipkit.data.augment import Augmentation
+from clipkit.data.batch import CONTENT, HARD, ROW, Assembly, Batch, Transform
+from clipkit.data.keys import codes, number_values
+from clipkit.data.plan import Plan
+from clipkit.errors import ClipkitError, UsageError
 
 
 class Loader:
@@ -63,14 +25,22 @@ class Loader:
     A global batch is cut into contiguous, nearly equal parts, one a rank; the parts may differ by one row.
 
     Args:
-        source: a data set with `image` (or `image_features`), `texts` and the key columns.
+        source: a data set with `image` (or `image_features`), `texts` and the key columns. Its columns `hard_texts` and
+            `hard_images`, one or several of a row, are carried along as hard negatives.
         transform: the model's processor.
         plan: which rows make batch k.
-        columns: key columns beside `row`.
-        augmentation: of training images.
+        columns: key columns beside `row`, carried as codes; `texts` and `image` are hashes of what was drawn.
+        numbers: key columns that are carried as float32.
+        sides: which sides are prepared at all.
+        base: whether the image itself is among the rows of the image side, beside its views.
+        views: augmented views of each image.
+        augmentation, view_augmentation: of training images, and of views.
         rank, world_size: which part is ours.
         workers: processes that decode; 0 decodes in this one.
-        on_bad: ``error`` stops at an image that cannot be used, ``skip`` leaves it out and lists it.
+        on_bad: ``error`` stops at an image that cannot be used, ``skip`` leaves its row out and lists it.
+
+    Raises:
+        UsageError: a column that is not there or cannot be a key; views or hard images of a locked tower.
     """
 
     def __init__(
@@ -80,15 +50,45 @@ class Loader:
         plan: Plan,
         *,
         columns: Sequence[str] = (),
+        numbers: Sequence[str] = (),
+        sides: Sequence[str] = ("image", "text"),
+        base: bool = True,
+        views: int = 0,
         augmentation: Augmentation = "none",
+        view_augmentation: Augmentation = "simclr",
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
-        keys = {column: codes(source, column) for column in columns if column != ROW}
+        keys = {column: codes(source, column) for column in columns if column not in (ROW, *CONTENT)}
+        keys |= {column: number_values(source, column) for column in numbers}
+        content = tuple(name for name in CONTENT if name in columns)
+        hard = frozenset(name for name in HARD if name in (getattr(source, "column_names", None) or ()))
+        if "image_features" in (getattr(source, "column_names", None) or ()) and (views or "hard_images" in hard):
+            raise UsageError(
+                "views and hard images need pixels, and this data set holds the features of a locked tower",
+                where="image_features",
+                fix="train on the images themselves",
+            )
+        shown = range(0 if base else 1, views + 1)
+        augmentations = [augmentation if view == 0 else view_augmentation for view in shown]
         self.workers = workers
-        self.steps = _Steps(source, transform, plan, keys, augmentation, rank, world_size, on_bad)
+        self.steps = _Steps(
+            Assembly(
+                source,
+                transform,
+                keys,
+                content,
+                hard,
+                tuple(sides),
+                tuple(zip(shown, augmentations, strict=True)),
+                on_bad,
+            ),
+            plan,
+            rank,
+            world_size,
+        )
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps `start` to `stop` - 1, counted over all epochs from 0."""
@@ -119,58 +119,16 @@ class _Steps(Dataset["Batch | ClipkitError"]):
     Errors come back as values: a worker that raises would have its exception rebuilt from a mere text.
     """
 
-    source: Any
-    transform: Transform
+    assembly: Assembly
     plan: Plan
-    keys: Mapping[str, Tensor]
-    augmentation: Augmentation
     rank: int
     world_size: int
-    on_bad: str
 
     def __getitem__(self, step: int) -> Batch | ClipkitError:
         epoch, k = divmod(step, self.plan.steps_per_epoch)
         draws = self.plan.batch(epoch, k)
         mine = np.array_split(np.arange(len(draws)), self.world_size)[self.rank]
         try:
-            return self._load([draws[i] for i in mine])
+            return self.assembly.batch([draws[i] for i in mine])
         except ClipkitError as error:
             return error
-
-    def _load(self, draws: list[Draw]) -> Batch:
-        records = _records(self.source, [draw.row for draw in draws])
-        images, kept, rejected = self._images(draws, records)
-        texts = [records[i]["texts"][draws[i].caption] for i in kept]
-        rows = torch.tensor([draws[i].row for i in kept], dtype=torch.int64)
-        keys = {ROW: rows, **{name: values[rows] for name, values in self.keys.items()}}
-        return Batch({**images, **self.transform.texts(texts)}, keys, rejected)
-
-    def _images(
-        self, draws: list[Draw], records: list[dict[str, Any]]
-    ) -> tuple[dict[str, Tensor], list[int], list[dict[str, Any]]]:
-        everything = list(range(len(draws)))
-        if records and "image_features" in records[0]:  # of a locked tower, computed beforehand
-            features = np.asarray([record["image_features"] for record in records], dtype=np.float32)
-            return {"image_features": torch.from_numpy(features)}, everything, []
-        images, kept, rejected = [], [], []
-        for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
-            try:
-                images.append(augment(load_image(record["image"]), self.augmentation, draw.seed))
-                kept.append(i)
-            except BadImage as error:
-                if self.on_bad == "error":
-                    raise
-                rejected.append({"row": draw.row, "path": error.where, "code": error.code, "message": error.message})
-        if not images:
-            where = rejected[0]["path"] if rejected else f"rank {self.rank}"
-            raise DataError(
-                f"none of the {len(draws)} images of this process's part of a batch can be used",
-                where=where,
-                fix="`clipkit check data` lists what is broken",
-            )
-        return {"pixel_values": self.transform.images(images)}, kept, rejected
-
-
-def _records(source: Any, rows: list[int]) -> list[dict[str, Any]]:
-    fetch = getattr(source, "__getitems__", None)  # datasets: one Arrow look-up instead of n
-    return list(fetch(rows)) if fetch else [source[row] for row in rows]

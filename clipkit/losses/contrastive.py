@@ -1,20 +1,42 @@
 """Contrastive losses as pure functions of embeddings and affinities.
 
-The value and the gradients are those of one process that holds the whole batch, for any number of
-ranks: each rank returns ``W * (sum over its own anchors) / N_global`` against the gathered columns,
-so that DDP's mean over the W ranks is the loss of the big batch. (A mean over each rank's own rows
-is not, where ranks hold unequal numbers.)
+The value and the gradients are those of one process that holds the whole batch, for any number of ranks: each rank
+gives ``W * (its part of the loss of the global batch)`` against the gathered columns, so that DDP's mean over the W
+ranks is the loss of the big batch. (A mean over each rank's own rows is not, where ranks hold unequal numbers.)
+With `tile`, no matrix of all pairs is ever stored, forward or backward.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.errors import UsageError
+from clipkit.losses.sigmoid import SigmoidPairs
 from clipkit.losses.similar import Keys, Similar
+from clipkit.losses.softmax import SoftmaxPairs
+from clipkit.losses.tiles import Known, PairLoss, Pairs
+
+TILE = 1024
+"""Rows and columns that are looked at together by default."""
+
+
+class Loss(NamedTuple):
+    """This rank's share; the mean over ranks belongs to the global batch. Both are 0-dim float32.
+
+    `kl` is what the loss lies above the entropy of its target: 0 is its floor, whatever counts as similar, while the
+    loss itself cannot fall below ln m with m equal positives a row. It carries no gradient.
+    """
+
+    loss: Tensor
+    kl: Tensor
 
 
 @dataclass(frozen=True)
@@ -23,8 +45,8 @@ class Embedded:
 
     Args:
         emb: (n, dim), unit length.
-        keys: column -> (n,), what `Similar.affinity` reads.
-        anchor: (n,) bool, false for rows that are only ever a negative; None: all are anchors.
+        keys: column -> (n,) or (n, d), what `Similar.affinity` reads.
+        anchor: (n,) bool, false for hard negatives: rows that are only ever a negative; None: all are anchors.
     """
 
     emb: Tensor
@@ -33,48 +55,116 @@ class Embedded:
 
     def gathered(self) -> Embedded:
         """The rows of all ranks; embeddings carry gradient back to their owners."""
-        anchor = None if self.anchor is None else distributed.gather_rows(self.anchor)
-        keys = {name: distributed.gather_rows(values) for name, values in self.keys.items()}
-        return Embedded(distributed.gather_rows(self.emb), keys, anchor)
+        counts = distributed.all_gather_object(len(self.emb))
+        anchor = None if self.anchor is None else distributed.gather_rows(self.anchor, counts)
+        keys = {name: distributed.gather_rows(values, counts) for name, values in self.keys.items()}
+        return Embedded(distributed.gather_rows(self.emb, counts), keys, anchor)
 
-    def anchors(self) -> Tensor:
-        """(n,) bool."""
-        if self.anchor is None:
-            return torch.ones(len(self.emb), dtype=torch.bool, device=self.emb.device)
-        return self.anchor
+    def cut(self, dim: int) -> Embedded:
+        """The first `dim` dimensions, brought to unit length."""
+        return replace(self, emb=F.normalize(self.emb[:, :dim], dim=1))
+
+    def known(self, similar: Similar) -> Known:
+        """What the pairs of a loss are told of these rows."""
+        weight = None if similar.score is None else self.keys[similar.score]
+        return Known(len(self.emb), self.keys, self.anchor, weight)
 
 
-def info_nce(a: Embedded, b: Embedded, similar: Similar, scale: Tensor) -> Tensor:
+def info_nce(
+    a: Embedded,
+    b: Embedded,
+    similar: Similar,
+    scale: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    tile: int | None = None,
+) -> Loss:
     """Symmetric InfoNCE with any number of positives a row.
 
     ``1/2N * sum_i CE(softmax(scale a_i.B), T_i) + 1/2N * sum_j CE(softmax(scale b_j.A), T'_j)``, where T
     is the affinity normalised per row, and T' per column (Radford et al. 2021, fig. 3, for one
     positive; Khosla et al. 2020, eq. 2, for several). With m exact duplicates of each sample the
-    lowest possible value is ln m.
+    lowest possible value is ln m. Rows without a positive are left out of the mean; with scores it is weighted.
+    A side compared with itself leaves each row out of its own columns (Chen et al. 2020).
 
     Args:
-        a: this rank's rows of one side, (n, dim).
-        b: this rank's rows of the other side, (n, dim).
+        a: this rank's rows of the side ``similar.between[0]``, (n, dim).
+        b: this rank's rows of the side ``similar.between[1]``, (m, dim).
         similar: what counts as alike.
         scale: 0-dim, exp of the learnt log scale.
-
-    Returns:
-        0-dim float32: this rank's share, such that the mean over ranks is the loss of the global batch.
+        label_smoothing: part of each target that is spread evenly over all that a row is compared with.
+        tile: rows and columns that are looked at together, so that memory grows linearly; None: all at once.
     """
-    all_a, all_b = a.gathered(), b.gathered()
+    return _loss(SoftmaxPairs, a, b, similar, scale, None, label_smoothing, tile)
+
+
+def sigmoid_loss(
+    a: Embedded,
+    b: Embedded,
+    similar: Similar,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    tile: int | None = None,
+) -> Loss:
+    """The pairwise sigmoid loss: ``1/N * sum_ij [softplus(z_ij) - y_ij z_ij]``, z = scale a_i.b_j + bias.
+
+    The affinity is the label y (Zhai et al. 2023, eq. 1, for one positive a row: a sum over j, divided by N).
+    Hard negatives count against anchors, not against each other. With scores a pair weighs the mean of its two rows'.
+
+    Args:
+        bias: 0-dim; begins at `prior_bias` where heads are fresh.
+        label_smoothing: labels become ``y (1 - label_smoothing) + label_smoothing / 2``.
+
+    The other arguments are those of `info_nce`.
+    """
+    return _loss(SigmoidPairs, a, b, similar, scale, bias, label_smoothing, tile)
+
+
+def _loss(
+    kind: type[Pairs],
+    a: Embedded,
+    b: Embedded,
+    similar: Similar,
+    scale: Tensor,
+    bias: Tensor | None,
+    smoothing: float,
+    tile: int | None,
+) -> Loss:
+    if not 0 <= smoothing < 1:
+        raise UsageError(f"label_smoothing lies between 0 and 1; found {smoothing}")
+    everyone = b.gathered()
     with torch.autocast(a.emb.device.type, enabled=False):  # bf16 logits near 100 are 0.5 apart
-        a_to_b = _half(a, all_b, similar, scale) / all_a.anchors().sum()
-        b_to_a = _half(b, all_a, similar, scale) / all_b.anchors().sum()
-    return distributed.world_size() / 2 * (a_to_b + b_to_a)
+        inputs = (_full(a.emb), _full(everyone.emb), _full(scale), None if bias is None else _full(bias))
+        keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+        pairs = kind(a.known(similar), everyone.known(similar), similar, smoothing, tile, inputs[0].dtype, keep)
+        return Loss(*PairLoss.apply(*inputs, pairs))
 
 
-def _half(rows: Embedded, cols: Embedded, similar: Similar, scale: Tensor) -> Tensor:
-    """Sum of the cross-entropies of this rank's anchors against all columns."""
-    logits = scale.float() * rows.emb.float() @ cols.emb.float().T  # (r, c)
-    affinity = similar.affinity(rows.keys, cols.keys).to(logits)
-    logits = logits.masked_fill(affinity < 0, float("-inf"))
-    affinity = affinity.clamp(min=0)
-    weight = affinity.sum(dim=1)
-    positive = torch.where(affinity > 0, affinity * logits, 0).sum(dim=1)  # where: 0 * -inf is NaN
-    losses = logits.logsumexp(dim=1) - positive / weight.clamp(min=torch.finfo(weight.dtype).tiny)
-    return losses[rows.anchors() & (weight > 0)].sum()
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def matryoshka(loss: Callable[[Embedded, Embedded], Loss], a: Embedded, b: Embedded, dims: Sequence[int]) -> Loss:
+    """The mean of a loss over the first d dimensions, for each d (Kusupati et al. 2022).
+
+    Args:
+        loss: of two sides, such as ``lambda a, b: info_nce(a, b, similar, scale)``.
+        a, b: embeddings.
+        dims: how many dimensions; each between 1 and the whole.
+
+    Raises:
+        UsageError: a number of dimensions that the embeddings do not have.
+    """
+    whole = a.emb.shape[1]
+    for dim in dims:
+        if not 1 <= dim <= whole:
+            raise UsageError(f"matryoshka dimensions lie between 1 and {whole}; found {dim}")
+    found = [loss(a, b) if dim == whole else loss(a.cut(dim), b.cut(dim)) for dim in dims]
+    return Loss(torch.stack([each.loss for each in found]).mean(), torch.stack([each.kl for each in found]).mean())
+
+
+def prior_bias(batch_size: int) -> float:
+    """The bias at which a fresh sigmoid model expects one positive in each row of a batch: -ln(B - 1)."""
+    return -math.log(max(1, batch_size - 1))

@@ -23,8 +23,10 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from clipkit.data.augment import Augmentation
-from clipkit.errors import ConfigError
-from clipkit.losses.similar import Paired, SameGroup, Similar
+from clipkit.errors import ConfigError, UsageError
+from clipkit.losses.contrastive import TILE
+from clipkit.losses.graded import Graded
+from clipkit.losses.similar import Head, Paired, SameGroup, Side, Similar, Treat, Views
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -38,6 +40,14 @@ class TrainConfig:
         epochs: passes over the data; may be fractional.
         max_steps: steps at most, whatever `epochs` says.
         batch_size: pairs of a global batch, over all ranks: the negatives of the loss.
+        micro_batch: samples that one device embeds at once; the gradients stay those of the whole batch (Gao et al.
+            2021, GradCache), for one more forward pass. None: all.
+        loss: ``info_nce``, ``sigmoid`` (needs a model with a bias), or ``auto``: sigmoid for models with a bias. The
+            bias of fresh heads begins at -ln(batch_size - 1); one that was loaded stays.
+        label_smoothing: part of each target that is spread over all that is compared.
+        matryoshka: numbers of dimensions that each have to serve on their own, such as [64, 128, 512].
+        tile: rows and columns of the logits that are looked at together, so that memory grows linearly with the
+            batch; None: all at once.
         learning_rate: peak rate of pretrained weights (1e-5: Goyal et al. 2023, FLYP).
         head_learning_rate: peak rate of weights that start at random: fresh heads of `from_towers`, LoRA.
         scale_learning_rate: of the logit scale and bias; None: `head_learning_rate` where the heads are fresh,
@@ -48,7 +58,9 @@ class TrainConfig:
         warmup: part of the steps with a rising rate; then a half cosine down to zero.
         clip_grad_norm: norm to which gradients are clipped; None: never.
         precision: ``auto`` is bf16 on devices that have it, else fp32.
-        augmentation: of training images only: ``crop`` (90-100 % of the area), ``crop+flip``, ``affine``, ``none``.
+        augmentation: of training images only: ``crop`` (90-100 % of the area), ``crop+flip``, ``affine``, ``simclr``,
+            ``none``.
+        view_augmentation: of the views that a notion of similarity compares.
         seed: of everything random.
         workers: processes that decode images, per rank; 0: this process.
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
@@ -65,6 +77,11 @@ class TrainConfig:
     epochs: float = 5.0
     max_steps: int | None = None
     batch_size: int = 256
+    micro_batch: int | None = None
+    loss: Literal["auto", "info_nce", "sigmoid"] = "auto"
+    label_smoothing: float = 0.0
+    matryoshka: tuple[int, ...] = ()
+    tile: int | None = TILE
     learning_rate: float = 1e-5
     head_learning_rate: float = 5e-4
     scale_learning_rate: float | None = None
@@ -75,6 +92,7 @@ class TrainConfig:
     clip_grad_norm: float | None = 1.0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     augmentation: Augmentation = "crop"
+    view_augmentation: Augmentation = "simclr"
     seed: int = 0
     workers: int = 0
     evaluate_every: int | None = None
@@ -89,11 +107,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "learning_rate", "head_learning_rate", "log_every", "eps")
-        for name in ("max_steps", "scale_learning_rate", "evaluate_every", "clip_grad_norm"):
+        for name in ("max_steps", "scale_learning_rate", "evaluate_every", "clip_grad_norm", "micro_batch", "tile"):
             if getattr(self, name) is not None:
                 _positive(self, name)
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"warmup is a part of the steps, between 0 and 1; found {self.warmup}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"label_smoothing lies between 0 and 1, found {self.label_smoothing}")
+        if any(dim < 1 for dim in self.matryoshka):
+            raise ConfigError(f"matryoshka lists numbers of dimensions, found {self.matryoshka}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
         if not math.isfinite(self.epochs):
@@ -221,15 +243,64 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SimilarConfig:
-    """One notion of similarity: ``{}`` for given pairs, ``{group: COLUMN}`` for a shared value."""
+    """One notion of similarity: ``{}`` for given pairs, or one of `group`, `graded` and `views`.
+
+    Attributes:
+        group: column whose values are shared by what is alike.
+        graded: column or columns of features: more or less alike.
+        similarity: of `graded`: ``cosine``, ``softmax`` or ``hierarchy``.
+        against: of `graded`: the column of the second side.
+        softness: of `graded` with ``softmax``: its temperature.
+        views: augmented views of each image that are alike, two or more; with `group` the views are compared.
+        between: the two sides; None: image and text, or images where there are views.
+        known: key column -> ``positive``, ``ignore`` or ``negative``: what is known not to be a negative.
+        score: column of the rows' weights.
+        temperature: of this notion, fixed; None: the model's, or 0.1 where there are views.
+        head: projection of its own: ``mlp``, ``linear``, ``none``; None: ``mlp`` for `views` alone.
+        weight: factor of this notion's loss.
+    """
 
     group: str | None = None
+    graded: str | tuple[str, ...] | None = None
+    similarity: Literal["cosine", "softmax", "hierarchy"] = "cosine"
+    against: str | None = None
+    softness: float = 0.01
+    views: int | None = None
+    between: tuple[Side, Side] | None = None
+    known: dict[str, Treat] = field(default_factory=dict)
+    score: str | None = None
+    temperature: float | None = None
+    head: Head | Literal["none"] | None = None
     weight: float = 1.0
 
     __pydantic_config__ = _STRICT
 
+    def __post_init__(self) -> None:
+        if self.graded is not None and (self.group is not None or self.views is not None):
+            raise ConfigError("a notion of similarity is one of `group`, `graded` and `views`", where="similar")
+        self.build()
+
     def build(self) -> Similar:
-        return SameGroup(self.group, self.weight) if self.group else Paired(self.weight)
+        """The notion itself.
+
+        Raises:
+            ConfigError: what the notion does not allow.
+        """
+        images: tuple[Side, Side] = ("image", "image")
+        options: dict[str, Any] = {"weight": self.weight, "known": self.known, "score": self.score}
+        chosen = {"between": self.between or (images if self.views else None), "temperature": self.temperature}
+        chosen |= {"views": self.views, "temperature": self.temperature or (0.1 if self.views else None)}
+        options |= {name: value for name, value in chosen.items() if value is not None}
+        if self.head is not None:
+            options["head"] = None if self.head == "none" else self.head
+        try:
+            if self.group is not None:
+                return SameGroup(self.group, **options)
+            if self.graded is not None:
+                return Graded(self.graded, self.similarity, self.against, self.softness, **options)
+            return Views(**options) if self.views is not None else Paired(**options)
+        except UsageError as error:
+            raise ConfigError(error.message, where="similar", fix=error.fix) from None
 
 
 @dataclass(frozen=True)

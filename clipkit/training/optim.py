@@ -15,22 +15,25 @@ from clipkit.training.config import TrainConfig
 _NOT_DECAYED = ("position_embedding", "positional_embedding", "pos_embed", "cls_token", "class_embedding")
 
 
-def parameter_groups(model: DualEncoder, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: DualEncoder, config: TrainConfig, heads: torch.nn.Module | None = None
+) -> list[dict[str, Any]]:
     """The trained parameters by learning rate and decay.
 
     Weights with fewer than two dimensions (norms, biases, logit scale and bias), class tokens and embeddings of
     positions are never decayed: decay would pull the temperature of CLIP from 100 to 80 in 10,000 ordinary steps.
+    `heads` are what stands beside the model while it learns; they learn as fresh heads do.
     """
     scalars = {id(model.logit_scale), id(model.logit_bias)}
-    fresh_heads = any(MARK not in name for name in model.fresh)  # LoRA is fresh, but says nothing about the scale
-    scale_rate = config.scale_learning_rate or (config.head_learning_rate if fresh_heads else config.learning_rate)
+    of_scale = scale_rate(model, config)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    beside = [] if heads is None else [(None, each) for each in heads.parameters()]
+    for name, parameter in [*model.named_parameters(), *beside]:
         if not parameter.requires_grad:
             continue
-        rate = config.head_learning_rate if name in model.fresh else config.learning_rate
-        rate = scale_rate if id(parameter) in scalars else rate
-        plain = parameter.ndim < 2 or any(part in name for part in _NOT_DECAYED)
+        rate = config.head_learning_rate if name is None or name in model.fresh else config.learning_rate
+        rate = of_scale if id(parameter) in scalars else rate
+        plain = parameter.ndim < 2 or any(part in (name or "") for part in _NOT_DECAYED)
         groups[rate, 0.0 if plain else config.weight_decay].append(parameter)
     return [
         {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
@@ -38,9 +41,15 @@ def parameter_groups(model: DualEncoder, config: TrainConfig) -> list[dict[str, 
     ]
 
 
-def build_optimizer(model: DualEncoder, config: TrainConfig) -> torch.optim.AdamW:
+def scale_rate(model: DualEncoder, config: TrainConfig) -> float:
+    """Peak learning rate of the logit scale and bias."""
+    fresh_heads = any(MARK not in name for name in model.fresh)  # LoRA is fresh, but says nothing about the scale
+    return config.scale_learning_rate or (config.head_learning_rate if fresh_heads else config.learning_rate)
+
+
+def build_optimizer(model: DualEncoder, config: TrainConfig, heads: torch.nn.Module | None = None) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, one fused kernel a step."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, config, heads), betas=config.betas, eps=config.eps, fused=True)
 
 
 def schedule(step: int, total: int, warmup: float) -> float:

@@ -22,6 +22,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
 from clipkit.training.folder import claim_folder
 from clipkit.training.trainer import Evaluator, Trainer, TrainResult
+from clipkit.training.verify import GradientCheck, check_gradients
 
 logger = logging.getLogger("clipkit")
 
@@ -63,6 +64,15 @@ def run(config: RunConfig) -> Run:
     result = trainer.train()
     save_result(folder, model, result, trainer.evaluators, config.train.seed)
     return Run(model, result, folder)
+
+
+def check_run_gradients(config: RunConfig) -> GradientCheck:
+    """Compare the first step of a run, under this launcher, with the big batch; trains and writes nothing."""
+    distributed.start()
+    torch.manual_seed(config.train.seed)
+    model = open_model(config.model)
+    train, _ = open_data(config.data, config.train, claim_folder(Path(config.train.output_dir)))
+    return check_gradients(Trainer(model, train, config.train, similar=[each.build() for each in config.similar]))
 
 
 def open_model(config: ModelConfig) -> DualEncoder:

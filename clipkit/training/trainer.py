@@ -14,21 +14,24 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
 
 from clipkit import distributed
-from clipkit.data.keys import require_column
+from clipkit.data.keys import number_values, require_column
 from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan, hash64
-from clipkit.errors import ClipkitError, TooManyRejected, UsageError
-from clipkit.losses.contrastive import Embedded, info_nce
-from clipkit.losses.similar import Keys, Paired, Similar
+from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
+from clipkit.files import write_json
+from clipkit.losses.contrastive import Loss, prior_bias
+from clipkit.losses.similar import Paired, Similar, key_columns
 from clipkit.models.card import base_of
-from clipkit.models.dual_encoder import DualEncoder, Embeddings
+from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import TrainConfig
 from clipkit.training.folder import Best, Log, claim_folder, write_rejects
+from clipkit.training.learner import Learner
 from clipkit.training.optim import build_optimizer, schedule
+from clipkit.training.preflight import preflight
 from clipkit.training.progress import Progress
+from clipkit.training.step import Contrast, backward
 
 logger = logging.getLogger("clipkit")
 
@@ -73,7 +76,9 @@ class Trainer:
 
     Raises:
         UsageError: the folder holds another run; the batch is larger than the data; trained BatchNorm
-            on several ranks; a launcher whose processes are not connected.
+            on several ranks or with micro-batches; a sigmoid loss without a bias; a launcher whose processes are
+            not connected.
+        DataError: scores that are no weights.
     """
 
     def __init__(
@@ -86,7 +91,7 @@ class Trainer:
         evaluators: Sequence[Evaluator] = (),
     ) -> None:
         distributed.start()
-        self.model, self.config = model, config
+        self.model, self.pairs, self.config = model, pairs, config
         self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
         self.folder = claim_folder(Path(config.output_dir))
@@ -102,17 +107,9 @@ class Trainer:
         self.plan = Plan(captions, batch_size=config.batch_size, seed=config.seed)
         wanted = self.plan.steps_per_epoch * config.epochs
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
-        self.loader = Loader(
-            pairs,
-            model.processor,
-            self.plan,
-            columns=sorted({column for each in self.similar for column in each.columns}),
-            augmentation=config.augmentation,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            workers=config.workers,
-            on_bad=config.on_bad,
-        )
+        self.contrast = self._contrast()
+        self.learner = Learner(model, self.similar)
+        self.loader = self._loader(pairs)
         self._refuse_batch_norm()
         self.accelerator = _accelerator(config)
         model.card = model.card.updated(
@@ -125,6 +122,48 @@ class Trainer:
 
     # -- before the first step
 
+    def _contrast(self) -> Contrast:
+        """How embeddings are compared: with the loss that the model was made for, unless the config names one."""
+        config, bias = self.config, self.model.logit_bias
+        loss = config.loss if config.loss != "auto" else "info_nce" if bias is None else "sigmoid"
+        learnt = any(each.temperature is None for each in self.similar)
+        if loss == "sigmoid" and bias is None and learnt:
+            raise UsageError(
+                "a sigmoid loss needs a model with a bias",
+                where="loss",
+                fix="DualEncoder.from_towers(…, logit_bias=-10), a SigLIP model, or loss=info_nce",
+            )
+        if loss == "sigmoid" and bias is not None and self.model.fresh:  # what was loaded stays
+            with torch.no_grad():
+                bias.fill_(prior_bias(config.batch_size))
+        for dim in config.matryoshka:
+            if dim > self.model.dim:
+                raise UsageError(f"embeddings have {self.model.dim} dimensions; found matryoshka={config.matryoshka}")
+        return Contrast(loss, config.label_smoothing, config.matryoshka, config.tile)
+
+    def _loader(self, pairs: Any) -> Loader:
+        """What carries the sides, views and keys that the notions read."""
+        config = self.config
+        codes, numbers = key_columns(self.similar)
+        _check_scores(pairs, self.similar)
+        shown = [each for each in self.similar if "image" in each.between]
+        return Loader(
+            pairs,
+            self.model.processor,
+            self.plan,
+            columns=codes,
+            numbers=numbers,
+            sides=sorted({side for each in self.similar for side in each.between}),
+            base=not shown or any(not each.views for each in shown),
+            views=max((each.views for each in shown), default=0),
+            augmentation=config.augmentation,
+            view_augmentation=config.view_augmentation,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=config.workers,
+            on_bad=config.on_bad,
+        )
+
     def _refuse_batch_norm(self) -> None:
         self.model.train()
         for name, module in self.model.named_modules():
@@ -136,30 +175,50 @@ class Trainer:
                     where=name,
                     fix='freeze the tower (model.freeze("image")), choose one without BatchNorm, or use one process',
                 )
+            if trained and self.config.micro_batch is not None and self.config.micro_batch < self.config.batch_size:
+                raise UsageError(
+                    "BatchNorm of a trained tower mixes samples within each micro-batch, so that chunks would not "
+                    "train what the whole batch does",
+                    where=name,
+                    fix='freeze the tower (model.freeze("image")), take one without it, or leave out micro_batch',
+                )
 
-    def _leave_out_unused(self) -> None:
+    def leave_out_unused(self) -> None:
         """DDP waits for every trained parameter; those that the loss never reaches stand still."""
         if distributed.world_size() == 1:
             return
+        learner = self.learner
         batch = next(iter(self.loader.batches(0, 1))).to(self.model.device)
-        self.model.eval()
-        self.accelerator.backward(objective(self.model(**batch.inputs), batch.keys, self.similar))
-        unused = [name for name, each in self.model.named_parameters() if each.requires_grad and each.grad is None]
+        learner.eval()
+        backward(learner, batch, self.similar, self.contrast, micro_batch=self.config.micro_batch)
+        unused = [name for name, each in learner.named_parameters() if each.requires_grad and each.grad is None]
         for name in unused:
-            self.model.get_parameter(name).requires_grad_(False)
-        self.model.zero_grad(set_to_none=True)
-        self.model.train()
+            learner.get_parameter(name).requires_grad_(False)
+        learner.zero_grad(set_to_none=True)
+        learner.train()
         if unused:
             logger.info("%d parameters take no part in the loss: %s", len(unused), ", ".join(unused[:5]))
+
+    def _preflight(self, progress: Progress) -> None:
+        """Say what this data at this batch allows, on rank 0; the others wait at the first collective."""
+        if not distributed.is_main():
+            return
+        sigmoid = self.contrast.loss == "sigmoid"
+        found = preflight(
+            self.model, self.pairs, self.plan, self.similar, self.config, steps=self.total, sigmoid=sigmoid
+        )
+        write_json(self.folder / "preflight.json", found.as_dict())
+        for line in found.lines():
+            progress.note(line)
 
     # -- the loop
 
     def train(self) -> TrainResult:
         """Train, evaluate, keep the best; see the class."""
-        config, model = self.config, self.model.to(self.accelerator.device)
-        self._leave_out_unused()
-        optimizer = build_optimizer(model, config)
-        wrapped, optimizer = self.accelerator.prepare(model, optimizer)
+        config, model, learner = self.config, self.model, self.learner.to(self.accelerator.device)
+        self.leave_out_unused()
+        optimizer = build_optimizer(model, config, heads=learner.heads)
+        wrapped, optimizer = self.accelerator.prepare(learner, optimizer)
         self.accelerator.init_trackers("clipkit", config=_flat(config))
         ceiling = max(math.log(100), float(model.logit_scale.detach()))  # what was loaded may lie above 100
         every = config.evaluate_every or self.plan.steps_per_epoch
@@ -169,6 +228,7 @@ class Trainer:
         wrapped.train()
         shown = config.progress and distributed.is_main()
         with Log(self.folder / "metrics.jsonl") as log, Progress(self.total, "training", shown=shown) as progress:
+            self._preflight(progress)
             for step, batch in enumerate(self.loader.batches(0, self.total), start=1):
                 rejected |= {each["row"]: each for each in batch.rejected}
                 self._tolerate(len(rejected))
@@ -178,9 +238,15 @@ class Trainer:
                     group["lr"] = group["peak"] * factor
 
                 batch = batch.to(self.accelerator.device)
-                loss = objective(wrapped(**batch.inputs), batch.keys, self.similar)
-                self.accelerator.backward(loss)
-                norm = self._clip(model)
+                loss = backward(
+                    wrapped,
+                    batch,
+                    self.similar,
+                    self.contrast,
+                    micro_batch=config.micro_batch,
+                    send=self.accelerator.backward,
+                )
+                norm = self._clip(learner)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 with torch.no_grad():
@@ -239,7 +305,7 @@ class Trainer:
                 fix="`clipkit check data` lists them; mend them, or raise max_bad",
             )
 
-    def _clip(self, model: DualEncoder) -> float:
+    def _clip(self, model: torch.nn.Module) -> float:
         limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
         norm = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
         # gradients are summed over ranks before this, so all ranks see the same and stop together;
@@ -252,13 +318,14 @@ class Trainer:
             )
         return norm
 
-    def _measured(self, step: int, loss: Tensor, norm: float, factor: float, start: float) -> dict[str, Any]:
+    def _measured(self, step: int, loss: Loss, norm: float, factor: float, start: float) -> dict[str, Any]:
         seconds = time.perf_counter() - start
-        share = loss.detach().float().reshape(1)
+        mean = distributed.gather_rows(torch.stack(loss).detach().float().reshape(1, 2)).mean(dim=0)
         return {
             "step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 4),
-            "loss": float(distributed.gather_rows(share).mean()),
+            "loss": float(mean[0]),
+            "kl": float(mean[1]),
             "logit_scale": float(self.model.logit_scale.detach().exp()),
             "gradient_norm": norm if math.isfinite(norm) else None,  # the scaler of fp16 skips such steps
             "learning_rate": self.config.learning_rate * factor,
@@ -271,20 +338,17 @@ class Trainer:
         self.accelerator.free_memory()
 
 
-def objective(out: Embeddings, keys: Keys, similar: Sequence[Similar]) -> Tensor:
-    """The weighted sum of the losses of each notion of similarity: this rank's share, 0-dim.
-
-    Args:
-        out: what the model gave for this rank's rows.
-        keys: column -> (n_local,).
-        similar: notions; `between` names the sides of `out` that each compares.
-    """
-    sides = {side: Embedded(emb, keys) for side, emb in (("image", out.image), ("text", out.text)) if emb is not None}
-    losses = []
-    for each in similar:
-        a, b = (sides[side] for side in each.between)
-        losses.append(each.weight * info_nce(a, b, each, out.scale))
-    return torch.stack(losses).sum()
+def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:
+    for column in {each.score for each in similar} - {None}:
+        scores = number_values(pairs, str(column))
+        bad = ~(scores.isfinite() & (scores >= 0)) if scores.ndim == 1 else torch.ones(1, dtype=torch.bool)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise DataError(
+                f"scores are numbers of at least 0; found {pairs[str(column)][row]!r}",
+                where=f"column {column!r}, row {row}",
+                fix="mend the column, or leave out `score`",
+            )
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from clipkit.data.augment import augment
-from clipkit.data.loader import Loader, codes
+from clipkit.data.keys import codes
+from clipkit.data.loader import Loader
 from clipkit.data.plan import Plan
 from clipkit.errors import BadImage, UsageError
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from clipkit.data.loader import ROW
+from clipkit.data.batch import ROW
 from clipkit.data.plan import Plan, hash64
 from clipkit.errors import UsageError
 from clipkit.losses import similar

@@ -8,10 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import binary_cross_entropy, binary_cross_entropy_with_logits, cross_entropy, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipkit import distributed
-from clipkit.losses.contrastive import Embedded, info_nce
+from clipkit.errors import UsageError
+from clipkit.losses.contrastive import Embedded, info_nce, matryoshka, prior_bias, sigmoid_loss
+from clipkit.losses.graded import Graded
 from clipkit.losses.similar import Paired, SameGroup
 
 ROWS, DIM = 11, 7
@@ -28,7 +31,7 @@ def batch(dtype=torch.float32):
 def loss_of(image, text, scale, similar, rows):
     keys = {"row": torch.arange(ROWS)[rows], "group": GROUPS[rows]}
     a, b = (Embedded(normalize(each[rows], dim=1), keys) for each in (image, text))
-    return info_nce(a, b, similar, scale)
+    return info_nce(a, b, similar, scale).loss
 
 
 def reference(image, text, scale, similar):
@@ -63,11 +66,11 @@ def test_known_values():
     eye = torch.eye(4)
     keys = {"row": torch.arange(4), "group": torch.tensor([0, 0, 1, 1])}
     same = Embedded(torch.ones(4, 4) / 2, keys)
-    assert float(info_nce(same, same, Paired(), torch.tensor(5.0))) == pytest.approx(math.log(4))
-    pair = float(info_nce(Embedded(eye, keys), Embedded(eye, keys), Paired(), torch.tensor(2.0)))
+    assert float(info_nce(same, same, Paired(), torch.tensor(5.0)).loss) == pytest.approx(math.log(4))
+    pair = float(info_nce(Embedded(eye, keys), Embedded(eye, keys), Paired(), torch.tensor(2.0)).loss)
     assert pair == pytest.approx(math.log(math.e**2 + 3) - 2)
     # two positives a row: log-sum-exp less the mean of their logits 2 and 0
-    group = float(info_nce(Embedded(eye, keys), Embedded(eye, keys), SameGroup("group"), torch.tensor(2.0)))
+    group = float(info_nce(Embedded(eye, keys), Embedded(eye, keys), SameGroup("group"), torch.tensor(2.0)).loss)
     assert group == pytest.approx(math.log(math.e**2 + 3) - 1)
 
 
@@ -75,7 +78,7 @@ def test_the_floor_with_duplicates_is_the_log_of_their_number():
     twice = torch.eye(3).repeat_interleave(2, dim=0)
     keys = {"row": torch.arange(6), "group": torch.arange(3).repeat_interleave(2)}
     for similar in (Paired(), SameGroup("group")):
-        value = info_nce(Embedded(twice, keys), Embedded(twice, keys), similar, torch.tensor(80.0))
+        value = info_nce(Embedded(twice, keys), Embedded(twice, keys), similar, torch.tensor(80.0)).loss
         assert float(value) == pytest.approx(math.log(2), abs=1e-5)  # fp32 near 80: 8e-6
 
 
@@ -101,7 +104,7 @@ def test_ignored_columns_leave_the_softmax():
     barred = torch.diag(torch.ones(ROWS - 1), 1).bool()
     ids = torch.arange(ROWS)
     rows = cross_entropy(logits.masked_fill(barred, -torch.inf), ids)
-    cols = cross_entropy(logits.T.masked_fill(barred, -torch.inf), ids)
+    cols = cross_entropy(logits.T.masked_fill(barred.T, -torch.inf), ids)
     found = loss_of(image, text, scale, IgnoreNeighbour(), slice(None))
     assert found.detach() == pytest.approx(float(rows + cols) / 2, rel=1e-6)
 
@@ -112,6 +115,125 @@ def test_bf16_autocast_leaves_the_logits_in_fp32():
         inside = loss_of(image, text, scale, Paired(), slice(None))
     assert inside.dtype is torch.float32
     assert inside.equal(loss_of(image, text, scale, Paired(), slice(None)))
+
+
+# --- tiles, targets with more in them
+
+
+def graded_batch(dtype=torch.float32):
+    image, text, scale = batch(dtype)
+    feature = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(8))
+    return image, text, scale, {"row": torch.arange(ROWS), "group": GROUPS, "f": feature}
+
+
+@pytest.mark.parametrize("tile", [None, 1, 4, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("similar", [Paired(), SameGroup("group"), Graded("f"), Graded("f", "softmax", softness=0.3)])
+def test_smoothed_and_graded_targets(similar, smoothing, tile):
+    image, text, scale, keys = graded_batch()
+    a, b = (Embedded(normalize(each, dim=1), keys) for each in (image, text))
+    found = info_nce(a, b, similar, scale, label_smoothing=smoothing, tile=tile)
+    found.loss.backward()
+    exact = batch(torch.float64)
+    logits = exact[2] * normalize(exact[0], dim=1) @ normalize(exact[1], dim=1).T
+    affinity = similar.affinity(keys, keys).double()
+    halves = []
+    for z, each in ((logits, affinity), (logits.T, affinity.T)):
+        target = (1 - smoothing) * each / each.sum(1, keepdim=True) + smoothing / ROWS
+        halves.append((cross_entropy(z, target), torch.special.entr(target).sum() / ROWS))
+    wanted = (halves[0][0] + halves[1][0]) / 2
+    wanted.backward()
+    assert relative(found.loss, wanted) < 1e-6
+    assert float(found.kl) == pytest.approx(float((wanted - (halves[0][1] + halves[1][1]) / 2).detach()), abs=2e-6)
+    for ours, theirs in zip((image, text, scale), exact, strict=True):
+        assert relative(ours.grad, theirs.grad) < 2e-6
+
+
+@pytest.mark.parametrize("tile", [None, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_soft_labels_of_the_sigmoid(smoothing, tile):
+    image, text, scale, keys = graded_batch(torch.float64)
+    bias = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    a, b = (Embedded(normalize(each, dim=1), keys) for each in (image, text))
+    found = sigmoid_loss(a, b, Graded("f"), scale, bias, label_smoothing=smoothing, tile=tile)
+    grads = torch.autograd.grad(found.loss, (image, text, scale, bias), retain_graph=True)
+    label = Graded("f").affinity(keys, keys).double() * (1 - smoothing) + smoothing / 2
+    logits = scale * a.emb @ b.emb.T + bias
+    wanted = binary_cross_entropy_with_logits(logits, label, reduction="sum") / ROWS
+    floor = binary_cross_entropy(label, label, reduction="sum") / ROWS
+    assert relative(found.loss, wanted) < 1e-7
+    assert float(found.kl) == pytest.approx(float((wanted - floor).detach()), rel=1e-6)
+    for ours, theirs in zip(grads, torch.autograd.grad(wanted, (image, text, scale, bias)), strict=True):
+        assert relative(ours, theirs) < 1e-6
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor had while the block ran."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for each in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(each, torch.Tensor):
+                self.most = max(self.most, each.numel())
+        return out
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
+@pytest.mark.parametrize("similar", [Paired(), Graded("f", "softmax"), Paired(known={"f": "ignore"})], ids=str)
+def test_no_matrix_of_all_pairs_is_ever_made(loss, similar):
+    n, dim, tile = 400, 6, 20
+    emb = torch.randn(2, n, dim)
+    numbers = similar.numbers
+    keys = {"row": torch.arange(n), "f": torch.randn(n, 3) if numbers else torch.arange(n) // 2}
+
+    def most(tile):
+        a, b = (Embedded(each.clone().requires_grad_(), keys) for each in emb)
+        scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)
+        with Largest() as largest:
+            if loss == "sigmoid":
+                sigmoid_loss(a, b, similar, scale, bias, label_smoothing=0.1, tile=tile).loss.backward()
+            else:
+                info_nce(a, b, similar, scale, label_smoothing=0.1, tile=tile).loss.backward()
+        return largest.most
+
+    assert most(tile) <= n * dim
+    assert most(None) == n * n
+
+
+def test_matryoshka_is_the_mean_over_its_dimensions():
+    image, text, scale, keys = graded_batch()
+    a, b = (Embedded(normalize(each, dim=1), keys) for each in (image, text))
+
+    def loss(a, b):
+        return info_nce(a, b, Paired(), scale)
+
+    each = [loss(*(Embedded(normalize(x[:, :dim], dim=1), keys) for x in (image, text))).loss for dim in (2, DIM)]
+    assert float(matryoshka(loss, a, b, (2, DIM)).loss.detach()) == pytest.approx(float(sum(each).detach()) / 2)
+    with pytest.raises(UsageError, match="between 1 and 7; found 8"):
+        matryoshka(loss, a, b, (8,))
+
+
+def test_the_prior_of_a_fresh_bias_is_one_positive_a_row():
+    n = 64
+    keys = {"row": torch.arange(n)}
+    nothing = Embedded(torch.zeros(n, 3), keys)  # logits are the bias alone
+    bias = torch.tensor(prior_bias(n), requires_grad=True)
+    sigmoid_loss(nothing, nothing, Paired(), torch.tensor(10.0), bias).loss.backward()
+    assert abs(float(bias.grad)) < 1e-5
+
+
+def test_a_row_without_a_positive_is_left_out_of_the_mean():
+    keys = {"row": torch.arange(5), "g": torch.tensor([0, 0, 1, 1, 2])}
+    emb = normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), dim=1).requires_grad_()
+    similar = SameGroup("g", between=("image", "image"), temperature=0.2)
+    found = info_nce(Embedded(emb, keys), Embedded(emb, keys), similar, torch.tensor(5.0), tile=2)
+    logits = (5 * emb @ emb.T).masked_fill(torch.eye(5, dtype=torch.bool), -torch.inf)
+    wanted = cross_entropy(logits[:4], torch.tensor([1, 0, 3, 2]))
+    assert relative(found.loss, wanted) < 1e-6
+    ours, theirs = (torch.autograd.grad(each, emb)[0] for each in (found.loss, wanted))
+    assert relative(ours, theirs) < 1e-6
 
 
 # --- over ranks: rank r owns the rows of CUTS[r]; DDP's mean over ranks is written out
@@ -165,5 +287,10 @@ def test_a_mean_per_rank_would_not():
 
 def test_a_gather_without_gradient_would_not(monkeypatch):
     real = distributed.gather_rows
-    monkeypatch.setattr(distributed, "gather_rows", lambda rows: real(rows).detach())
+
+    def own_slot_only(rows, counts):
+        found, start = real(rows.detach()), distributed.rows_before(len(rows))
+        return torch.cat([found[:start], rows, found[start + len(rows) :]])
+
+    monkeypatch.setattr(distributed, "gather_rows", own_slot_only)
     assert max(errors_over_ranks(CUTS[0], Paired())) > 0.05

@@ -1,4 +1,7 @@
-"""Started by python or torchrun: three steps and an evaluation; rank 0 writes what it saw."""
+"""Started by python or torchrun: three steps and an evaluation; rank 0 writes what it saw.
+
+torchrun --nproc_per_node 2 rank_program.py FOLDER [micro-batch]
+"""
 
 import sys
 from pathlib import Path
@@ -21,11 +24,12 @@ class Recording(Trainer):
         return super()._clip(model)
 
 
-def main(out):
+def main(out, micro_batch=None):
     pairs = tiny.make_pairs()
     settings = TrainConfig(
         str(out / "run"),
         batch_size=9,
+        micro_batch=micro_batch,
         max_steps=3,
         learning_rate=1e-3,
         augmentation="crop",
@@ -45,4 +49,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

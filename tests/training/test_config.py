@@ -2,10 +2,23 @@
 
 import pytest
 
+from clipkit import Graded, Paired, SameGroup, Views
 from clipkit.errors import ConfigError
 from clipkit.training.config import RunConfig, TrainConfig
 
 BASIC = ["model.name=some/model", "data.train=birds.csv", "train.output_dir=runs/birds"]
+
+
+def test_notions_of_similarity_are_config_lines():
+    lines = "[{}, {views: 2}, {group: species, between: [image, image], views: 2, temperature: 0.07, head: mlp}, "
+    lines += (
+        "{graded: [order, family], similarity: hierarchy}, {known: {texts: positive, label: ignore}, score: stars}]"
+    )
+    slip, views, supcon, tree, known = (e.build() for e in RunConfig.load(None, [*BASIC, f"similar={lines}"]).similar)
+    assert (slip, views) == (Paired(), Views())
+    assert supcon == SameGroup("species", between=("image", "image"), views=2, temperature=0.07, head="mlp")
+    assert tree == Graded(("order", "family"), "hierarchy")
+    assert known == Paired(known={"texts": "positive", "label": "ignore"}, score="stars")
 
 
 def load(tmp_path, text, *overrides):
@@ -49,6 +62,12 @@ def test_several_text_columns():
         ("train.augmentation=crop_flip", "`train.augmentation`.*found 'crop_flip'"),
         ("model.vision=tower", "a model is either `name`, or `vision` and `text`"),
         ("model.name=", "a model is either `name`, or `vision` and `text`"),
+        ("similar=[{group: a, graded: b}]", "one of `group`, `graded` and `views`"),
+        ("similar=[{views: 1}]", "views are compared with each other, two or more; found views=1"),
+        ("similar=[{known: {texts: drop}}]", r"'positive', 'ignore' or 'negative', found 'drop'"),
+        ("train.micro_batch=0", "micro_batch must be greater than 0, found 0"),
+        ("train.label_smoothing=1", "label_smoothing lies between 0 and 1, found 1"),
+        ("train.matryoshka=[0]", "matryoshka lists numbers of dimensions"),
         ("train.epochs", "expected key=value"),
         ("train={epochs: 1, epochs: 2}", "the key `epochs` stands twice"),
         ("data.train=[", "not valid YAML"),

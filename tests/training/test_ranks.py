@@ -1,5 +1,6 @@
 """Real processes: torchrun on two uneven ranks gives what one process gives."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,25 +11,32 @@ import torch
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-ENV = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[1]), "OMP_NUM_THREADS": "1"}
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PROGRAM.parents[1:3])), "OMP_NUM_THREADS": "1"}
 
 
 def start(command, env=ENV):
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
-def seen(folder, command, program=PROGRAM):
+def seen(folder, command, program, *options):
     folder.mkdir()
-    done = start([*command, str(program), str(folder)])
+    done = start([*command, str(PROGRAM.with_name(program)), str(folder), *options])
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "seen.pt")
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return functools.cache(lambda program: seen(tmp_path_factory.mktemp("ranks") / "one", [sys.executable], program))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rank_program.py", "lora_program.py"])
-def test_two_ranks_give_the_one_process_result(tmp_path, name):
-    program = PROGRAM.with_name(name)
-    one, two = seen(tmp_path / "one", [sys.executable], program), seen(tmp_path / "two", [*TORCHRUN, "2"], program)
+@pytest.mark.parametrize(
+    "program", [("rank_program.py",), ("rank_program.py", "4"), ("lora_program.py",)], ids=["plain", "cached", "lora"]
+)
+def test_two_ranks_give_the_one_process_result(tmp_path, one, program):  # cached: of 5 and 4 rows, two chunks and one
+    two = seen(tmp_path / "two", [*TORCHRUN, "2"], *program)
+    one = one(program[0])
     assert (one["world"], two["world"]) == (1, 2)
     assert one["gradients"].keys() == two["gradients"].keys()
     for name, wanted in one["gradients"].items():

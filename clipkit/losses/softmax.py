@@ -1,0 +1,127 @@
+"""Symmetric InfoNCE over tiles: running sums of rows and columns, then dz from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.losses.tiles import Pairs, Tile
+
+_MASS, _PULL, _OWN, _Z, _COUNT = range(5)
+
+
+@dataclass
+class Side:
+    """Of each row (or column), over all that it is compared with.
+
+    Args:
+        lse: (n,) log of the sum of exp z.
+        sums: (5, n): of the affinity a, of a * z, of a * ln a, of z, and the number.
+    """
+
+    lse: Tensor
+    sums: Tensor
+
+    def add(self, part: slice, axis: int, z: Tensor, parts: dict[int, Tensor]) -> None:
+        """Take in a tile, where `axis` is the one to sum over, and z is -inf for what is not compared."""
+        self.lse[part] = torch.logaddexp(self.lse[part], z.logsumexp(axis))
+        for at, values in parts.items():
+            self.sums[at, part] += values.sum(axis)
+
+    def settle(self, weight: Tensor, total: Tensor, smoothing: float) -> None:
+        """Fix each one's part of the loss, once all is summed: `weight` / `total` where there is a positive."""
+        mass, count = self.sums[_MASS].clamp(min=torch.finfo(self.sums.dtype).tiny), self.sums[_COUNT].clamp(min=1)
+        self.coefficient = weight / total
+        self.lse = self.lse.nan_to_num(neginf=0.0)
+        self.cross_entropy = self.lse - (1 - smoothing) * self.sums[_PULL] / mass - smoothing * self.sums[_Z] / count
+        self.shift = self.lse - self.coefficient.log().to(self.lse)  # exp(z - shift) = coefficient * softmax
+        self.pull = (1 - smoothing) * self.coefficient / mass
+        self.spread = (smoothing * self.coefficient / count).to(self.lse)
+
+    def share(self, values: Tensor) -> Tensor:
+        return torch.where(self.coefficient > 0, self.coefficient * values, 0).sum()
+
+
+@dataclass
+class SoftmaxPairs(Pairs):
+    """1/2 [mean over rows of CE(softmax(z_i), T_i) + mean over columns of CE(softmax(z_.j), T'_j)].
+
+    T is the affinity divided by its sum over a row, T' over a column. Rows without a positive are left out of the mean.
+    One pass serves both directions: this rank's rows are complete, columns are summed over ranks.
+    """
+
+    def measure(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        self.row, self.col = self._sum_up(a, b, scale, bias)
+        self.col.lse = _logsumexp_over_ranks(self.col.lse)
+        self.col.sums = distributed.sum_over_ranks(self.col.sums)
+        weights = [
+            known.weights(side.sums) * (side.sums[_MASS] > 0)
+            for known, side in ((self.rows, self.row), (self.cols, self.col))
+        ]
+        totals = distributed.sum_over_ranks(weights[0].sum()), weights[1].sum()
+        world = distributed.world_size()
+        for side, weight, total in zip((self.row, self.col), weights, totals, strict=True):
+            side.settle(weight * world / 2, total.clamp(min=torch.finfo(total.dtype).tiny), self.smoothing)
+        value = self.row.share(self.row.cross_entropy) + self.col.share(self.col.cross_entropy) / world
+        entropies = self._smoothed_entropies() if self.smoothing else (_entropy(self.row), _entropy(self.col))
+        floor = self.row.share(entropies[0]) + self.col.share(entropies[1]) / world
+        return value.to(scale), (value - floor).to(scale)
+
+    def slope(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:
+        r, c = tile
+        ignored = affinity < 0 if self.ignores else None
+        if ignored is not None:
+            logits, affinity = logits.masked_fill(ignored, -torch.inf), affinity.clamp(min=0)
+        found = (logits - self.row.shift[r].unsqueeze(1)).exp_()
+        found += (logits - self.col.shift[c]).exp_()
+        found -= (self.row.pull[r].unsqueeze(1) + self.col.pull[c]).mul_(affinity)
+        if self.smoothing:
+            spread = self.row.spread[r].unsqueeze(1) + self.col.spread[c]
+            found -= spread if ignored is None else spread.masked_fill_(ignored, 0)
+        return found
+
+    def _sum_up(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Side, Side]:
+        sides = [
+            Side(scale.new_full((n,), -torch.inf), torch.zeros(5, n, dtype=self.dtype, device=scale.device))
+            for n in (self.rows.count, self.cols.count)
+        ]
+        for tile, z, affinity in self.each(a, b, scale, bias):
+            ignored = affinity < 0 if self.ignores else None
+            affinity = affinity if ignored is None else affinity.clamp(min=0)
+            parts = {_MASS: affinity, _PULL: affinity * z}
+            if self.similar.graded:
+                parts[_OWN] = torch.xlogy(affinity, affinity)
+            if self.smoothing:
+                seen = torch.ones_like(z) if ignored is None else (~ignored).to(z)
+                parts |= {_Z: z * seen, _COUNT: seen}
+            z = z if ignored is None else z.masked_fill(ignored, -torch.inf)
+            for side, part, axis in zip(sides, tile, (1, 0), strict=True):
+                side.add(part, axis, z, parts)
+        return sides[0], sides[1]
+
+    def _smoothed_entropies(self) -> tuple[Tensor, Tensor]:
+        """(n,), (N,): entropies of the targets that label smoothing makes; its own pass, for it needs their sums."""
+        rows, cols = torch.zeros_like(self.row.sums[0]), torch.zeros_like(self.col.sums[0])
+        for r, c in self.tiles():
+            affinity = self.affinity((r, c))
+            for found, side, part, axis in ((rows, self.row, r, 1), (cols, self.col, c, 0)):
+                mass, count = side.sums[_MASS, part].unsqueeze(axis), side.sums[_COUNT, part].unsqueeze(axis)
+                target = (1 - self.smoothing) * affinity.clamp(min=0) / mass + self.smoothing / count
+                found[part] += torch.special.entr(target.masked_fill(affinity < 0, 0)).nan_to_num().sum(axis)
+        return rows, distributed.sum_over_ranks(cols)
+
+
+def _entropy(side: Side) -> Tensor:
+    mass = side.sums[_MASS].clamp(min=torch.finfo(side.sums.dtype).tiny)
+    return mass.log() - side.sums[_OWN] / mass
+
+
+def _logsumexp_over_ranks(lse: Tensor) -> Tensor:
+    if distributed.world_size() == 1:
+        return lse
+    highest = distributed.max_over_ranks(lse)
+    safe = highest.nan_to_num(neginf=0.0)
+    return safe + distributed.sum_over_ranks((lse - safe).exp()).log()

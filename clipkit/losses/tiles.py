@@ -1,0 +1,160 @@
+"""All pairs of two sides, tile by tile, with gradients that are computed again instead of stored.
+
+A loss over pairs is a function of the logits z = scale * a @ b.T (+ bias). Whatever it is, its gradient needs dz alone:
+da = scale * dz @ b, db = scale * dz.T @ a, dscale = sum(a * (dz @ b)), dbias = sum(dz). So a loss here is two methods,
+its value and dz of a tile; gathers, tiles and the rest of the chain rule are written once, for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.losses.similar import ROW, Keys, Similar, target
+
+Tile = tuple[slice, slice]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the rows of one side: keys, (n,) bool anchors (None: all), (n,) weights (None: all 1)."""
+
+    count: int
+    keys: Keys
+    anchor: Tensor | None
+    weight: Tensor | None
+
+    def anchors(self, like: Tensor) -> Tensor:
+        """(n,): 1 for anchors, 0 for rows that are only ever a negative."""
+        return like.new_ones(self.count) if self.anchor is None else self.anchor.to(like)
+
+    def weights(self, like: Tensor) -> Tensor:
+        """(n,): the weight of each row, 0 for those that are no anchors."""
+        anchors = self.anchors(like)
+        return anchors if self.weight is None else torch.where(anchors > 0, self.weight.to(like), 0)
+
+
+@dataclass
+class Pairs(ABC):
+    """A loss over all pairs of this rank's rows and all ranks' columns.
+
+    Args:
+        rows: this rank's.
+        cols: all ranks'.
+        similar: what counts as alike.
+        smoothing: part of the target that is spread over everything.
+        tile: rows and columns that are looked at together; None: all.
+        dtype: of the logits; afterwards of the affinity, if that is wider.
+        keep: whether logits and target are kept for the backward pass where all fit into one tile.
+    """
+
+    rows: Known
+    cols: Known
+    similar: Similar
+    smoothing: float
+    tile: int | None
+    dtype: torch.dtype
+    keep: bool
+
+    def __post_init__(self) -> None:
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._start = distributed.rows_before(self.rows.count) if self.similar.alone else None
+        one = _cut(self.cols.keys, slice(0, 1))
+        self.dtype = torch.promote_types(target(self.similar, one, one).dtype, self.dtype)
+        self.ignores = False  # whether any pair is not to be compared; settled while `measure` goes through the tiles
+
+    @abstractmethod
+    def measure(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """This rank's share of the loss, and of what the loss lies above its floor."""
+
+    @abstractmethod
+    def slope(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:
+        """dz of a tile, (r, c), of W times the loss of the global batch."""
+
+    def tiles(self) -> Iterator[Tile]:
+        size = self.tile or max(self.rows.count, self.cols.count, 1)
+        for r in range(0, self.rows.count, size):
+            for c in range(0, self.cols.count, size):
+                yield slice(r, min(r + size, self.rows.count)), slice(c, min(c + size, self.cols.count))
+
+    def each(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> Iterator[tuple[Tile, Tensor, Tensor]]:
+        """Every tile with its logits and its affinity."""
+        for tile in self.tiles():
+            if self._kept is not None:
+                yield tile, *self._kept
+                return
+            rows, cols = tile
+            logits = (scale * a[rows]) @ b[cols].T
+            logits = logits if bias is None else logits.add_(bias)
+            affinity = self.affinity(tile)
+            self.ignores = self.ignores or bool(affinity.min() < 0)
+            if self.keep and len(logits) == self.rows.count and logits.shape[1] == self.cols.count:
+                self._kept = logits, affinity
+            yield tile, logits, affinity
+
+    def affinity(self, tile: Tile) -> Tensor:
+        """(r, c): the target before it is normalised, -1 where a pair is not compared."""
+        rows, cols = tile
+        found = target(self.similar, _cut(self.rows.keys, rows), _cut(self.cols.keys, cols), self._hard(tile)).to(
+            self.dtype
+        )
+        if self._start is not None:  # nothing is compared with itself
+            first = self._start + rows.start
+            shared = range(max(first, cols.start), min(first + len(found), cols.stop))
+            if shared:
+                at = torch.arange(shared.start, shared.stop, device=found.device)
+                found = found.index_put((at - first, at - cols.start), found.new_tensor(-1.0))
+        return found
+
+    def _hard(self, tile: Tile) -> Tensor | None:
+        if self.rows.anchor is None and self.cols.anchor is None:
+            return None
+        like = self.cols.keys[ROW]
+        rows, cols = (side.anchors(like)[part] for side, part in zip((self.rows, self.cols), tile, strict=True))
+        return (rows.unsqueeze(1) * cols.unsqueeze(0)) == 0
+
+    def forget(self) -> None:
+        """Let go of what was kept."""
+        self._kept = None
+
+
+def _cut(keys: Keys, part: slice) -> Keys:
+    return {name: values[part] for name, values in keys.items()}
+
+
+class PairLoss(torch.autograd.Function):
+    """The value of a `Pairs`, and its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, pairs: Pairs
+    ) -> tuple[Tensor, Tensor]:
+        ctx.pairs = pairs
+        ctx.save_for_backward(a, b, scale, bias)
+        value, above = pairs.measure(a, b, scale, bias)
+        ctx.mark_non_differentiable(above)
+        return value, above
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, scale, bias = ctx.saved_tensors
+        da, db, dscale, dbias = torch.zeros_like(a), torch.zeros_like(b), scale.double() * 0, scale.double() * 0
+        with torch.autocast(a.device.type, enabled=False):
+            for (rows, cols), logits, affinity in ctx.pairs.each(a, b, scale, bias):
+                dz = ctx.pairs.slope((rows, cols), logits, affinity)
+                da[rows].addmm_(dz, b[cols])
+                db[cols].addmm_(dz.T, a[rows])
+                dbias = dbias if bias is None else dbias + dz.sum()
+            for rows in {tile[0].start: tile[0] for tile in ctx.pairs.tiles()}.values():
+                dscale = dscale + (a[rows] * da[rows]).sum()
+        ctx.pairs.forget()
+        grad = grads[0]
+        da.mul_(scale * grad)
+        db.mul_(scale * grad)
+        return da, db, (dscale * grad).to(scale), None if bias is None else (dbias * grad).to(bias), None

@@ -1,0 +1,109 @@
+"""Every case of the matrix on this many ranks; rank 0 writes how far each is off.
+
+    torchrun --nproc_per_node 2 tests/step_matrix.py errors.json [mode …] [bug …]
+
+For each bug that is named, one case is measured with the engine broken that way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from functools import partial, partialmethod
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from step_cases import CUTS, MICRO, SIMILAR, N, batch, gradients, learner, reference
+from torch.nn.parallel import DistributedDataParallel
+
+from clipkit import distributed
+from clipkit.losses import softmax
+from clipkit.training import step
+from clipkit.training.step import Contrast, backward
+
+MODES = {"plain": (None, None), "tiled": (5, None), "cached": (None, MICRO), "tiled+cached": (4, MICRO)}
+
+
+def measured(target, loss, mode, precision):
+    """Loss and gradients of the global batch, as this launch gives them."""
+    cuts, rank = CUTS[distributed.world_size()], distributed.rank()
+    model = learner(target, loss)
+    if precision == "bf16":
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as Accelerate does
+    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+    tile, micro = MODES[mode]
+    part = batch(target, sum(cuts[:rank]), cuts[rank])
+    found = backward(wrapped, part, SIMILAR[target], Contrast(loss, tile=tile), micro_batch=micro)
+    return {"loss": distributed.sum_over_ranks(found.loss) / len(cuts), **gradients(model)}
+
+
+def distances(found, wanted):
+    """Relative errors, and for the encoders the cosine and the ratio of norms."""
+    result = {name: float((found[name].double() - w).norm() / w.norm()) for name, w in wanted.items()}
+    ours, theirs = found["encoders"], wanted["encoders"]
+    ratio = float(ours.norm() / theirs.norm())
+    return result | {"cosine": float(ours @ theirs / ours.norm() / theirs.norm()), "ratio": ratio}
+
+
+def sabotage(bug):
+    """The engine with a bug that was measured in other libraries, while the block runs."""
+    if bug == "1/W":
+        return patch.object(softmax, "distributed", _One())
+    if bug == "scale x K":
+        cut = step._cut
+        return patch.object(
+            step, "_cut", lambda leaves, seen: [e | step._scalar_grads(leaves) for e in cut(leaves, seen)]
+        )
+    if bug == "gather without gradient":
+        return patch.object(distributed, "gather_rows", partial(_own_slot_only, distributed.gather_rows))
+    if bug == "mean per rank":
+        return patch.object(softmax.Side, "settle", partialmethod(_per_rank, softmax.Side.settle))
+    raise ValueError(bug)
+
+
+def _own_slot_only(gather, rows, counts):
+    found, start = gather(rows.detach()), distributed.rows_before(len(rows))
+    return torch.cat([found[:start], rows, found[start + len(rows) :]])
+
+
+def _per_rank(self, settle, weight, total, smoothing):
+    own = CUTS[distributed.world_size()][distributed.rank()]
+    settle(self, weight, total if len(weight) == N else total * 0 + own * distributed.world_size(), smoothing)
+
+
+class _One:
+    """`distributed`, with a world of one wherever the loss multiplies by its size."""
+
+    def __getattr__(self, name):
+        return (lambda: 1) if name == "world_size" else getattr(distributed, name)
+
+
+def errors(modes=MODES, bugs=()):
+    """How far each case is from float64, by its name; and how far a case is with each bug."""
+    found = {}
+    for target, loss in itertools.product(SIMILAR, ("info_nce", "sigmoid")):
+        wanted = reference(target, loss)
+        for mode, precision in itertools.product(modes, ("fp32", "bf16")):
+            case = distances(measured(target, loss, mode, precision), wanted)
+            found[f"{loss} {target} {precision} {mode}"] = case
+    for bug in bugs:
+        with sabotage(bug):
+            found[bug] = distances(measured("paired", "info_nce", "cached", "fp32"), reference("paired", "info_nce"))
+    return found
+
+
+def main(out, *names):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    modes = [name for name in names if name in MODES] or MODES
+    found = errors(modes, [name for name in names if name not in MODES])
+    if distributed.is_main():
+        Path(out).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,76 @@
+"""The step gives the gradients of one big batch: every loss, target and mode, on any ranks, in fp32 and bf16."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import step_matrix
+
+PROGRAM = Path(step_matrix.__file__)
+BUGS = ("1/W", "scale x K", "gather without gradient", "mean per rank")
+
+
+def wrong(case, own):
+    """What of a case is further from the float64 big batch than it may be; `own`: the error of plain fp32 there."""
+    errors = {name: value for name, value in case.items() if name not in ("cosine", "ratio")}
+    if own is not None:
+        return {name: value for name, value in errors.items() if value > min(2 * own, 5e-6)}
+    found = {name: value for name, value in errors.items() if name in ("scale", "bias") and value > 0.02}
+    found |= {} if case["cosine"] >= 0.999 else {"cosine": case["cosine"]}
+    return found | ({} if 0.99 <= case["ratio"] <= 1.01 else {"ratio": case["ratio"]})
+
+
+def own_error(cases, name):
+    """Of the plain loss in fp32, over all that is compared."""
+    loss, target, precision, _ = name.split(" ")
+    plain = cases[f"{loss} {target} fp32 plain"]
+    return max(v for k, v in plain.items() if k not in ("cosine", "ratio")) if precision == "fp32" else None
+
+
+def launched(folder, world, *names):
+    out = folder / "errors.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(PROGRAM), str(out), *names], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def check(cases):
+    matrix = {name: case for name, case in cases.items() if name not in BUGS}
+    assert len(matrix) >= 2 * 5 * 2 * 2
+    found = {name: bad for name, case in matrix.items() if (bad := wrong(case, own_error(cases, name)))}
+    assert not found
+
+
+def test_one_process():
+    check(step_matrix.errors(("plain", "tiled+cached")))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return launched(tmp_path_factory.mktemp("two"), 2, "plain", "tiled+cached", *BUGS)
+
+
+@pytest.mark.slow
+def test_two_uneven_ranks(two_ranks):
+    check(two_ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", BUGS)
+def test_every_known_bug_is_seen(two_ranks, bug):
+    assert wrong(two_ranks[bug], own_error(two_ranks, "info_nce paired fp32 cached"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_mode_on_any_ranks(tmp_path, world):
+    cases = launched(tmp_path, world)
+    assert len(cases) == 2 * 5 * 4 * 2
+    check(cases)

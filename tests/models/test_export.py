@@ -201,6 +201,7 @@ def test_the_difference_of_the_preprocessing_is_told_apart(tmp_path: Path) -> No
 NATIVE = """
 import json, torch
 from pathlib import Path
+from PIL import Image
 texts = json.loads(Path("texts.json").read_text())
 images = [Image.open(f"{i}.png") for i in range(4)]
 from transformers import AutoModel, AutoProcessor

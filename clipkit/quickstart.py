@@ -111,12 +111,13 @@ def main(output: Path, *, overwrite: bool = False, seed: int = 0, max_steps: int
     return job
 
 
-def build_model(captions: Sequence[Sequence[str]], seed: int) -> DualEncoder:
+def build_model(captions: Sequence[Sequence[str]], seed: int, **joined: Any) -> DualEncoder:
     """A small convolutional image tower and a small text transformer, from configs, random weights.
 
     Args:
         captions: the tokenizer learns its words from these alone.
         seed: of the weights.
+        joined: other arguments of `DualEncoder.from_towers`, such as ``head="mlp"``.
     """
     from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 
@@ -148,6 +149,7 @@ def build_model(captions: Sequence[Sequence[str]], seed: int) -> DualEncoder:
         image_mean=[0.85],
         image_std=[0.3],
         context_length=TOKENS,
+        **joined,
     )
 
 

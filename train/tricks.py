@@ -102,7 +102,7 @@ class Measured:
 
 def once(trick: Trick, data: Glyphs, seed: int, steps: int) -> tuple[dict[str, float], float]:
     """Train one model; its metrics and the seconds that training took."""
-    pairs = trick.pairs(repeated(data.train))
+    pairs = repeated(trick.pairs(data.train))
     model = build_model(data.train["texts"], seed, **trick.build)
     trick.model(model)
     with tempfile.TemporaryDirectory() as folder:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from clipkit import distributed
 from clipkit.data.keys import number_values, require_column
@@ -27,6 +24,7 @@ from clipkit.models.card import base_of
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import TrainConfig
 from clipkit.training.folder import Best, Log, claim_folder, write_rejects
+from clipkit.training.launch import make_accelerator
 from clipkit.training.learner import Learner
 from clipkit.training.optim import build_optimizer, schedule
 from clipkit.training.preflight import preflight
@@ -111,7 +109,7 @@ class Trainer:
         self.learner = Learner(model, self.similar)
         self.loader = self._loader(pairs)
         self._refuse_batch_norm()
-        self.accelerator = _accelerator(config)
+        self.accelerator = make_accelerator(config)
         model.card = model.card.updated(
             {
                 "base_model": model.card.base_model or base_of(model.name),
@@ -349,32 +347,6 @@ def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:
                 where=f"column {column!r}, row {row}",
                 fix="mend the column, or leave out `score`",
             )
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    cpu = not torch.accelerator.is_available()
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    AcceleratorState._reset_state()  # or the first Trainer of a process would set the precision of all
-    try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of trackers: said better below
-            accelerator = Accelerator(
-                cpu=cpu,
-                mixed_precision="no" if precision == "fp32" else precision,
-                log_with=list(config.trackers) or None,
-                project_dir=config.output_dir,
-            )
-    except ValueError as error:
-        raise UsageError(
-            f"Accelerate cannot be set up: {error}", fix="see precision and trackers of TrainConfig"
-        ) from error
-    ready = {str(getattr(each, "value", each)) for each in accelerator.log_with}
-    if missing := set(config.trackers) - ready:  # Accelerate would go on without them
-        raise UsageError(
-            f"the tracker {min(missing)!r} is not to be had", where="trackers", fix=f"pip install {min(missing)}"
-        )
-    return accelerator
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

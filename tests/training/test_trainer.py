@@ -230,3 +230,10 @@ def test_the_saved_folder_tells_of_the_training(tmp_path):
     assert f"| {key} | {value:.4f} |" in card
     model.save_pretrained(tmp_path / "again")
     assert f"| {key} | {value:.4f} |" in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharding_that_is_asked_for_and_not_active_is_an_error(tmp_path, pairs, make_model, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UsageError, match=name if name == "FSDP" else "(?i)deepspeed"):
+        Trainer(make_model(), pairs, config(tmp_path / "a"))

@@ -1,0 +1,63 @@
+"""What Accelerate is asked for, and whether it did it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from clipkit.errors import UsageError
+from clipkit.training.config import TrainConfig
+
+logger = logging.getLogger("clipkit")
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate, with the precision and trackers of a config, on the devices that are there.
+
+    Raises:
+        UsageError: a precision or tracker that is not to be had; FSDP or DeepSpeed was asked for and is not active.
+    """
+    cpu = not torch.accelerator.is_available()
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
+    AcceleratorState._reset_state()  # or the first Trainer of a process would set the precision of all
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of trackers: said better below
+            accelerator = Accelerator(
+                cpu=cpu,
+                mixed_precision="no" if precision == "fp32" else precision,
+                log_with=list(config.trackers) or None,
+                project_dir=config.output_dir,
+            )
+    except (ValueError, ImportError) as error:
+        raise UsageError(
+            f"Accelerate cannot be set up: {error}", fix="see precision and trackers of TrainConfig"
+        ) from error
+    ready = {str(getattr(each, "value", each)) for each in accelerator.log_with}
+    if missing := set(config.trackers) - ready:  # Accelerate would go on without them
+        raise UsageError(
+            f"the tracker {min(missing)!r} is not to be had", where="trackers", fix=f"pip install {min(missing)}"
+        )
+    _check_sharding(accelerator)
+    return accelerator
+
+
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Accelerate goes on with plain DDP, or one process, where it cannot do what its config asked for."""
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
+            continue
+        active = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+        if active.upper() != name:
+            raise UsageError(
+                f"the launcher asked for {name}, and Accelerate runs as {active}",
+                where=f"ACCELERATE_USE_{name}",
+                fix="check `accelerate env`; it needs several accelerators, or leave it out of the config",
+            )
+        logger.warning("%s has not been tested with clipkit: run `clipkit check gradients` under it first", name)

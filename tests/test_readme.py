@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from command import clipkit
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,9 @@ def test_there_are_blocks_of_each_kind():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [text for kind, text in BLOCKS if kind == "python"], ids=["search", "train"])
+@pytest.mark.parametrize(
+    "block", [text for kind, text in BLOCKS if kind == "python"], ids=["search", "train", "models"]
+)
 def test_python_blocks(block, desk, monkeypatch):
     monkeypatch.chdir(desk)
     out = io.StringIO()
@@ -120,3 +123,18 @@ def test_the_file_map_names_every_file_and_only_those():
     named = set(re.findall(r"(\w+\.(?:py|html))\b", drawn))
     present = {path.name for path in (ROOT / "clipkit").rglob("*") if path.suffix in (".py", ".html")}
     assert named <= present
+
+
+def test_the_guide_names_every_program_and_figure_and_its_notion_works():
+    guide = (ROOT / "train/README.md").read_text(encoding="utf-8")
+    assert all(f"`{path.name}`" in guide for path in (ROOT / "train").glob("*.py"))
+    assert {f"figures/{path.name}" for path in (ROOT / "train/figures").iterdir()} == set(
+        re.findall(r"\((figures/[^)]*)\)", guide)
+    )
+    (block,) = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    assert len(block.splitlines()) < 40
+    names = {}
+    exec(compile(block, "train/README.md", "exec"), names)
+    places = {"latitude": torch.tensor([48.8584, 48.8606]), "longitude": torch.tensor([2.2945, 2.3376])}
+    affinity = names["Nearby"](kilometres=5).affinity(places, places)  # Eiffel tower and Louvre are 3.2 km apart
+    assert affinity[0].tolist() == pytest.approx([1, 0.53], abs=0.01)

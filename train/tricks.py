@@ -8,18 +8,20 @@ same pairs seen, and prints recall on characters it has never seen: the figures 
 """
 
 import argparse
+import copy
 import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from clipkit import DualEncoder, Paired, RetrievalEvaluator, SameGroup, Trainer, Views
+from clipkit import DualEncoder, Paired, RetrievalEvaluator, SameGroup, Trainer, Views, average
 from clipkit.data.glyphs import Glyphs, glyphs
 from clipkit.quickstart import RECIPE, build_model, repeated
 
@@ -36,6 +38,7 @@ class Trick:
     pairs: Callable[[Any], Any] = lambda pairs: pairs
     build: dict[str, Any] = field(default_factory=dict)
     dim: int | None = None
+    after: Callable[..., tuple[DualEncoder, float]] | None = None  # what follows a training as it is
 
 
 def start_at(scale: float) -> Callable[[DualEncoder], None]:
@@ -54,25 +57,6 @@ def other_case(pairs: Any) -> Any:
         return [" ".join(swap.get(word, word) for word in words)] if set(words) & set(swap) else []
 
     return pairs.add_column("hard_texts", [wrong(name) for name in pairs["name"]])
-
-
-TRICKS = {
-    "as it is": Trick(),
-    "temperature stays at 0.07": Trick(loop={"scale_learning_rate": 1e-12}),
-    "temperature starts at 0.01": Trick(model=start_at(100.0)),
-    "batch of 32": Trick(loop={"batch_size": 32}),
-    "batch of 512": Trick(loop={"batch_size": 512}),
-    "equal characters are negatives": Trick(similar=Paired()),
-    "equal captions and pictures ignored": Trick(similar=Paired(known={"texts": "ignore", "image": "ignore"})),
-    "hard negatives: the other case": Trick(pairs=other_case),
-    "no augmentation": Trick(loop={"augmentation": "none"}),
-    "two views beside the pairs": Trick(similar=[GROUP, Views(weight=0.5)], loop={"view_augmentation": "affine"}),
-    "label smoothing 0.1": Trick(loop={"label_smoothing": 0.1}),
-    "sigmoid loss": Trick(loop={"loss": "sigmoid"}, build={"logit_bias": -math.log(127)}),
-    "heads of two layers": Trick(build={"head": "mlp"}),
-    "16 of 128 dimensions": Trick(dim=16),
-    "16 of 128 dimensions, Matryoshka": Trick(loop={"matryoshka": (16, 32, 64, 128)}, dim=16),
-}
 
 
 class Measured:
@@ -100,19 +84,66 @@ class Measured:
             del model.forward
 
 
-def once(trick: Trick, data: Glyphs, seed: int, steps: int) -> tuple[dict[str, float], float]:
-    """Train one model; its metrics and the seconds that training took."""
+def fit(model: DualEncoder, data: Glyphs, trick: Trick, seed: int, steps: int) -> float:
+    """Train a model in place on `steps` batches of 128 pairs, or as many pairs in other batches; the seconds."""
     pairs = repeated(trick.pairs(data.train))
-    model = build_model(data.train["texts"], seed, **trick.build)
-    trick.model(model)
     with tempfile.TemporaryDirectory() as folder:
         loop = replace(RECIPE, output_dir=str(Path(folder) / "run"), seed=seed, progress=False, **trick.loop)
         loop = replace(loop, max_steps=round(steps * RECIPE.batch_size / loop.batch_size), evaluate_every=10**9)
         start = time.perf_counter()
-        trainer = Trainer(model, pairs, loop, similar=trick.similar)
-        trainer.train()
-        seconds = time.perf_counter() - start
+        Trainer(model, pairs, loop, similar=trick.similar).train()
+        return time.perf_counter() - start
+
+
+def once(trick: Trick, data: Glyphs, seed: int, steps: int) -> tuple[dict[str, float], float]:
+    """Train one model; its metrics and the seconds that its own training took."""
+    model = build_model(data.train["texts"], seed, **trick.build)
+    if trick.after:
+        fit(model, data, Trick(), seed, steps)
+        model, seconds = trick.after(model, data, seed, steps)
+        return Measured(data, None)(model), seconds
+    trick.model(model)
+    seconds = fit(model, data, trick, seed, steps)
     return Measured(data, trick.dim)(model), seconds
+
+
+def locked(model: DualEncoder, data: Glyphs, seed: int, steps: int, **loop: Any) -> tuple[DualEncoder, float]:
+    """A new text tower learns to read the image tower of a trained model, which stands still (LiT)."""
+    fresh = build_model(data.train["texts"], seed + 100)
+    for name in ("vision", "image_head"):
+        getattr(fresh.backend, name).load_state_dict(getattr(model.backend, name).state_dict())
+    fresh.freeze("image", head=True)
+    return fresh, fit(fresh, data, Trick(loop=loop), seed, steps)
+
+
+def longer(model: DualEncoder, data: Glyphs, seed: int, steps: int, runs: int) -> tuple[DualEncoder, float]:
+    """The mean of the weights of `runs` trainings that go on from one model, each with its own batches."""
+    models = [copy.deepcopy(model) for _ in range(runs)]
+    seconds = [fit(each, data, Trick(), seed + 10 + i, steps // 2) for i, each in enumerate(models)]
+    return average(models), sum(seconds)
+
+
+TRICKS = {
+    "as it is": Trick(),
+    "temperature stays at 0.07": Trick(loop={"scale_learning_rate": 1e-12}),
+    "temperature starts at 0.01": Trick(model=start_at(100.0)),
+    "batch of 32": Trick(loop={"batch_size": 32}),
+    "batch of 512": Trick(loop={"batch_size": 512}),
+    "equal characters are negatives": Trick(similar=Paired()),
+    "equal captions and pictures ignored": Trick(similar=Paired(known={"texts": "ignore", "image": "ignore"})),
+    "hard negatives: the other case": Trick(pairs=other_case),
+    "no augmentation": Trick(loop={"augmentation": "none"}),
+    "two views beside the pairs": Trick(similar=[GROUP, Views(weight=0.5)], loop={"view_augmentation": "affine"}),
+    "label smoothing 0.1": Trick(loop={"label_smoothing": 0.1}),
+    "sigmoid loss": Trick(loop={"loss": "sigmoid"}, build={"logit_bias": -math.log(127)}),
+    "heads of two layers": Trick(build={"head": "mlp"}),
+    "16 of 128 dimensions": Trick(dim=16),
+    "16 of 128 dimensions, Matryoshka": Trick(loop={"matryoshka": (16, 32, 64, 128)}, dim=16),
+    "a locked image tower, a new text tower": Trick(after=locked),
+    "the same in chunks of 32": Trick(after=partial(locked, micro_batch=32)),
+    "half as long again": Trick(after=partial(longer, runs=1)),
+    "half as long again, the mean of two": Trick(after=partial(longer, runs=2)),
+}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,12 @@ from clipkit.models import artefact
 from clipkit.models.adapters import freeze
 from clipkit.models.backend import Backend, Part
 from clipkit.models.encode import encode, image_chunks, listed, text_chunks
-from clipkit.models.fingerprint import Fingerprint, take
+from clipkit.models.fingerprint import Fingerprint, facts, take
 from clipkit.models.processor import Processor
 from clipkit.models.saving import golden, save
 from clipkit.models.transform import Resize
+
+logger = logging.getLogger(__name__)
 
 
 class Embeddings(NamedTuple):
@@ -48,6 +51,7 @@ class DualEncoder(nn.Module):
     def __init__(self, backend: Backend, processor: Processor, name: str) -> None:
         super().__init__()
         self.backend, self.processor, self.name = backend, processor, name
+        self.verified = False  # whether it was opened from a folder whose clipkit.json it still fits
         self._in_eval: list[nn.Module] = []  # frozen towers
         self.fresh: frozenset[str] = frozenset()  # names of parameters that began at random: they learn faster
 
@@ -223,7 +227,10 @@ class DualEncoder(nn.Module):
         backend, processor, body, folder = open_model(name, revision, trust_remote_code)
         model = cls(backend, processor, str(name)).eval()
         if body is not None and folder is not None:
-            artefact.check_golden(body, golden(model), folder)
+            artefact.check(body, folder, facts(backend, processor), golden(model))
+            model.verified = True
+        else:
+            logger.info("%s: unverified, for there is no clipkit.json to hold it to; clipkit check model looks", name)
         if dtype is not None:
             model._cast(dtype)
         return model if device is None else model.to(device)

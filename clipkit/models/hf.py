@@ -55,7 +55,7 @@ class TransformersBackend(Backend):
 
     def describe(self, part: Part) -> dict[str, Any]:
         config = self.model.config.vision_config if part == "image" else self.model.config.text_config
-        return {"class": type(self.model).__name__, "activation": activation_of(config), "pooling": "the model's own"}
+        return {"class": type(self.model).__name__, "activation": activation_of(config)}
 
     def save(self, folder: Path, processor: Processor) -> None:
         with quiet():

@@ -15,8 +15,13 @@ from clipkit.models.processor import Processor
 Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
 
 
-def open_model(name: str | os.PathLike[str], revision: str | None, trust_remote_code: bool) -> Opened:
-    """The backend, its processor, and for a local folder what its clipkit.json promises."""
+def open_model(
+    name: str | os.PathLike[str], revision: str | None, trust_remote_code: bool, *, check: bool = True
+) -> Opened:
+    """The backend, its processor, and for a local folder what its clipkit.json promises.
+
+    `check=False` opens what it can of a damaged folder, for the doctor.
+    """
     text = os.fspath(name)
     if text.startswith("open_clip:"):
         rest = text.removeprefix("open_clip:")
@@ -33,7 +38,7 @@ def open_model(name: str | os.PathLike[str], revision: str | None, trust_remote_
             from clipkit.models.openclip import open_by_name
 
             return *open_by_name(f"hf-hub:{text}"), None, None
-    body = artefact.read(folder)
+    body = artefact.read(folder, check=check)
     return *_open_folder(folder, body, text.startswith("open_clip:"), trust_remote_code), body, folder
 
 

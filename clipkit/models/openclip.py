@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from clipkit.files import dump_json
 from clipkit.models.backend import Backend, Names, Part
 from clipkit.models.names import near
 from clipkit.models.processor import Processor, hash_tokenizer
+from clipkit.models.text_facts import END, START, vocabulary_hash
 from clipkit.models.weights import check_finite, check_safetensors, quiet, read_json
 
 CONFIG, WEIGHTS, HUB = "open_clip_config.json", "open_clip_model.safetensors", "hf-hub:"
@@ -66,9 +66,7 @@ class OpenClipBackend(Backend):
         return features
 
     def describe(self, part: Part) -> dict[str, Any]:
-        modules = [module for name, module in self.named_modules() if self.owns(part, name)]
-        kinds = sorted({type(m).__name__ for m in modules if "elu" in type(m).__name__.lower()})
-        return {"class": type(self.model).__name__, "activation": "+".join(kinds), "pooling": "the model's own"}
+        return {"class": type(self.model).__name__}
 
     def save(self, folder: Path, processor: Processor) -> None:
         if self.config is None:
@@ -144,18 +142,13 @@ class OpenClipTexts:
     def describe(self) -> dict[str, Any]:
         if self._hash is None:
             self._hash = self._hash_tokenizer()
-        return {
-            "tokenizer": self._hash,
-            "clean": getattr(getattr(self.tokenizer, "clean_fn", None), "__name__", None),
-            "context_length": self.context_length,
-            "padding": "max_length",
-        }
+        return {"tokenizer": self._hash}
 
     def _hash_tokenizer(self) -> str:
         if _is_hf(self):
             return hash_tokenizer(self.tokenizer.tokenizer)
-        vocabulary = json.dumps(self.tokenizer.encoder, sort_keys=True)
-        return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+        start, end = (self.tokenizer.decoder[n] for n in (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id))
+        return vocabulary_hash(self.tokenizer.encoder, {start: START, end: END})
 
     def save(self, folder: Path) -> None:
         if _is_hf(self):

@@ -36,7 +36,8 @@ def _write(model: DualEncoder, folder: Path) -> None:
     folder.mkdir()
     backend = model.backend
     backend.save(folder, model.processor)
-    found = model.fingerprint()
+    plain = as_opened(model)  # bf16 weights open as fp32: the promise is about what opens
+    found = plain.fingerprint()
     about = {
         "name": model.name,
         "fingerprint": found.as_dict(),
@@ -44,7 +45,7 @@ def _write(model: DualEncoder, folder: Path) -> None:
         "logit_bias": found.record["logit_bias"],
         "similarity": model.similarity,
     }
-    artefact.write(folder, form=backend.family, settings=backend.settings(), about=about, golden=golden(model))
+    artefact.write(folder, form=backend.family, settings=backend.settings(), about=about, golden=golden(plain))
     try:  # while an older model still stands: what cannot be opened again is not published
         type(model).from_pretrained(folder)
     except ClipkitError as error:
@@ -52,11 +53,16 @@ def _write(model: DualEncoder, folder: Path) -> None:
         raise ModelError(message, where=model.name, fix="check what is special about its processor or arch") from error
 
 
-def golden(model: DualEncoder) -> artefact.Goldens:
-    """The embeddings of the built-in images and texts, in fp32 on the CPU."""
+def as_opened(model: DualEncoder) -> DualEncoder:
+    """The model in fp32 on the CPU, as `from_pretrained` will give it; a copy unless it is that already."""
     plain = model.device.type == "cpu" and model.dtype is torch.float32
     backend = model.backend if plain else copy.deepcopy(model.backend).cpu().float()
     # a new shell: in training, Accelerate has patched autocast into this one's forward
-    model = type(model)(backend, model.processor, model.name)
+    return type(model)(backend, model.processor, model.name)
+
+
+def golden(model: DualEncoder) -> artefact.Goldens:
+    """The embeddings of the built-in images and texts, in fp32 on the CPU."""
+    model = as_opened(model)
     images = model.encode_images(artefact.golden_images(), dtype=torch.float32)
     return {"image": images, "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=torch.float32)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clipkit.errors import CorruptArtefact, ModelError
-from clipkit.files import sha256_file
+from clipkit.files import dump_json, sha256_file
 from clipkit.models import artefact
 from clipkit.models.dual_encoder import DualEncoder
 
@@ -28,7 +28,7 @@ def sign_again(folder: Path, change: Any) -> None:
         file = folder / name
         body["files"][name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
     body["sha256"] = artefact._own_hash(body)
-    path.write_text(json.dumps(body))
+    path.write_text(dump_json(body))
 
 
 def test_every_file_is_listed(saved: Path) -> None:
@@ -63,19 +63,27 @@ def test_other_embeddings_are_found_where_all_hashes_fit(saved: Path) -> None:
     config = saved / "vision" / "config.json"
     config.write_text(config.read_text().replace('"gelu"', '"relu"'))
     sign_again(saved, lambda body: None)
-    with pytest.raises(CorruptArtefact, match="image embeddings differ"):
+    with pytest.raises(CorruptArtefact, match=r"image embeddings differ.*image activation was gelu and is relu"):
         DualEncoder.from_pretrained(saved)
 
 
 def test_another_pooling_is_found_where_all_hashes_fit(saved: Path) -> None:
     sign_again(saved, lambda body: body["settings"].update(text_pooling="last"))
-    with pytest.raises(CorruptArtefact, match="text embeddings differ"):
+    with pytest.raises(
+        CorruptArtefact, match=r"text embeddings differ.*text pooling was mean over the mask and is last token"
+    ):
         DualEncoder.from_pretrained(saved)
 
 
 def test_a_folder_of_the_future_is_refused(saved: Path) -> None:
     sign_again(saved, lambda body: body.update(schema=99))
     with pytest.raises(ModelError, match="newer clipkit"):
+        DualEncoder.from_pretrained(saved)
+
+
+def test_a_folder_of_the_past_is_refused(saved: Path) -> None:
+    sign_again(saved, lambda body: body.update(schema=1))
+    with pytest.raises(ModelError, match=r"older clipkit \(schema 1, expected 2\)"):
         DualEncoder.from_pretrained(saved)
 
 

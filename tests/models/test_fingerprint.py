@@ -22,13 +22,13 @@ def test_the_same_model_has_the_same_fingerprint(make_towers: Make) -> None:
 def test_each_difference_is_named(make_towers: Make) -> None:
     one = make_towers().fingerprint()
     changed = {
-        "image.mean": make_towers(image_mean=(0.1, 0.2, 0.3)),
-        "image.resize": make_towers(resize="shortest"),
-        "image.head": make_towers(head="mlp"),
-        "text.pooling": make_towers(text_pooling="last"),
-        "text.context_length": make_towers(context_length=9),
-        "logit_scale": make_towers(logit_scale=1.0),
-        "logit_bias": make_towers(logit_bias=1.0),
+        "image mean": make_towers(image_mean=(0.1, 0.2, 0.3)),
+        "image resize": make_towers(resize="shortest"),
+        "image head": make_towers(head="mlp"),
+        "text pooling": make_towers(text_pooling="last"),
+        "text context length": make_towers(context_length=9),
+        "logit scale (its logarithm)": make_towers(logit_scale=1.0),
+        "logit bias": make_towers(logit_bias=1.0),
     }
     for key, model in changed.items():
         other = model.fingerprint()
@@ -44,7 +44,7 @@ def test_a_sides_hash_follows_that_side_alone(towers: DualEncoder) -> None:
     after = towers.fingerprint()
     assert after.image == before.image
     assert after.text != before.text
-    assert [line.split(":")[0] for line in before.difference(after)] == ["logit_scale", "text.weights"]
+    assert [line.split(":")[0] for line in before.difference(after)] == ["logit scale (its logarithm)", "text weights"]
 
 
 def test_names_shapes_and_types_are_part_of_the_hash() -> None:

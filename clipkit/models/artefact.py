@@ -30,6 +30,7 @@ from clipkit.models.weights import read_json
 logger = logging.getLogger(__name__)
 
 NAME = "clipkit.json"
+CARD = "README.md"  # the model card: people edit it by hand, and no library reads a model from it
 SCHEMA = 2  # 2: the fingerprint is measured
 TOLERANCE = 1e-4  # of any component; other CPUs and thread counts move fp32 by some 1e-6
 
@@ -82,7 +83,7 @@ class Damage:
 
     path: Path
     message: str
-    prose: bool = False  # a model card: edited by hand, it does not change the model
+    prose: bool = False  # the model card, which does not change the model
 
     def error(self) -> CorruptArtefact:
         return CorruptArtefact(self.message, where=self.path, fix=_AGAIN)
@@ -103,7 +104,7 @@ def damages(folder: Path) -> Iterator[Damage]:
         yield Damage(path, "its content is not what was saved")
     for name, expected in _files(body):
         if message := _damage(folder / name, expected):
-            yield Damage(folder / name, message, prose=name.lower().endswith(".md"))
+            yield Damage(folder / name, message, prose=name == CARD)
 
 
 def read(folder: Path, *, check: bool = True) -> dict[str, Any] | None:
@@ -114,7 +115,8 @@ def read(folder: Path, *, check: bool = True) -> dict[str, Any] | None:
         check: False reads what is there, for the doctor.
 
     Raises:
-        CorruptArtefact: a file is missing or differs from what was saved; it is named.
+        CorruptArtefact: a file is missing or differs from what was saved; it is named. Of the model card a line
+            in the log says so: it is meant to be edited.
         ModelError: a newer or an older clipkit wrote the folder.
     """
     path = folder / NAME
@@ -126,7 +128,7 @@ def read(folder: Path, *, check: bool = True) -> dict[str, Any] | None:
     for damage in damages(folder):
         if not damage.prose:
             raise damage.error()
-        logger.warning("%s was changed after the model was saved; the model itself was not", damage.path)
+        logger.warning("%s: %s; the model itself is the one that was saved", damage.path, damage.message)
     _check_schema(body.get("schema"), path)
     return body
 

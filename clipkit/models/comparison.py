@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipkit.errors import ClipkitError, ModelError
 from clipkit.models import artefact, lora
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import words
@@ -88,7 +89,11 @@ def compare_models(a: str | os.PathLike[str] | DualEncoder, b: str | os.PathLike
 def _opened(model: str | os.PathLike[str] | DualEncoder) -> DualEncoder:
     if isinstance(model, DualEncoder):
         return reference(lora.merged(model))
-    backend, processor, _, _ = open_model(model, None, False, check=False)
+    try:
+        backend, processor, _, _ = open_model(model, None, False, check=False)
+    except ClipkitError as error:
+        fix = f"clipkit check model {os.fspath(model)} tells more"
+        raise ModelError(f"the model does not open: {error.message}", where=os.fspath(model), fix=fix) from error
     return DualEncoder(backend, processor, os.fspath(model)).eval()
 
 

@@ -7,33 +7,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from typing import Any
 
 from clipkit.errors import ClipkitError
 from clipkit.models import artefact, image_facts, lora, text_facts
 from clipkit.models.backend import PARTS
+from clipkit.models.behaviour import behaviour, changes, golden_findings
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.fingerprint import Fingerprint, words
-from clipkit.models.known_answers import Finding, about, known_answers, why
+from clipkit.models.fingerprint import Fingerprint
+from clipkit.models.folder_checks import file_findings, weight_findings
+from clipkit.models.known_answers import Finding, known_answers, why
 from clipkit.models.names import find_folder
 from clipkit.models.open_model import open_model
 from clipkit.models.saving import golden, reference
-
-if TYPE_CHECKING:
-    from clipkit.models.backend import Part
-
-_COLLAPSED = 1e-6  # of any component between the embeddings of unlike inputs
-_BF16_COSINE = 0.98  # of the same input; tiny random models reach 0.999
-_UNDO = (
-    "copy or download the model again, or install the library versions it was saved with; "
-    "if the change is meant, save it as a new model"
-)
-_PREFIXES = ("module.", "_orig_mod.")
-_READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".bin")
 
 
 @dataclass
@@ -110,7 +96,7 @@ def examine(model: str | os.PathLike[str] | DualEncoder, *, trust_remote_code: b
     report, folder = Report(os.fspath(model)), _folder(model)
     if folder is not None:
         report.recorded = (folder / artefact.NAME).is_file()
-        report.findings += [*_files(folder), *_weights(folder)]
+        report.findings += [*file_findings(folder), *weight_findings(folder)]
     opened, body = _open(report, model, trust_remote_code)
     if opened is not None:
         _examine_opened(report, opened, body)
@@ -131,186 +117,49 @@ def _open(
     try:
         backend, processor, body, _ = open_model(name, None, trust_remote_code, check=False)
     except Exception as error:  # a damaged folder fails in any way; what was found so far is to be told
-        if report.ok:
-            known = isinstance(error, ClipkitError)
-            what = error.message if isinstance(error, ClipkitError) else f"{type(error).__name__}: {error}"
-            fix = (error.fix if isinstance(error, ClipkitError) else None) or "download or save the model again"
-            reason = "weights would be random or misplaced" if known else "its files contradict each other"
-            report.findings.append(Finding("error", "opening", f"the model does not open: {what}", reason, fix))
+        finding = _unopened(error)
+        if report.ok or finding.about != "opening":
+            report.findings.append(finding)
         return None, None
     return DualEncoder(backend, processor, os.fspath(name)).eval(), body
 
 
+def _unopened(error: Exception) -> Finding:
+    if not isinstance(error, ClipkitError):
+        what = f"the model does not open: {type(error).__name__}: {error}"
+        return Finding("error", "opening", what, "its files contradict each other", _AGAIN)
+    name = next((name for said, name in _NAMED.items() if said in error.message), "opening")
+    reason = why(name) if name != "opening" else "opened in spite of it, it would give other embeddings, or none"
+    return Finding("error", name, f"the model does not open: {error.message}", reason, error.fix or _AGAIN)
+
+
+_AGAIN = "download or save the model again"
+_NAMED = {  # what an error at opening is about
+    "the text tower pools at": "pooling",
+    "weights are missing": "weights",
+    "holds NaN": "weights",
+    "keys that the model has no place for": "weights",
+    "has shape": "weights",
+    "asks to run its own code": "remote code",
+}
+
+
 def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | None) -> None:
     model = reference(lora.merged(model))
+    if body is not None and body.get("schema") != artefact.SCHEMA:
+        body = None  # named already; its facts are not comparable
     report.fingerprint = model.fingerprint()
     report.about = describe(model, report.fingerprint)
-    report.findings += _changes(body, report.fingerprint) if body is not None else []
+    report.findings += changes(body, report.fingerprint) if body is not None else []
     named = {finding.about for finding in report.findings}
     report.findings += [f for f in known_answers(model, report.fingerprint) if f.about not in named]
     try:
         found = golden(model)
+        report.findings += [*(golden_findings(body, found) if body is not None else ()), *behaviour(model, found)]
     except (ClipkitError, RuntimeError, ValueError, IndexError) as error:
         if not any(f.about in ("image size", "context length") for f in report.findings):
             what = f"the model gives no embeddings: {str(error).splitlines()[0]}"
             report.findings.append(Finding("error", "embeddings", what, "it cannot be used", "take another copy of it"))
-        return
-    report.findings += [*(_golden(body, found) if body is not None else ()), *_behaviour(model, found)]
-
-
-# ------------------------------------------------------------------------------------------------ files and weights
-
-
-def _files(folder: Path) -> Iterator[Finding]:
-    for damage in artefact.damages(folder):
-        name = damage.path.relative_to(folder).as_posix()
-        if damage.prose:
-            yield Finding("warning", "files", f"{name} was edited", "it does not change the model", "nothing to do")
-        else:
-            reason = "the file was damaged, cut or edited after the model was saved"
-            yield Finding("error", "files", f"{name}: {damage.message}", reason, "copy or download that file again")
-    body = _body(folder)
-    if body is None:
-        return
-    if body.get("schema") != artefact.SCHEMA:
-        what = f"{artefact.NAME} has schema {body.get('schema')}, expected {artefact.SCHEMA}"
-        yield Finding(
-            "error",
-            "files",
-            what,
-            "another version of clipkit wrote it",
-            "pip install -U clipkit, or save the model again",
-        )
-    listed = set(body.get("files") or ())
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _READ_BY_LIBRARIES and path.name not in {*listed, artefact.NAME}:
-            what = f"{path.name} was not there when the model was saved"
-            yield Finding("warning", "files", what, "libraries may read it in place of another file", "remove it")
-
-
-def _body(folder: Path) -> dict[str, Any] | None:
-    try:
-        return artefact.read(folder, check=False)
-    except ClipkitError:
-        return None  # named by its damage
-
-
-def _weights(folder: Path) -> Iterator[Finding]:
-    """What can be said of weight files without building the model."""
-    for path in sorted(folder.rglob("*.safetensors")):
-        name = path.relative_to(folder).as_posix()
-        try:
-            with safe_open(path, "pt") as file:
-                keys = list(file.keys())
-                bad = [key for key in keys if not _finite(file.get_tensor(key))]
-        except (SafetensorError, OSError) as error:
-            yield Finding(
-                "error",
-                "weights",
-                f"{name} cannot be read: {error}",
-                "the file was cut or damaged",
-                "copy or download it again",
-            )
-            continue
-        if bad:
-            what = f"{name}: {_count(len(bad), 'weight')} with NaN or infinity, the first is {bad[0]}"
-            yield Finding("error", "weights", what, "every embedding becomes NaN", "use an earlier checkpoint")
-        prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
-        if prefix:
-            what = f"{name}: every name begins with {prefix!r}, the mark of a wrapper"
-            reason = "libraries find no weight by its name, and transformers then opens a random model"
-            yield Finding("error", "weights", what, reason, "save the model inside the wrapper (model.module)")
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
-
-
-# ------------------------------------------------------------------------------------------ against what was saved
-
-
-def _changes(body: dict[str, Any], now: Fingerprint) -> Iterator[Finding]:
-    saved = Fingerprint.from_dict(body.get("fingerprint") or {})
-    for key, before, after in saved.changes(now):
-        if key.endswith(".class"):
-            continue
-        name = about(key)
-        if name == "weights":
-            what = f"{words(key)} are not those that were saved"
-            yield Finding(
-                "error", "weights", what, "embeddings are those of another model", "copy or download the weights again"
-            )
-        else:
-            what = f"{words(key)} was {before} when the model was saved and is {after} now"
-            fix = _UNDO
-            yield Finding("error", name, what, why(name), fix)
-
-
-def _golden(body: dict[str, Any], found: artefact.Goldens) -> Iterator[Finding]:
-    try:
-        worst = artefact.golden_differences(body, found)
-    except (KeyError, TypeError, ValueError) as error:
-        yield Finding(
-            "error",
-            "golden embeddings",
-            f"clipkit.json holds none that can be read: {error!r}",
-            "the model cannot be held to them",
-            "copy it again",
-        )
-        return
-    for side, value in worst.items():
-        if value > artefact.TOLERANCE:
-            what = (
-                f"{side} embeddings of the built-in {side}s differ by {value:.2g} from those it gave when it was saved"
-            )
-            reason = f"more than {artefact.TOLERANCE:g} is no rounding: results are not those of the saved model"
-            yield Finding(
-                "error",
-                "golden embeddings",
-                what,
-                reason,
-                "mend what is named above, or install the library versions it was saved with",
-            )
-
-
-# ------------------------------------------------------------------------------------------------------ behaviour
-
-
-def _behaviour(model: DualEncoder, found: artefact.Goldens) -> Iterator[Finding]:
-    for side in PARTS:
-        apart = (found[side][:, None] - found[side][None]).abs().amax(-1)
-        if float(apart.max()) < _COLLAPSED:
-            what = f"all {side}s get the same {side} embedding"
-            yield Finding(
-                "error",
-                "collapsed",
-                what,
-                "nothing can be told apart",
-                "take an earlier checkpoint; look at its weights",
-            )
-    alone = _alone(model)
-    for side in PARTS:
-        worst = float((alone[side] - found[side]).abs().max())
-        if not worst <= artefact.TOLERANCE:
-            what = f"{side} embeddings differ by {worst:.2g} alone and in a batch of unequal {side}s"
-            reason = "an item's embedding depends on what it happens to be batched with"
-            yield Finding(
-                "error", "batch", what, reason, "give the attention mask, pad to full length, and use eval mode"
-            )
-    half = {"image": model.encode_images(artefact.golden_images(), dtype=torch.bfloat16)}
-    half["text"] = model.encode_texts(artefact.GOLDEN_TEXTS, dtype=torch.bfloat16)
-    for side in PARTS:
-        cosine = float((half[side] * found[side]).sum(1).min())
-        if not cosine >= _BF16_COSINE:
-            what = f"{side} embeddings in bfloat16 have a cosine of {cosine:.3f} only to those in float32"
-            yield Finding("warning", "bfloat16", what, "half precision changes results", "encode in float32")
-
-
-def _alone(model: DualEncoder) -> dict[Part, Tensor]:
-    return {
-        "image": model.encode_images(artefact.golden_images(), batch_size=1, dtype=torch.float32),
-        "text": model.encode_texts(artefact.GOLDEN_TEXTS, batch_size=1, dtype=torch.float32),
-    }
 
 
 # --------------------------------------------------------------------------------------------------------- report

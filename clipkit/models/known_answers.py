@@ -96,18 +96,18 @@ class _Rule(NamedTuple):
 
 
 _PREPROCESSING = "preprocessor_config.json (processor_config.json, open_clip_config.json)"
-_CLIP = [
-    *(
-        _Rule(
-            f"{part}.activation",
-            ("quick_gelu",),
-            "warning",
-            "OpenAI's CLIP, MetaCLIP and DFN compute quick_gelu, LAION's gelu",
-            'if the weights are of the first kind: hidden_act "quick_gelu" in config.json, or open_clip\'s -quickgelu '
-            "architecture",
-        )
-        for part in ("image", "text")
-    ),
+_CLIP_ACTIVATION = [
+    _Rule(
+        f"{part}.activation",
+        ("quick_gelu",),
+        "warning",
+        "OpenAI's CLIP, MetaCLIP and DFN compute quick_gelu, LAION's gelu",
+        'if the weights are of the first kind: hidden_act "quick_gelu" in config.json, or open_clip\'s -quickgelu '
+        "architecture",
+    )
+    for part in ("image", "text")
+]
+_CLIP_COLOURS = [
     _Rule(
         "image.mean",
         ("0.4815 0.4578 0.4082",),
@@ -122,6 +122,8 @@ _CLIP = [
         "CLIP's is 0.2686 0.2613 0.2758",
         f"image_std in {_PREPROCESSING}",
     ),
+]
+_CLIP = [
     _Rule(
         "image.resize",
         ("shortest side", "none"),
@@ -138,13 +140,6 @@ _CLIP = [
         "take tokenizer.json from the original model",
     ),
     _Rule(
-        "text.pooling",
-        ("end token", "not measured"),
-        "error",
-        "CLIP reads the state of the end token",
-        "eos_token_id in the text config must be the id that the tokenizer ends texts with",
-    ),
-    _Rule(
         "text.end_when_cut",
         ("kept",),
         "error",
@@ -152,11 +147,32 @@ _CLIP = [
         "take the tokenizer's files from the original model; let it truncate, do not slice ids",
     ),
 ]
+_END_TOKEN = _Rule(
+    "text.pooling",
+    ("end token", "not measured"),
+    "error",
+    "CLIP reads the state of the end token",
+    "eos_token_id in the text config must be the id that the tokenizer ends texts with",
+)
+_FIRST_TOKEN = _Rule(
+    "text.pooling",
+    ("first token", "not measured"),
+    "error",
+    "this family reads the first token",
+    "take config.json and the tokenizer's files from the original model; it pads on the right",
+)
 _SIGLIP = [
     _Rule("image.mean", ("0.5 0.5 0.5",), "warning", "SigLIP's is 0.5", f"image_mean in {_PREPROCESSING}"),
     _Rule("image.std", ("0.5 0.5 0.5",), "warning", "SigLIP's is 0.5", f"image_std in {_PREPROCESSING}"),
     _Rule("image.resize", ("squash",), "warning", "SigLIP squashes images to a square", f"size in {_PREPROCESSING}"),
     _Rule("image.crop", ("none",), "warning", "SigLIP does not crop", f"do_center_crop in {_PREPROCESSING}"),
+    _Rule(
+        "text.case",
+        ("lower-cased", "unknown"),
+        "warning",
+        "SigLIP's tokenizers lower-case",
+        "take the tokenizer's files from the original model, or give it text.lower()",
+    ),
     _Rule("text.padding", ("max_length",), "error", "SigLIP pads every text to full length", 'padding="max_length"'),
     _Rule(
         "text.attention_mask", ("not given",), "error", "SigLIP was trained without a mask", "give it no attention_mask"
@@ -202,16 +218,28 @@ def kind(model: DualEncoder, facts: Fingerprint) -> str:
 
 def known_answers(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
     """What is wrong or unusual by what is known of the model's family, and of any model."""
-    rules = {"clip": [*_CLIP, *_ANY], "siglip": [*_SIGLIP, *_ANY]}.get(kind(model, facts), _ANY[:1])
-    for rule in rules:
+    siglip2 = list(_siglip2(model, facts))
+    for rule in _rules(model, facts):
         found = _value(facts.record, rule.key)
-        if found is not None and not str(found).startswith(rule.accepted):
-            name = about(rule.key)
+        name = about(rule.key)
+        if found is not None and not str(found).startswith(rule.accepted) and name not in {f.about for f in siglip2}:
             part = rule.key.split(".")[0]
             yield Finding(rule.level, name, f"{part} {name}: {found}; {rule.says}", why(name), rule.fix)
-    yield from _siglip2(model, facts)
+    yield from siglip2
     yield from _scale(facts)
     yield from _sizes(model, facts)
+
+
+def _rules(model: DualEncoder, facts: Fingerprint) -> list[_Rule]:
+    family = model.backend.family
+    if family in ("altclip", "chinese_clip", "metaclip_2"):
+        return [*_CLIP_COLOURS, _END_TOKEN if family == "metaclip_2" else _FIRST_TOKEN, *_ANY]
+    if family == "align":
+        return [_FIRST_TOKEN, *_ANY[:1]]
+    known = kind(model, facts)
+    if known == "clip":
+        return [*(_CLIP_ACTIVATION if family == "clip" else ()), *_CLIP, *_CLIP_COLOURS, _END_TOKEN, *_ANY]
+    return [*_SIGLIP, *_ANY] if known == "siglip" else _ANY[:1]
 
 
 def _value(record: Mapping[str, Any], key: str) -> Any:

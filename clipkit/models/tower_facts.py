@@ -41,7 +41,7 @@ def tower_facts(backend: Backend, part: Part, side: Any) -> dict[str, Any]:
     heads = {getattr(m, key) for m in modules for key in ("num_heads", "num_attention_heads") if hasattr(m, key)}
     eps = {getattr(m, key) for m in modules for key in ("eps", "variance_epsilon") if _is_number(getattr(m, key, None))}
     return {
-        "class": declared["class"],
+        "class": declared.get("class", type(backend).__name__),
         "head": declared.get("head", "its own"),
         "activation": found,
         "pooling": str(declared.get("pooling", NOT_MEASURED)) if pooling == NOT_MEASURED else pooling,

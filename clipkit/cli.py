@@ -298,6 +298,27 @@ def check_data_command(
     raise typer.Exit(report.exit_code)
 
 
+@check.command("model", epilog="Example: clipkit check model runs/birds/model")
+def check_model_command(
+    model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
+    other: Annotated[str | None, typer.Argument(help="A second model: tell why the two disagree.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let the model run Python code that it brings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a model is and what is wrong with it, or why two models disagree."""
+    from clipkit.models.comparison import Comparison, compare_models
+    from clipkit.models.doctor import Report, examine
+
+    found: Report | Comparison = (
+        compare_models(model, other) if other else examine(model, trust_remote_code=trust_remote_code)
+    )
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        _say(str(found))
+    raise typer.Exit(found.exit_code)
+
+
 @app.command(epilog="Example: clipkit env --json")
 def env(as_json: Json = False) -> None:
     """Versions, devices and threads: what to put into a bug report."""

@@ -2,7 +2,7 @@
 
 It lists the size and SHA-256 of every file, the fingerprint, the logit scale and bias, and golden
 embeddings: what the model gave for four built-in images and texts. So bit rot is found in the files,
-and a changed library, transform or activation in the embeddings.
+a changed library, transform or activation in the embeddings, and the fingerprint names it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +24,38 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.files import dump_json, sha256_file
+from clipkit.models.fingerprint import Fingerprint, words
 from clipkit.models.weights import read_json
 
+logger = logging.getLogger(__name__)
+
 NAME = "clipkit.json"
-SCHEMA = 1
+CARD = "README.md"  # the model card: people edit it by hand, and no library reads a model from it
+SCHEMA = 2  # 2: the fingerprint is measured
 TOLERANCE = 1e-4  # of any component; other CPUs and thread counts move fp32 by some 1e-6
 
 GOLDEN_TEXTS = (
     "a photo of a cat",
     "Two DOGS, running on a Beach!",
     "latin small letter e with acute",
-    "one sentence that goes on and on, " * 20 + "and ends",  # longer than any context in use
+    "one sentence that goes on and on, " * 20 + "and ends",  # 180 tokens: longer than the usual 64 and 77
 )
 
 
 def golden_images() -> list[Image.Image]:
-    """Four images drawn with integers alone: a ramp, stripes, a disc, noise; square, wide and tall, odd sides."""
-    sizes = ((64, 64), (97, 61), (53, 89), (301, 223))
+    """Four images drawn with integers alone, of odd sides and high frequency, wide and tall, small and large.
+
+    Stripes, a disc on a ramp, noise, and noise larger than any model's input, where antialias and filter show.
+    """
     images = []
-    for kind, (width, height) in enumerate(sizes):
+    for kind, (width, height) in enumerate(((97, 61), (53, 89), (301, 223), (1021, 767))):
         y, x = np.mgrid[0:height, 0:width]
-        red, green = (x * 255 // width, y * 255 // height) if kind != 1 else ((x // 5 % 2) * 255, (y // 7 % 2) * 255)
-        blue = (x * 7919 + y * 104729 + x * y * 31) % 256 if kind == 3 else (x + y) % 256
-        if kind == 2:
+        noise = (x * 7919 + y * 104729 + x * y * 31 + (x * x + 3 * y * y) // 7) % 256
+        red, green = (noise, (noise * 37 + x) % 256) if kind > 1 else (x * 255 // width, y * 255 // height)
+        blue = (noise * 101 + y) % 256
+        if kind == 0:
+            red, green = (x // 5 % 2) * 255, (y // 7 % 2) * 255
+        if kind == 1:
             blue = ((x - width // 2) ** 2 + (y - height // 2) ** 2 < 400) * 255
         images.append(Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8)))
     return images
@@ -65,51 +77,137 @@ def write(folder: Path, *, form: str, settings: Mapping[str, Any], about: Mappin
 Goldens = dict[str, Tensor]
 
 
-def read(folder: Path) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Damage:
+    """One file of a saved folder that is not what was saved."""
+
+    path: Path
+    message: str
+    prose: bool = False  # the model card, which does not change the model
+
+    def error(self) -> CorruptArtefact:
+        return CorruptArtefact(self.message, where=self.path, fix=_AGAIN)
+
+
+def damages(folder: Path) -> Iterator[Damage]:
+    """Every file that is missing or differs from what was saved, clipkit.json included. Opens no model."""
+    path = folder / NAME
+    if not path.is_file():
+        return
+    try:
+        body = read_json(path)
+    except CorruptArtefact as error:
+        yield Damage(path, error.message)
+        return
+    # byte by byte: JSON of other spelling (1E-5, no last newline) would read the same
+    if body.get("sha256") != _own_hash(body) or path.read_bytes() != dump_json(body).encode():
+        yield Damage(path, "its content is not what was saved")
+    for name, expected in _files(body):
+        if message := _damage(folder / name, expected):
+            yield Damage(folder / name, message, prose=name == CARD)
+
+
+def read(folder: Path, *, check: bool = True) -> dict[str, Any] | None:
     """clipkit.json after its files have been checked; None where clipkit did not write the folder.
 
+    Args:
+        folder: of the model.
+        check: False reads what is there, for the doctor.
+
     Raises:
-        CorruptArtefact: a file is missing or differs from what was saved; it is named.
-        ModelError: a newer clipkit wrote the folder.
+        CorruptArtefact: a file is missing or differs from what was saved; it is named. Of the model card a line
+            in the log says so: it is meant to be edited.
+        ModelError: a newer or an older clipkit wrote the folder.
     """
     path = folder / NAME
     if not path.is_file():
         return None
     body = read_json(path)
-    if body.get("schema", 0) > SCHEMA:
-        message = f"written by a newer clipkit (schema {body['schema']}, known up to {SCHEMA})"
-        raise ModelError(message, where=path, fix="pip install -U clipkit")
-    if body.get("sha256") != _own_hash(body):
-        raise CorruptArtefact("its content is not what was saved", where=path, fix=_AGAIN)
-    for name, expected in body["files"].items():
-        _check_file(folder / name, expected)
+    if not check:
+        return body
+    for damage in damages(folder):
+        if not damage.prose:
+            raise damage.error()
+        logger.warning("%s: %s; the model itself is the one that was saved", damage.path, damage.message)
+    _check_schema(body.get("schema"), path)
     return body
+
+
+def _check_schema(schema: Any, path: Path) -> None:
+    if isinstance(schema, int) and schema > SCHEMA:
+        message = f"written by a newer clipkit (schema {schema}, known up to {SCHEMA})"
+        raise ModelError(message, where=path, fix="pip install -U clipkit")
+    if schema != SCHEMA:
+        message = f"written by an older clipkit (schema {schema}, expected {SCHEMA})"
+        raise ModelError(message, where=path, fix="save the model again from where it came")
 
 
 _AGAIN = "copy or download the model again"
 
 
-def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
+def _files(body: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    files = body.get("files")
+    found = files.items() if isinstance(files, dict) else ()
+    return [(name, each) for name, each in found if isinstance(each, dict)]
+
+
+def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
     if not path.is_file():
-        raise CorruptArtefact("a file of the model is missing", where=path, fix=_AGAIN)
-    if path.stat().st_size != expected["size"]:
-        found = f"{path.stat().st_size} bytes instead of {expected['size']}"
-        raise CorruptArtefact(f"a file of the model has {found}", where=path, fix=_AGAIN)
-    if sha256_file(path) != expected["sha256"]:
-        raise CorruptArtefact("a file of the model is not what was saved (its SHA-256 differs)", where=path, fix=_AGAIN)
+        return "a file of the model is missing"
+    size = path.stat().st_size
+    if size != expected.get("size"):
+        return f"a file of the model has {size} bytes instead of {expected.get('size')}"
+    if sha256_file(path) != expected.get("sha256"):
+        return "a file of the model is not what was saved (its SHA-256 differs)"
+    return None
 
 
-def check_golden(body: Mapping[str, Any], found: Goldens, folder: Path) -> None:
-    """Refuse a model that no longer gives the embeddings it gave when it was saved."""
-    for side, packed in body["golden"].items():
-        expected = _unpack(packed, found[side].shape[1])
-        if expected.shape != found[side].shape:
-            raise CorruptArtefact(f"{side} embeddings have another shape than when it was saved", where=folder)
-        worst = float((expected - found[side]).abs().max())
-        if not worst <= TOLERANCE:
-            message = f"{side} embeddings differ by {worst:.2g} from those it gave when it was saved"
-            fix = "install the versions of torch, transformers or open_clip it was saved with, or save it anew"
-            raise CorruptArtefact(message, where=folder, fix=fix)
+def check(body: Mapping[str, Any], folder: Path, now: Fingerprint, found: Goldens) -> None:
+    """Refuse a model that is no longer the one that was saved, and name what changed.
+
+    Args:
+        body: of clipkit.json.
+        folder: for messages.
+        now: the facts of the model as it opened (`fingerprint.facts`).
+        found: its golden embeddings.
+
+    Raises:
+        CorruptArtefact: a fact or an embedding differs.
+    """
+    changed = changed_facts(body, now)
+    worst = golden_differences(body, found)
+    if not changed and max(worst.values()) <= TOLERANCE:
+        return
+    apart = ", ".join(f"{side} embeddings differ by {value:.2g}" for side, value in worst.items() if value > TOLERANCE)
+    listed = "; ".join(changed) or "every recorded fact is the same, so the weights or a library's arithmetic changed"
+    message = f"this is not the model that was saved: {apart or 'embeddings fit, but'} ({listed})"
+    fix = (
+        "install the versions of torch, transformers or open_clip it was saved with, undo the change, or save it "
+        f"anew; clipkit check model {folder} tells more"
+    )
+    raise CorruptArtefact(message, where=folder, fix=fix)
+
+
+def changed_facts(body: Mapping[str, Any], now: Fingerprint) -> list[str]:
+    """Facts of the stored fingerprint that are others now, weights and class names left out, in words."""
+    saved = Fingerprint.from_dict(body["fingerprint"])
+    ignored = (".weights", ".class")  # sha256 answers for the weights; libraries may rename their classes
+    return [
+        f"{words(key)} was {before} and is {after}"
+        for key, before, after in saved.changes(now)
+        if not key.endswith(ignored)
+    ]
+
+
+def golden_differences(body: Mapping[str, Any], found: Goldens) -> dict[str, float]:
+    """Largest difference of any component for each side; infinite for another shape or NaN."""
+    worst = {}
+    for side, vectors in found.items():
+        expected = _unpack(body["golden"][side])
+        same = expected.numel() == vectors.numel()
+        largest = float((expected.view_as(vectors) - vectors).abs().max()) if same else math.inf
+        worst[side] = math.inf if math.isnan(largest) else largest
+    return worst
 
 
 def _own_hash(body: Mapping[str, Any]) -> str:
@@ -121,6 +219,5 @@ def _pack(vectors: Tensor) -> str:
     return base64.b64encode(vectors.numpy().astype("<f4").tobytes()).decode()
 
 
-def _unpack(packed: str, dim: int) -> Tensor:
-    values = np.frombuffer(base64.b64decode(packed), dtype="<f4").astype(np.float32)
-    return torch.from_numpy(values.copy()).reshape(-1, dim)
+def _unpack(packed: str) -> Tensor:
+    return torch.from_numpy(np.frombuffer(base64.b64decode(packed), dtype="<f4").astype(np.float32))

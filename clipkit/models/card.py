@@ -165,7 +165,9 @@ def _native(backend: Backend, processor: Processor, form: str) -> tuple[str, str
     text = processor.describe()["text"]
     if form == "onnx":
         return "onnxruntime", _ONNX.format(padding=text["padding"], length=processor.context_length)
-    no_mask = "" if text["attention_mask"] else 'inputs.pop("attention_mask", None)  # it was trained without\n'
+    no_mask = (
+        "" if text["attention_mask"] == "given" else 'inputs.pop("attention_mask", None)  # it was trained without\n'
+    )
     code = _TRANSFORMERS.format(padding=text["padding"], length=processor.context_length, no_mask=no_mask)
     return "transformers", code
 
@@ -228,7 +230,7 @@ def _limits(card: Card, processor: Processor) -> str:
         f"* A text is cut after {processor.context_length} tokens, an image seen at {processor.image_size} pixels.",
         "* clipkit turns photos upright by their EXIF flag and puts transparent ones over white; the code without"
         " clipkit takes them as they are.",
-        "* clipkit.json lists this file, too: to change it, save the model again with `card={...}`.",
+        "* Edit this file as you like: of the files here, clipkit.json holds all others to what was saved.",
         "",
     ]
     return "\n".join(lines)

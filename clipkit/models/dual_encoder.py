@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from clipkit.models.adapters import checkpoint_gradients, freeze
 from clipkit.models.backend import PARTS, Backend, Part
 from clipkit.models.card import Card
 from clipkit.models.encode import encode, image_chunks, listed, report_cut, text_chunks
-from clipkit.models.fingerprint import Fingerprint, take
+from clipkit.models.fingerprint import Fingerprint, facts, take
 from clipkit.models.patch_dropout import PatchDropout, drop_patches
 from clipkit.models.processor import Processor
 from clipkit.models.resize import resize
@@ -28,6 +29,8 @@ from clipkit.models.transform import Resize
 
 if TYPE_CHECKING:
     from clipkit.models.export import ExportReport
+
+logger = logging.getLogger("clipkit")
 
 
 class Embeddings(NamedTuple):
@@ -54,6 +57,7 @@ class DualEncoder(nn.Module):
     def __init__(self, backend: Backend, processor: Processor, name: str) -> None:
         super().__init__()
         self.backend, self.processor, self.name = backend, processor, name
+        self.verified = False  # whether it was opened from a folder whose clipkit.json it still fits
         self._in_eval: list[nn.Module] = []  # frozen towers
         self._patches: PatchDropout | None = None
         self.lora: lora.Lora | None = None  # how the towers are adapted
@@ -344,8 +348,11 @@ class DualEncoder(nn.Module):
         backend, processor, body, folder = open_model(name, revision, trust_remote_code)
         model = cls(backend, processor, str(name)).eval()
         if body is not None and folder is not None:
-            artefact.check_golden(body, golden(model), folder)
+            artefact.check(body, folder, facts(backend, processor), golden(model))
             model.card = Card.from_dict(body.get("card", {}))
+            model.verified = True
+        else:
+            logger.info("%s: unverified, for there is no clipkit.json to hold it to; clipkit check model looks", name)
         if dtype is not None:
             model._cast(dtype)
         return model if device is None else model.to(device)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from clipkit.models.backend import PARTS
+from clipkit.models.tower_facts import tower_facts
+
 if TYPE_CHECKING:
     from clipkit.models.backend import Backend, Part
     from clipkit.models.processor import Processor
@@ -19,12 +22,32 @@ if TYPE_CHECKING:
 _IMAGE_POLICY = {"exif": "applied", "alpha": "over white", "mode": "RGB"}
 
 
+# Keys of a record that are not plain words.
+_WORDS = {
+    "dim": "embedding length",
+    "logit_scale": "logit scale (its logarithm)",
+    "image.filter": "image resize filter",
+    "image.crop_rounding": "image crop where the margin is odd, rounded",
+    "image.exif": "image EXIF orientation",
+    "image.norm_eps": "image norm epsilon",
+    "text.norm_eps": "text norm epsilon",
+    "text.ids": "text token ids of the probe texts",
+    "text.tokenizer": "text tokenizer's vocabulary",
+    "text.end_token": "text end token (EOS)",
+    "text.end_when_cut": "text end token (EOS) of a text that is cut",
+}
+
+
 @dataclass(frozen=True)
 class Fingerprint:
     """A readable record of a model and the hashes that stand for it.
 
-    `record` holds `family`, `dim`, `logit_scale`, `logit_bias`, and for `image` and `text` the hash of
-    the weights beside the transform, the tokenizer, the activation and the pooling.
+    `record` holds `family`, `dim`, `logit_scale` and `logit_bias`; for `image` and `text` the hash of the
+    `weights`, `class`, `head`, `activation`, `pooling`, `attention_heads` and `norm_eps`; for `image` also `size`,
+    `channels`, `mean`, `std`, `resize`, `crop`, `crop_rounding`, `filter`, `antialias`, `exif`, `alpha` and
+    `mode`; for `text` `tokenizer` (its vocabulary), `ids` (of probe texts), `case`, `context_length`,
+    `padding`, `padding_side`, `pad_token`, `attention_mask`, `start_token`, `end_token` and `end_when_cut`.
+    All but the class and the vocabulary are measured, so that they mean the same in every library.
     """
 
     record: Mapping[str, Any]
@@ -48,10 +71,14 @@ class Fingerprint:
         return _hash({key: self.record.get(key) for key in ("family", "dim", part)})
 
     def difference(self, other: Fingerprint) -> list[str]:
-        """One line for each thing in which two models differ; empty for the same model."""
+        """One line for each thing in which two models differ, `what: mine != theirs`; empty for the same model."""
+        return [f"{words(key)}: {mine} != {theirs}" for key, mine, theirs in self.changes(other)]
+
+    def changes(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:
+        """The same as (key of the record, mine, theirs)."""
         mine, theirs = dict(_flat(self.record)), dict(_flat(other.record))
         keys = [*mine, *(key for key in theirs if key not in mine)]
-        return [f"{k}: {mine.get(k)} != {theirs.get(k)}" for k in keys if mine.get(k) != theirs.get(k)]
+        return [(k, mine.get(k), theirs.get(k)) for k in keys if mine.get(k) != theirs.get(k)]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it back."""
@@ -67,31 +94,35 @@ class Fingerprint:
 
 def take(backend: Backend, processor: Processor) -> Fingerprint:
     """The fingerprint of weights and processor together. Reads every weight: about 1 GB a second."""
+    record = dict(facts(backend, processor).record)
+    for part in PARTS:
+        weights = {name: tensor for name, tensor in backend.state_dict().items() if backend.owns(part, name)}
+        record[part] = {"weights": hash_weights(weights), **record[part]}
+    return Fingerprint(record)
+
+
+def tower_hash(backend: Backend, processor: Processor) -> str:
+    """16 hex characters for the image tower's features, before its head: the head may train on."""
+    weights = {n: each for n, each in backend.state_dict().items() if backend.owns("image", n, head=False)}
+    about = facts(backend, processor).record["image"]
+    return _hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
+
+
+def facts(backend: Backend, processor: Processor) -> Fingerprint:
+    """The fingerprint without the hashes of the weights, measured by what towers and processor do: 0.1 seconds."""
     scale, bias = backend.scalars()
     described = processor.describe()
-    described["image"] |= _IMAGE_POLICY
+    sides = {"image": processor.image_side, "text": processor.text_side}
+    parts: dict[Part, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
     return Fingerprint(
         {
             "family": backend.family,
             "dim": backend.dim,
             "logit_scale": _round(scale),
             "logit_bias": None if bias is None else _round(bias),
-            "image": _describe(backend, "image", described["image"]),
-            "text": _describe(backend, "text", described["text"]),
+            **{part: {**tower_facts(backend, part, sides[part]), **about} for part, about in parts.items()},
         }
     )
-
-
-def tower_hash(backend: Backend, processor: Processor) -> str:
-    """16 hex characters for the image tower's features, before its head: the head may train on."""
-    weights = {n: each for n, each in backend.state_dict().items() if backend.owns("image", n, head=False)}
-    about = {**backend.describe("image"), **processor.describe()["image"], **_IMAGE_POLICY}
-    return _hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
-
-
-def _describe(backend: Backend, part: Part, processing: dict[str, Any]) -> dict[str, Any]:
-    weights = {name: tensor for name, tensor in backend.state_dict().items() if backend.owns(part, name)}
-    return {"weights": hash_weights(weights), **backend.describe(part), **processing}
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -110,6 +141,11 @@ def _round(scalar: Tensor) -> float:
 
 def _hash(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def words(key: str) -> str:
+    """A key of a record in words: `image.filter` is the image resize filter."""
+    return _WORDS.get(key, key.replace(".", " ").replace("_", " "))
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

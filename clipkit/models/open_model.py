@@ -18,8 +18,13 @@ Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
 OPEN_CLIP, HUB = "open_clip:", "hf-hub:"
 
 
-def open_model(name: str | os.PathLike[str], revision: str | None, trust_remote_code: bool) -> Opened:
-    """The backend, its processor, and for a folder what its clipkit.json promises."""
+def open_model(
+    name: str | os.PathLike[str], revision: str | None, trust_remote_code: bool, *, check: bool = True
+) -> Opened:
+    """The backend, its processor, and for a folder what its clipkit.json promises.
+
+    `check=False` opens what it can of a damaged folder, for the doctor.
+    """
     text = os.fspath(name)
     rest = text.removeprefix(OPEN_CLIP)
     as_open_clip = rest != text
@@ -28,7 +33,7 @@ def open_model(name: str | os.PathLike[str], revision: str | None, trust_remote_
 
         return *open_by_name(rest), None, None
     folder = _find(rest, revision, as_open_clip)
-    body = artefact.read(folder)
+    body = artefact.read(folder, check=check)
     return *_open_folder(folder, text, body, as_open_clip, trust_remote_code), body, folder
 
 

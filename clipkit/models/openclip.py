@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from clipkit.files import dump_json
 from clipkit.models.backend import Backend, Names, Part
 from clipkit.models.names import near
 from clipkit.models.processor import Processor, hash_tokenizer
+from clipkit.models.text_facts import END, START, vocabulary_hash
 
 logger = logging.getLogger("clipkit")
 
@@ -71,9 +71,7 @@ class OpenClipBackend(Backend):
         return features
 
     def describe(self, part: Part) -> dict[str, Any]:
-        modules = [module for name, module in self.named_modules() if self.owns(part, name)]
-        kinds = sorted({type(m).__name__ for m in modules if "elu" in type(m).__name__.lower()})
-        about = {"class": type(self.model).__name__, "activation": "+".join(kinds)}
+        about = {"class": type(self.model).__name__}
         return about | (_text_pooling(self.model) if part == "text" else {"pooling": _image_pooling(self.model.visual)})
 
     def save(self, folder: Path, processor: Processor) -> None:
@@ -183,18 +181,13 @@ class OpenClipTexts:
     def describe(self) -> dict[str, Any]:
         if self._hash is None:
             self._hash = self._hash_tokenizer()
-        return {
-            "tokenizer": self._hash,
-            "clean": getattr(getattr(self.tokenizer, "clean_fn", None), "__name__", None),
-            "context_length": self.context_length,
-            "padding": "max_length",
-        }
+        return {"tokenizer": self._hash}
 
     def _hash_tokenizer(self) -> str:
         if _is_hf(self):
             return hash_tokenizer(self.tokenizer.tokenizer)
-        vocabulary = json.dumps(self.tokenizer.encoder, sort_keys=True)
-        return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+        start, end = (self.tokenizer.decoder[n] for n in (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id))
+        return vocabulary_hash(self.tokenizer.encoder, {start: START, end: END})
 
     def save(self, folder: Path) -> None:
         if _is_hf(self):

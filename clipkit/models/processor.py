@@ -6,7 +6,6 @@ library reads, and how to describe itself for the fingerprint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import ModelError
+from clipkit.models.image_facts import image_facts
+from clipkit.models.text_facts import END, START, text_facts, vocabulary_hash
 
 Padding = Literal["longest", "max_length"]
 
@@ -28,7 +29,11 @@ class ImageSide(Protocol):
     def image_size(self) -> int: ...
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor: ...
-    def describe(self) -> dict[str, Any]: ...
+
+    def describe(self) -> dict[str, Any]:
+        """Its settings as they are declared; the fingerprint measures what they do."""
+        ...
+
     def save(self, folder: Path) -> None: ...
 
 
@@ -40,7 +45,11 @@ class TextSide(Protocol):
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]: ...
     def counts(self, texts: Sequence[str]) -> list[int]: ...
-    def describe(self) -> dict[str, Any]: ...
+
+    def describe(self) -> dict[str, Any]:
+        """`tokenizer`: the hash of the vocabulary, which running it on a few texts cannot tell."""
+        ...
+
     def save(self, folder: Path) -> None: ...
 
 
@@ -78,8 +87,8 @@ class Processor:
         return self.text_side.counts(texts)
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """The processor's part of the fingerprint."""
-        return {"image": self.image_side.describe(), "text": self.text_side.describe()}
+        """The processor's part of the fingerprint: what both sides really do, measured."""
+        return {"image": image_facts(self.image_side), "text": text_facts(self.text_side)}
 
     def save(self, folder: Path) -> None:
         """Write the native files of both sides."""
@@ -172,20 +181,9 @@ class TransformersTexts:
         return [len(row) for row in ids]
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "tokenizer": self.tokenizer_hash(),
-            "vocabulary": len(self.tokenizer),
-            "context_length": self.context_length,
-            "padding": self.padding,
-            "pad_token_id": self.tokenizer.pad_token_id,
-            "attention_mask": self.mask,
-        }
-
-    def tokenizer_hash(self) -> str:
-        """Of the vocabulary and all rules (a tokenizer of 256,000 tokens takes half a second, once)."""
-        if self._hash is None:
+        if self._hash is None:  # a tokenizer of 256,000 tokens takes half a second, once
             self._hash = hash_tokenizer(self.tokenizer)
-        return self._hash
+        return {"tokenizer": self._hash}
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -197,12 +195,5 @@ def _ends_texts(tokenizer: Any) -> bool:
 
 
 def hash_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 (16 hex characters) of a transformers tokenizer: vocabulary, rules, special tokens."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is None:
-        rules: dict[str, Any] = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    else:
-        rules = json.loads(fast.to_str())
-        for changed_by_every_call in ("truncation", "padding"):
-            rules.pop(changed_by_every_call, None)
-    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex characters for the vocabulary of a tokenizer of transformers."""
+    return vocabulary_hash(tokenizer.get_vocab(), {tokenizer.bos_token: START, tokenizer.eos_token: END})

@@ -72,7 +72,7 @@ def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) ->
 def _write(model: DualEncoder, folder: Path, proven: Saved | None) -> Saved:
     expected = golden(model)
     saved = _write_native(model, folder, expected, proven)
-    found = model.fingerprint()
+    found = reference(model).fingerprint()  # bf16 weights open as fp32: the record is of what opens
     model.card = model.card.settled(model.name, found)
     card.write(folder, model.card, model.backend, model.processor, found, saved.form)
     about = {

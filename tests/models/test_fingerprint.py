@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import open_clip
+import pytest
 import torch
 
+from clipkit.models.backend import PARTS
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.fingerprint import Fingerprint, hash_weights
+from clipkit.models.fingerprint import Fingerprint, facts, hash_weights
 
 Make = Callable[..., DualEncoder]
 
@@ -22,13 +28,13 @@ def test_the_same_model_has_the_same_fingerprint(make_towers: Make) -> None:
 def test_each_difference_is_named(make_towers: Make) -> None:
     one = make_towers().fingerprint()
     changed = {
-        "image.mean": make_towers(image_mean=(0.1, 0.2, 0.3)),
-        "image.resize": make_towers(resize="shortest"),
-        "image.head": make_towers(head="mlp"),
-        "text.pooling": make_towers(text_pooling="last"),
-        "text.context_length": make_towers(context_length=9),
-        "logit_scale": make_towers(logit_scale=1.0),
-        "logit_bias": make_towers(logit_bias=1.0),
+        "image mean": make_towers(image_mean=(0.1, 0.2, 0.3)),
+        "image resize": make_towers(resize="shortest"),
+        "image head": make_towers(head="mlp"),
+        "text pooling": make_towers(text_pooling="last"),
+        "text context length": make_towers(context_length=9),
+        "logit scale (its logarithm)": make_towers(logit_scale=1.0),
+        "logit bias": make_towers(logit_bias=1.0),
     }
     for key, model in changed.items():
         other = model.fingerprint()
@@ -44,7 +50,7 @@ def test_a_sides_hash_follows_that_side_alone(towers: DualEncoder) -> None:
     after = towers.fingerprint()
     assert after.image == before.image
     assert after.text != before.text
-    assert [line.split(":")[0] for line in before.difference(after)] == ["logit_scale", "text.weights"]
+    assert [line.split(":")[0] for line in before.difference(after)] == ["logit scale (its logarithm)", "text weights"]
 
 
 def test_names_shapes_and_types_are_part_of_the_hash() -> None:
@@ -56,3 +62,55 @@ def test_names_shapes_and_types_are_part_of_the_hash() -> None:
     assert hash_weights({"a": torch.tensor(1), "b": torch.ones(3, 2).T}) == hash_weights(
         {"a": torch.tensor(1), "b": torch.ones(2, 3)}
     )
+
+
+PROGRAM = """
+import sys, torch
+from clipkit import DualEncoder
+torch.set_num_threads(int(sys.argv[2]))
+print(DualEncoder.from_pretrained(sys.argv[1]).fingerprint().hash)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_is_the_same_in_another_process(threads: int, clip_folder: Path) -> None:
+    here = DualEncoder.from_pretrained(clip_folder).fingerprint().hash
+    command = [sys.executable, "-c", PROGRAM, str(clip_folder), str(threads)]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert there == here
+
+
+def test_float_noise_does_not_move_the_facts(any_model: DualEncoder) -> None:
+    before = facts(any_model.backend, any_model.processor)
+    with torch.no_grad():
+        for name, parameter in any_model.named_parameters():
+            if not name.endswith(("logit_scale", "logit_bias")):
+                parameter.mul_(1 + 1e-6)
+    after = facts(any_model.backend, any_model.processor)
+    assert before.difference(after) == []
+    assert facts(any_model.backend.double(), any_model.processor).difference(before) == []
+
+
+def test_all_backends_have_the_same_keys(
+    make_towers: Make, clip_folder: Path, siglip_folder: Path, open_clip_arch: Callable[..., str]
+) -> None:
+    arch = open_clip_arch("tiny-keys")
+    model, _, preprocess = open_clip.create_model_and_transforms(arch)
+    models = [
+        make_towers(),
+        DualEncoder.from_pretrained(clip_folder),
+        DualEncoder.from_pretrained(siglip_folder),
+        DualEncoder.from_open_clip(model, preprocess, open_clip.get_tokenizer(arch), arch=arch),
+    ]
+    keys = [{key: set(value) for key, value in m.fingerprint().record.items() if key in PARTS} for m in models]
+    assert all(each == keys[0] for each in keys)
+
+
+def test_measuring_changes_nothing(any_model: DualEncoder) -> None:
+    any_model.train()
+    state, random = {n: t.clone() for n, t in any_model.state_dict().items()}, torch.get_rng_state()
+    any_model.fingerprint()
+    assert all(module.training for module in any_model.modules())
+    assert all(torch.equal(t, state[n]) for n, t in any_model.state_dict().items())
+    assert all(p.grad is None for p in any_model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)

@@ -14,6 +14,7 @@ import transformers
 from PIL import Image
 from plain import run_plain
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessor, ViTImageProcessor
 
@@ -52,18 +53,32 @@ FIT: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "DINOv2 + BERT": ("Dinov2Model", PATCHES, "BertModel", WORDS),
     "timm + RoBERTa": ("TimmWrapperModel", TIMM, "RobertaModel", WORDS | {"pad_token_id": 0}),
     "ViT + XLM-R": ("ViTModel", PATCHES, "XLMRobertaModel", WORDS | {"pad_token_id": 0}),
-    "SigLIP + CLIP": ("SiglipVisionModel", PATCHES, "CLIPTextModel", WORDS | {"eos_token_id": 2}),
+    "SigLIP + CLIP": ("SiglipVisionModel", PATCHES, "CLIPTextModel", WORDS),
     "CLIP + BERT": ("CLIPVisionModel", PATCHES, "BertModel", WORDS),
 }
 
 
+def ending(tokenizer: Any) -> Any:
+    """The tokenizer with an end-of-text token, at which CLIP's text tower pools."""
+    ending = copy.deepcopy(tokenizer)
+    ending.add_special_tokens({"eos_token": "[EOS]"})
+    special = [("[EOS]", ending.eos_token_id)]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A [EOS]", special_tokens=special)
+    return ending
+
+
 def joined(case: str, make: Make) -> DualEncoder:
     vision, vision_settings, text, text_settings = FIT[case]
+    plain = make().processor.text_side.tokenizer  # type: ignore[attr-defined]
+    tokenizer = ending(plain) if text == "CLIPTextModel" else plain
+    if text == "CLIPTextModel":
+        text_settings = {**text_settings, "eos_token_id": tokenizer.eos_token_id}
     return make(
         build(vision, vision_settings),
         build(text, text_settings),
         image_pooling="pooler",
         text_pooling="pooler",
+        tokenizer=tokenizer,
         image_processor=processor(crop=case.startswith("CLIP")),
     )
 

@@ -1,0 +1,206 @@
+"""`clipkit check model A B`: why two models disagree, in preprocessing or in weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipkit.errors import ClipkitError, ModelError
+from clipkit.models import artefact, lora
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.fingerprint import words
+from clipkit.models.known_answers import about, why
+from clipkit.models.open_model import open_model
+from clipkit.models.saving import golden, reference
+
+_FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError)
+
+
+@dataclass
+class Comparison:
+    """What `compare_models` found. ``str(comparison)`` is for people, `as_dict` for machines."""
+
+    names: tuple[str, str]
+    differences: list[tuple[str, Any, Any]] = field(default_factory=list)
+    """(key of the fingerprint, the first model's, the second's)."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """For `image` and `text`: whether both processors give the same tensors, in words."""
+    same_inputs: dict[str, bool] = field(default_factory=dict)
+    weights: dict[str, float | None] = field(default_factory=dict)
+    """Largest difference of embeddings of the very same tensors; None where one model cannot take the other's."""
+    embeddings: dict[str, float | None] = field(default_factory=dict)
+    """Largest difference of the whole way, from image and text to embedding; None if their lengths differ."""
+    cosine: dict[str, float | None] = field(default_factory=dict)
+    """The lowest cosine between the two models' embeddings of one input."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether both give the same embeddings, and their logits the same scale."""
+        same = all(_within(value) for value in self.embeddings.values())
+        return same and not any(key.startswith("logit") for key, _, _ in self.differences)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 6: they are not one model."""
+        return 0 if self.ok else 6
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON holds it."""
+        differences = [{"what": words(key), "a": a, "b": b} for key, a, b in self.differences]
+        return {
+            "a": self.names[0],
+            "b": self.names[1],
+            "ok": self.ok,
+            "differences": differences,
+            "same_inputs": self.same_inputs,
+            "same_tensors_max_difference": self.weights,
+            "max_difference": self.embeddings,
+            "min_cosine": self.cosine,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def compare_models(a: str | os.PathLike[str] | DualEncoder, b: str | os.PathLike[str] | DualEncoder) -> Comparison:
+    """Compare the fingerprints of two models, and their embeddings of the built-in images and texts step by step.
+
+    Raises:
+        ModelError: one of them cannot be opened.
+    """
+    first, second = _opened(a), _opened(b)
+    found = Comparison((first.name, second.name))
+    found.differences = first.fingerprint().changes(second.fingerprint())
+    _compare_inputs(found, first, second)
+    _compare_weights(found, first, second)
+    for side, one in golden(first).items():
+        other = golden(second)[side]
+        same = one.shape == other.shape
+        found.embeddings[side] = float((one - other).abs().max()) if same else None
+        found.cosine[side] = float((one * other).sum(1).min()) if same else None
+    return found
+
+
+def _opened(model: str | os.PathLike[str] | DualEncoder) -> DualEncoder:
+    if isinstance(model, DualEncoder):
+        return reference(lora.merged(model))
+    try:
+        backend, processor, _, _ = open_model(model, None, False, check=False)
+    except ClipkitError as error:
+        fix = f"clipkit check model {os.fspath(model)} tells more"
+        raise ModelError(f"the model does not open: {error.message}", where=os.fspath(model), fix=fix) from error
+    return DualEncoder(backend, processor, os.fspath(model)).eval()
+
+
+# ------------------------------------------------------------------------------------------------------ step by step
+
+
+def _compare_inputs(found: Comparison, a: DualEncoder, b: DualEncoder) -> None:
+    images = artefact.golden_images()
+    mine, theirs = a.processor.images(images), b.processor.images(images)
+    if mine.shape != theirs.shape:
+        found.same_inputs["image"] = False
+        found.inputs["image"] = f"other shapes: {tuple(mine.shape[1:])} and {tuple(theirs.shape[1:])}"
+    else:
+        worst = float((mine - theirs).abs().max())
+        # one level of 255 after normalisation is about 0.015: libraries may round a resized pixel either way
+        found.same_inputs["image"] = worst < 0.02
+        found.inputs["image"] = "the same pixels" if worst < 0.02 else f"pixels differ by up to {worst:.2g}"
+    rows = [_rows(model, artefact.GOLDEN_TEXTS) for model in (a, b)]
+    unlike = [text for text, x, y in zip(artefact.GOLDEN_TEXTS, *rows, strict=True) if x != y]
+    found.same_inputs["text"] = not unlike
+    found.inputs["text"] = f"other ids, first for {unlike[0][:40]!r}" if unlike else "the same ids"
+    if not unlike and not _equal(a.processor.texts(artefact.GOLDEN_TEXTS), b.processor.texts(artefact.GOLDEN_TEXTS)):
+        found.inputs["text"] = "the same ids, other padding or mask"
+
+
+def _rows(model: DualEncoder, texts: tuple[str, ...]) -> list[list[int]]:
+    """Ids of each text without padding."""
+    from clipkit.models.text_facts import unpadded
+
+    return [unpadded(model.processor.text_side, text) for text in texts]
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@torch.no_grad()
+def _compare_weights(found: Comparison, a: DualEncoder, b: DualEncoder) -> None:
+    inputs = {
+        "image": {"pixel_values": a.processor.images(artefact.golden_images())},
+        "text": a.processor.texts(artefact.GOLDEN_TEXTS),
+    }
+    for side, tensors in inputs.items():
+        found.weights[side] = None
+        try:
+            one, other = (getattr(model(**tensors), side) for model in (a, b))
+        except _FAILURES:
+            continue
+        if one.shape == other.shape:
+            found.weights[side] = float((one - other).abs().max())
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+
+def _lines(found: Comparison) -> Iterator[str]:
+    yield f"A  {found.names[0]}"
+    yield f"B  {found.names[1]}"
+    yield ""
+    shown = [each for each in found.differences if not each[0].endswith(".class")]
+    yield f"{len(shown)} differences:" if shown else "no recorded fact differs"
+    for key, a, b in shown:
+        yield f"- {words(key)}: {a} in A, {b} in B"
+        if not key.endswith(".weights"):
+            yield f"    {why(about(key))}"
+    for side in ("image", "text"):
+        yield ""
+        yield f"{side}s"
+        yield f"  preprocessing  {found.inputs[side]}"
+        yield f"  weights        {_same_tensors(found.weights[side])}"
+        yield f"  together       {_together(found.embeddings[side], found.cosine[side])}"
+    yield ""
+    yield _verdict(found)
+
+
+def _same_tensors(worst: float | None) -> str:
+    if worst is None:
+        return "one cannot take the other's tensors, or embeddings have another length"
+    if worst <= artefact.TOLERANCE:
+        return f"the same tensors give the same embeddings (to {worst:.1g})"
+    return f"the same tensors give embeddings that differ by up to {worst:.2g}"
+
+
+def _together(worst: float | None, cosine: float | None) -> str:
+    if worst is None or cosine is None:
+        return "embeddings of another length: they cannot be compared"
+    if worst <= artefact.TOLERANCE:
+        return f"the same embeddings (to {worst:.1g})"
+    return f"embeddings differ by up to {worst:.2g}, cosine down to {cosine:.4f}"
+
+
+def _verdict(found: Comparison) -> str:
+    if found.ok:
+        return "the same embeddings: either can stand in for the other"
+    causes = [f"{side}s: {_cause(found, side)}" for side in ("image", "text") if not _within(found.embeddings[side])]
+    if any(key.startswith("logit") for key, _, _ in found.differences):
+        causes.append("logits: scale or bias")
+    return "they disagree. Where: " + "; ".join(causes)
+
+
+def _cause(found: Comparison, side: str) -> str:
+    """Preprocessing, the model behind it, or both."""
+    if _within(found.weights[side]):
+        return "preprocessing alone"
+    model = "weights, activation or pooling"
+    return model if found.same_inputs[side] else f"preprocessing, and {model}"
+
+
+def _within(value: float | None) -> bool:
+    return value is not None and value <= artefact.TOLERANCE

@@ -227,6 +227,15 @@ def gradients(encoders: Encoders) -> dict[str, Tensor]:
     return found if scale is None else found | {"scale": scale.reshape(1)}
 
 
+def over_ranks(world: int) -> dict[str, dict[str, Tensor]]:
+    """The gradients of each loss on `world` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (world, _free_port(), folder)
+        torch.multiprocessing.start_processes(on_rank, arguments, nprocs=world, start_method="fork")
+        found: dict[str, dict[str, Tensor]] = torch.load(Path(folder) / f"{world}.pt")
+        return found
+
+
 def on_rank(rank: int, world: int, port: int, folder: str) -> None:
     """Every loss on one of several processes; rank 0 keeps what DDP gave."""
     torch.set_num_threads(1)
@@ -300,11 +309,9 @@ def main() -> None:
     options = parser.parse_args()
 
     lines = ["| loss | run as | image encoder | text encoder | logit scale |", "|---|---|---|---|---|"]
+    ranks = {world: over_ranks(world) for world in options.ranks}  # forked, so before autograd starts its threads here
     big = one_process()
-    for world in options.ranks:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(on_rank, (world, _free_port(), folder), nprocs=world)
-            found = torch.load(Path(folder) / f"{world}.pt")
+    for world, found in ranks.items():
         lines += [row(name, f"{world} ranks", each, big[name]) for name, each in found.items()]
 
     chunked: dict[str, tuple] = {"clipkit micro_batch": (clipkit_cached, 1, False)}

@@ -102,10 +102,19 @@ def _create(
         if weights is not None:
             _check_shapes(weights, model, config)
             open_clip.load_checkpoint(model, str(weights), weights_only=True)
+        elif "pretrained" not in options:
+            _draw_what_open_clip_leaves_empty(model)
     if not model.logit_scale.is_meta:
         check_finite(model, name)
     preprocess = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), is_train=False)
     return wrap(model.eval(), preprocess, tokenizer, config)
+
+
+def _draw_what_open_clip_leaves_empty(model: Any) -> None:
+    """CoCa's decoder has a projection that open_clip allocates and never fills: any bits, NaN included."""
+    projection = getattr(getattr(model, "text_decoder", None), "text_projection", None)
+    if isinstance(projection, torch.nn.Parameter):
+        torch.nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
 def _saved_text_config(folder: Path) -> Config:

@@ -115,9 +115,9 @@ def test_cut_texts_are_counted_in_the_log(
 ) -> None:
     towers.encode_texts(texts[:3])
     towers.save_pretrained(tmp_path / "saved")  # the built-in texts are cut, too
-    assert caplog.messages == []
+    assert not any("cut" in message for message in caplog.messages)
     towers.encode_texts(["word " * 77, "word " * 78, *texts])
-    assert caplog.messages == ["2 of 6 texts were cut at 77 tokens"]
+    assert caplog.messages[-1] == "2 of 6 texts were cut at 77 tokens"
 
 
 def test_encoding_leaves_the_mode_of_every_module(towers: DualEncoder, texts: list[str]) -> None:

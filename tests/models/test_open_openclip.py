@@ -96,6 +96,8 @@ def family(
         arch = open_clip_arch(f"family-{name}", **{**PLAIN, **changes, "vision_cfg": vision, "text_cfg": text})
         torch.manual_seed(0)
         model = open_clip.create_model(arch, pretrained_text=False)
+        if name == "coca":  # open_clip allocates this and never fills it
+            torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)
         native = tokenizer if trained else HFTokenizer(str(family_folder("clip")))  # only that kind is written
         save_for_hf(model, native, open_clip.get_model_config(arch), folder, safe_serialization=True)
         if not trained:

@@ -140,7 +140,7 @@ def test_a_store_saves_the_work_and_changes_nothing(model, images, tmp_path: Pat
     plain = RetrievalEvaluator(pairs)(model)
     with EmbeddingStore(tmp_path / "s.db") as store:
         assert RetrievalEvaluator(pairs, store=store)(model) == plain
-        monkeypatch.setattr(model.backend, "image_features", None)
+        monkeypatch.setattr(model, "vision_features", None)
         assert RetrievalEvaluator(pairs, store=store)(model) == plain
 
 

@@ -95,7 +95,9 @@ def test_evaluation_programs(world, tmp_path):
 @pytest.mark.slow
 def test_gradient_parity(tmp_path):
     start("python", "train/gradient_parity.py", "--ranks", 2, "--to", tmp_path / "parity.md", folder=tmp_path)
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "parity.md").open()][2:]
+    table = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in (tmp_path / "parity.md").read_text().splitlines()
+    ][2:]
     ours = [row for row in table if row[0].startswith("clipkit")]
     assert len(ours) == 6
     assert all(set(row[2:]) <= {"1.000 / 1.000", "1.000", "not trained"} for row in ours), ours

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipkit.data.augment import Augmentation
 from clipkit.data.batch import CONTENT, HARD, ROW, Assembly, Batch, Transform
 from clipkit.data.keys import codes, number_values
+from clipkit.data.map_style import as_table
 from clipkit.data.plan import Plan
 from clipkit.errors import ClipkitError, UsageError
 
@@ -25,8 +26,9 @@ class Loader:
     A global batch is cut into contiguous, nearly equal parts, one a rank; the parts may differ by one row.
 
     Args:
-        source: a data set with `image` (or `image_features`), `texts` and the key columns. Its columns `hard_texts` and
-            `hard_images`, one or several of a row, are carried along as hard negatives.
+        source: a data set with `image` (or `image_features`), `texts` and the key columns: a `datasets.Dataset`, or
+            anything with `len` and `source[i]`, a mapping. Its columns `hard_texts` and `hard_images`, one or several
+            of a row, are carried along as hard negatives.
         transform: the model's processor.
         plan: which rows make batch k.
         columns: key columns beside `row`, carried as codes; `texts` and `image` are hashes of what was drawn.
@@ -40,7 +42,7 @@ class Loader:
         on_bad: ``error`` stops at an image that cannot be used, ``skip`` leaves its row out and lists it.
 
     Raises:
-        UsageError: a column that is not there or cannot be a key; views or hard images of a locked tower.
+        UsageError: a column that is not there or cannot be a key; views or hard images of a locked tower; a stream.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Loader:
         workers: int = 0,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
+        source = as_table(source)
         keys = {column: codes(source, column) for column in columns if column not in (ROW, *CONTENT)}
         keys |= {column: number_values(source, column) for column in numbers}
         content = tuple(name for name in CONTENT if name in columns)
-        hard = frozenset(name for name in HARD if name in (getattr(source, "column_names", None) or ()))
-        if "image_features" in (getattr(source, "column_names", None) or ()) and (views or "hard_images" in hard):
+        hard = frozenset(name for name in HARD if name in source.column_names)
+        if "image_features" in source.column_names and (views or "hard_images" in hard):
             raise UsageError(
                 "views and hard images need pixels, and this data set holds the features of a locked tower",
                 where="image_features",

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipkit import distributed
+from clipkit.data.map_style import as_table
 from clipkit.embedding.embed import batched, shown
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
 from clipkit.errors import ModelError, UsageError
@@ -35,7 +36,7 @@ def with_image_features(
 
     Args:
         model: its image tower must be frozen (``model.freeze("image")``); its heads may train on.
-        pairs: a data set with a column `image`.
+        pairs: a data set with a column `image`, as `Trainer` takes it.
         store: keeps features by the image's content and the tower's fingerprint, for the next run.
         batch_size, workers, progress: as for `embed`.
 
@@ -50,6 +51,7 @@ def with_image_features(
         raise UsageError(
             "features can be kept only of a tower that stands still", where=trained[0], fix='model.freeze("image")'
         )
+    pairs = as_table(pairs)
     images: Sequence[Any] = pairs["image"]
     features: dict[int, NDArray[np.float32]] = {}
     keys: list[Key] = []

@@ -13,6 +13,7 @@ import torch
 from clipkit import distributed
 from clipkit.data.keys import number_values, require_column
 from clipkit.data.loader import Loader
+from clipkit.data.map_style import as_table, caption_counts
 from clipkit.data.plan import Plan
 from clipkit.errors import DataError, UsageError
 from clipkit.losses.contrastive import prior_bias
@@ -46,8 +47,9 @@ class Trainer:
 
     Args:
         model: is trained in place; parts that were frozen stay as they are.
-        pairs: a data set with `image` and `texts`, as `load_pairs` gives it. A column `image_features`
-            stands in for the images of a locked tower (see `with_image_features`).
+        pairs: a data set with `image` and `texts`, as `load_pairs` gives it, or anything with `len` and `pairs[i]`
+            (a list of dicts, a map-style torch Dataset). A column `image_features` stands in for the images of a
+            locked tower (see `with_image_features`).
         config: the loop.
         similar: what counts as alike; several are added by their weights.
         evaluators: each called on every rank with the model; give metrics by key.
@@ -55,8 +57,8 @@ class Trainer:
     Raises:
         UsageError: the folder holds another run (see `resume`); the batch is larger than the data; trained BatchNorm
             on several ranks or with micro-batches; a sigmoid loss without a bias; a launcher whose processes are
-            not connected.
-        DataError: scores that are no weights.
+            not connected; a stream in place of data.
+        DataError: scores that are no weights; a row without captions.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Trainer:
         evaluators: Sequence[Evaluator] = (),
     ) -> None:
         distributed.start()
+        pairs = as_table(pairs)
         self.model, self.pairs, self.config = model, pairs, config
         self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
@@ -81,7 +84,7 @@ class Trainer:
                 fix="raise batch_size, or start fewer processes",
             )
         require_column(pairs, "texts")
-        captions = [len(texts) for texts in pairs["texts"]]
+        captions = caption_counts(pairs)
         self.plan = Plan(captions, batch_size=config.batch_size, seed=config.seed)
         wanted = self.plan.steps_per_epoch * config.epochs
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))

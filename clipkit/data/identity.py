@@ -1,0 +1,123 @@
+"""One number for what a training reads, so that another run knows whether it is the same data.
+
+A sha256 over the rows in their order: how many, every caption, every image, hard negatives, and the columns named.
+
+Not seen: columns that were not named; where files lie and what they are called; of an image file above 64 KiB what lies
+outside its first, middle and last 16 KiB when its length stays the same (100,000 files are to take seconds). A file
+that cannot be read counts by its path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clipkit.data.keys import require_column
+from clipkit.data.map_style import PIXELS, as_table
+
+_VERSION = b"clipkit data 1"
+_WHOLE, _WINDOW = 64 * 1024, 16 * 1024  # files up to here are read whole, of longer ones three windows
+_READ = ("texts", "image", "image_features", "hard_texts", "hard_images")  # by every training, where they are there
+
+
+def data_identity(source: Any, columns: Sequence[str] = ()) -> str:
+    """sha256 (64 hex digits) of what a training reads from a data set.
+
+    Args:
+        source: as `Trainer` takes it.
+        columns: the key columns that are read beside the captions and images.
+
+    Raises:
+        UsageError: a stream, or there is no such column.
+    """
+    source = as_table(source)
+    wanted = [name for name in dict.fromkeys([*_READ, *columns]) if name in columns or name in source.column_names]
+    wanted = [name for name in wanted if name not in ("row", "view")]  # made by the loader
+    whole = hashlib.sha256(_VERSION + b" %d" % len(source))
+    for name in wanted:
+        require_column(source, name)
+        column = hashlib.sha256(name.encode())
+        seen: dict[str, bytes] = {}
+        for cell in raw_cells(source, name):
+            column.update(_image(cell, seen) if name in PIXELS else _plain(cell))
+        whole.update(column.digest())
+    return whole.hexdigest()
+
+
+def raw_cells(source: Any, column: str) -> Iterator[Any]:
+    """The cells of a column, images undecoded where the source can give them so."""
+    features = getattr(source, "features", None)
+    if features is None:
+        yield from source[column]
+        return
+    from datasets import Image, List
+
+    source = source.with_format(None).select_columns([column])
+    if column == "image":
+        kind = features[column]
+        source = source.cast_column(column, Image(decode=False)) if isinstance(kind, Image) else source
+    elif column == "hard_images" and isinstance(getattr(features[column], "feature", None), Image):
+        source = source.cast_column(column, List(Image(decode=False)))
+    for start in range(0, len(source), 1000):
+        yield from source[start : start + 1000][column]
+
+
+def _plain(cell: Any) -> bytes:
+    """JSON, which tells 1 from "1" and where one text ends from where the next begins."""
+    return json.dumps(cell, default=_listed, sort_keys=True).encode() + b"\n"
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _image(cell: Any, seen: dict[str, bytes]) -> bytes:
+    """32 bytes that depend on what an image cell holds."""
+    if isinstance(cell, Mapping):
+        data, path = cell.get("bytes"), cell.get("path")
+        cell = path if data is None else data
+    if cell is None:
+        return hashlib.sha256(b"none").digest()
+    if isinstance(cell, bytes | bytearray | memoryview):
+        return hashlib.sha256(cell).digest()
+    if name := getattr(cell, "filename", ""):  # a PIL image that is still on the disk
+        cell = str(name)
+    if isinstance(cell, str | os.PathLike):
+        path = os.fspath(cell)
+        if path not in seen:
+            seen[path] = _file(path)
+        return seen[path]
+    if isinstance(cell, list | tuple) and not _numbers(cell):
+        return hashlib.sha256(b"list" + b"".join(_image(each, seen) for each in cell)).digest()
+    values = np.asarray(cell)
+    return hashlib.sha256(f"{values.dtype} {values.shape} ".encode() + values.tobytes()).digest()
+
+
+def _numbers(cell: Sequence[Any]) -> bool:
+    return bool(cell) and isinstance(cell[0], int | float)
+
+
+def _file(path: str) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return hashlib.sha256(b"%d " % size + b"".join(_windows(file, size))).digest()
+    except (OSError, ValueError):
+        return hashlib.sha256(b"unreadable " + path.encode("utf-8", "surrogatepass")).digest()
+
+
+def _windows(file: BinaryIO, size: int) -> Iterator[bytes]:
+    if size <= _WHOLE:
+        yield file.read()
+        return
+    for start in (0, (size - _WINDOW) // 2, size - _WINDOW):
+        file.seek(start)
+        yield file.read(_WINDOW)

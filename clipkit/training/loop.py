@@ -278,8 +278,16 @@ class Loop:
         return loss, norm
 
     def _clip(self) -> float:
+        """The norm of the gradient, clipped if it is finite: a clipped NaN would spread to every parameter."""
+        trained = [each for each in self.learner.parameters() if each.grad is not None]
         limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
-        return float(self.accelerator.clip_grad_norm_(self.learner.parameters(), limit))
+        if self.accelerator.distributed_type == "FSDP":  # only the wrapper knows all shards
+            return float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
+        if limit < math.inf and bool(norm.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+        return float(norm)
 
     def _write(self, loss: Loss, norm: float, progress: Progress) -> None:
         step = self.step

@@ -14,6 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+_MASK = (1 << 64) - 1
+
+
+def hash64(*numbers: int) -> int:
+    """A well-mixed 64-bit number of some integers (splitmix64, Steele et al. 2014, chained)."""
+    state = 0
+    for number in numbers:
+        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def rng_of(*numbers: int) -> np.random.Generator:
+    """Randomness that is a function of some integers."""
+    return np.random.Generator(np.random.Philox(hash64(*numbers)))
 
 
 def joined(keys: Sequence[tuple[Ints, Ints]], n: int) -> Ints:

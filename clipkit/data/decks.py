@@ -6,7 +6,6 @@ Each has `steps`, the full batches of every epoch, `notes` in words, and `epoch(
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -15,7 +14,7 @@ from clipkit.data.dealing import Ints, deal, full_batches, places
 from clipkit.errors import UsageError
 
 Shown: TypeAlias = tuple[Ints, Ints]
-_LEAST = 0.5  # of the rows an epoch has to show: a demand that leaves out more than it trains on is taken for an error
+LEAST = 0.5  # of the rows an epoch has to show: a demand that leaves out more than it trains on is taken for an error
 
 
 class Deck(Protocol):
@@ -45,30 +44,13 @@ class Apart:
     Args:
         units: (n,) from 0.
         size: of a batch.
-        keys: column -> how often its most frequent value stands, and in which row first; for the error.
-
-    Raises:
-        UsageError: an epoch could show less than half of the rows.
     """
 
-    def __init__(self, units: Ints, size: int, keys: Mapping[str, tuple[int, int]]) -> None:
-        self.units, self.size, n = units, size, len(units)
-        counts = np.bincount(units)
-        self.steps = full_batches(counts, size)
-        if self.steps * size < _LEAST * n:
-            column, (often, row) = max(keys.items(), key=lambda item: item[1][0])
-            sizes = [size // 2**halved for halved in range(1, size.bit_length() - 1)]
-            possible = [each for each in sizes if full_batches(counts, each) * each >= _LEAST * n]
-            less = f"batch_size={possible[0]}, or " if possible else ""
-            raise UsageError(
-                f"batches of {size} without a repeated {' or '.join(f'`{key}`' for key in keys)} can show "
-                f"{self.steps * size:,} of {n:,} rows an epoch: one value of `{column}` stands in {often:,} rows, "
-                f"{counts.max():,} rows share values directly or through others, and a batch takes one of them",
-                where=f"distinct, row {row}: {column}",
-                fix=f"{less}leave out repeated rows, or take {column!r} from `distinct` and let what is equal count "
-                f'as alike: known={{"{column}": "positive"}}',
-            )
-        self.notes = (f"distinct {', '.join(keys)}: {n - self.steps * size:,} of {n:,} rows are left out an epoch",)
+    def __init__(self, units: Ints, size: int) -> None:
+        self.units, self.size = units, size
+        self.steps = full_batches(np.bincount(units), size)
+        left = len(units) - self.steps * size
+        self.notes = (f"distinct: {left:,} of {len(units):,} rows are left out an epoch",)
 
     def epoch(self, number: int, rng: np.random.Generator) -> Shown:
         rows = deal(self.units, self.steps, self.size, rng)
@@ -164,7 +146,7 @@ class Grouped:
             self.chunks = np.array([full_batches(each, group_size) for each in inner])
         self.steps = full_batches(self.chunks, size // group_size)
         small = int(counts[self.chunks == 0].sum())
-        if self.steps * size < _LEAST * n:
+        if self.steps * size < LEAST * n:
             raise UsageError(
                 f"batches of {size // group_size} groups with {group_size} rows each can show {self.steps * size:,} of "
                 f"{n:,} rows an epoch: {np.count_nonzero(self.chunks):,} groups have that many rows that may meet, "

@@ -14,22 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.data.dealing import Ints, joined
-from clipkit.data.decks import Apart, Balanced, Deck, Grouped, Shown, Shuffled
+from clipkit.data.dealing import Ints, hash64, joined, rng_of
+from clipkit.data.decks import Balanced, Deck, Grouped, Shown, Shuffled
+from clipkit.data.placing import kept_apart
 from clipkit.errors import UsageError
 
-_MASK = (1 << 64) - 1
-
-
-def hash64(*numbers: int) -> int:
-    """A well-mixed 64-bit number of some integers (splitmix64, Steele et al. 2014, chained)."""
-    state = 0
-    for number in numbers:
-        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state
+__all__ = ["Draw", "Plan", "hash64"]
 
 
 @dataclass(frozen=True)
@@ -91,15 +81,14 @@ class Plan:
         self.texts = _Texts(self.captions, distinct["texts"]) if "texts" in distinct else None
         n = len(self.captions)
         keys = {name: self._shared(name, values) for name, values in distinct.items()}
-        units = joined(list(keys.values()), n) if keys else np.arange(n)
+        units = joined(list(keys.values()), n)
         self.deck: Deck
         if balanced is not None:
-            order = np.random.Generator(np.random.Philox(hash64(seed, -1)))
-            self.deck = Balanced(balanced, units, batch_size, strict=bool(keys), rng=order)
+            self.deck = Balanced(balanced, units, batch_size, strict=bool(keys), rng=rng_of(seed, -1))
         elif grouped is not None:
             self.deck = Grouped(grouped, units, batch_size, group_size, strict=bool(keys))
         elif keys:
-            self.deck = Apart(units, batch_size, {name: _most(*each) for name, each in keys.items()})
+            self.deck = kept_apart(keys, units, batch_size, seed)
         else:
             self.deck = Shuffled(n, batch_size)
         self._order = lru_cache(maxsize=2)(self._epoch)
@@ -133,7 +122,7 @@ class Plan:
         return [Draw(*each) for each in zip(rows, captions, seeds, strict=True)]
 
     def _epoch(self, epoch: int) -> Shown:
-        return self.deck.epoch(epoch, np.random.Generator(np.random.Philox(hash64(self.seed, epoch))))
+        return self.deck.epoch(epoch, rng_of(self.seed, epoch))
 
     def _shared(self, name: str, codes: Ints) -> tuple[Ints, Ints]:
         """Rows and codes of a key; of captions, those of rows that have none to themselves."""
@@ -161,15 +150,16 @@ class _Texts:
         self.codes, self.counts = codes, captions
         self.starts = np.cumsum(captions) - captions
         rows = np.repeat(np.arange(len(captions)), captions)
-        pairs = np.unique(np.stack([codes, rows]), axis=1)  # a row may repeat itself
-        alone = np.bincount(pairs[0])[codes] == 1
-        self.rows, self.free = rows, np.zeros(len(captions), dtype=bool)
+        once = np.unique(codes * len(captions) + rows)  # a row may repeat itself
+        self.pairs = np.stack([once // len(captions), once % len(captions)])
+        alone = np.bincount(self.pairs[0])[codes] == 1
+        self.free = np.zeros(len(captions), dtype=bool)
         self.free[rows[alone]] = True
 
     def bound(self) -> tuple[Ints, Ints]:
-        """Rows and the codes of their captions, of rows that are bound."""
-        among = ~self.free[self.rows]
-        return self.rows[among], self.codes[among]
+        """Rows and the codes of their captions, each once, of rows that are bound."""
+        among = ~self.free[self.pairs[1]]
+        return self.pairs[1, among], self.pairs[0, among]
 
     def choose(self, rows: Sequence[int], turns: Sequence[int]) -> list[int]:
         """A caption for each row, from its turn on, so that none is there twice."""
@@ -180,11 +170,3 @@ class _Texts:
             chosen[i] = next((one for one in each if int(self.codes[start + one]) not in taken), turns[i] % count)
             taken.add(int(self.codes[start + chosen[i]]))
         return chosen
-
-
-def _most(rows: Ints, codes: Ints) -> tuple[int, int]:
-    """How often the most frequent code stands, and in which row first."""
-    if not len(codes):
-        return 0, 0
-    often = np.bincount(codes)
-    return int(often.max()), int(rows[codes == often.argmax()][0])

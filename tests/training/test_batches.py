@@ -1,0 +1,51 @@
+"""What the config asks of the batches, through the Trainer."""
+
+import pytest
+
+from clipkit import TrainConfig, Trainer
+from clipkit.errors import ConfigError
+from clipkit.training.config import RunConfig
+
+
+def trainer(folder, pairs, make_model, **changes):
+    settings = {"batch_size": 8, "max_steps": 2, "log_every": 1, "augmentation": "none", **changes}
+    return Trainer(make_model(), pairs, TrainConfig(str(folder), **settings))
+
+
+def batches(found, steps):
+    return list(found.loader.batches(0, steps))
+
+
+def test_distinct_reaches_the_batches_and_is_told(tmp_path, pairs, make_model, capsys):
+    plain = trainer(tmp_path / "plain", pairs, make_model)
+    assert any(len({pairs[row]["colour"] for row in b.keys["row"].tolist()}) < 8 for b in batches(plain, 4))
+    apart = trainer(tmp_path / "apart", pairs, make_model, distinct=("texts", "colour"))
+    for batch in batches(apart, 8):
+        assert len({pairs[row]["colour"] for row in batch.keys["row"].tolist()}) == 8
+    apart.train()
+    assert "distinct: 0 of 32 rows are left out an epoch" in capsys.readouterr().err
+
+
+def test_balanced_and_grouped_reach_the_batches(tmp_path, pairs, make_model):
+    rare = pairs.select([row for row in range(32) if row % 4 or row < 8])  # two of "left", eight of the others
+    balanced = trainer(tmp_path / "balanced", rare, make_model, balanced="place")
+    for batch in batches(balanced, 3):
+        places = [rare[row]["place"] for row in batch.keys["row"].tolist()]
+        assert {places.count(place) for place in set(places)} <= {1, 2, 3}
+        assert "left" in places
+    grouped = trainer(tmp_path / "grouped", pairs, make_model, grouped="colour", group_size=4)
+    for batch in batches(grouped, 4):
+        assert len({pairs[row]["colour"] for row in batch.keys["row"].tolist()}) == 2
+
+
+def test_the_options_are_read_from_yaml_and_checked():
+    given = {"output_dir": "x", "distinct": ["texts", "image"], "grouped": "product"}
+    sections = {"model": {"name": "m"}, "data": {"train": "t"}}
+    assert RunConfig.parse({**sections, "train": given}).train.distinct == ("texts", "image")
+    for wrong, words in [
+        ({"balanced": "label"}, "either balanced or grouped"),
+        ({"group_size": 1}, "multiple of group_size"),
+        ({"batch_size": 10}, "multiple of group_size"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            RunConfig.parse({**sections, "train": {**given, **wrong}})

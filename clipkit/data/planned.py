@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.dealing import Ints
+from clipkit.data.identity import opened, steady
 from clipkit.data.keys import key_values, require_column
 from clipkit.data.map_style import as_table, caption_counts
 from clipkit.data.plan import Plan
 from clipkit.data.split import image_keys
-from clipkit.errors import DataError
+from clipkit.errors import DataError, UsageError
 
 
 def plan_of(
@@ -36,7 +37,7 @@ def plan_of(
         balanced, grouped: columns without empty cells.
 
     Raises:
-        UsageError: a stream; no such column; what `Plan` cannot give.
+        UsageError: a stream; no such column; distinct images that change; what `Plan` cannot give.
         DataError: a row without captions, or with an empty cell in `balanced` or `grouped`.
     """
     pairs = as_table(pairs)
@@ -59,6 +60,12 @@ def _codes(pairs: Any, name: str) -> Ints:
     if name == "image":
         if "image_features" in pairs.column_names:
             return _numbered(np.asarray(cell, dtype=np.float32).tobytes() for cell in pairs["image_features"])
+        if opened(pairs) and not steady(pairs):
+            raise UsageError(
+                "distinct images have to be the same at every look; those of the first rows are not",
+                where="column 'image'",
+                fix="give them as they are, as paths, bytes or PIL images: TrainConfig(augmentation=…) augments them",
+            )
         return _numbered(image_keys(pairs))
     return _numbered(key_values(pairs, name))
 

@@ -208,7 +208,7 @@ class Trainer:
         found = preflight(
             self.model, self.pairs, self.plan, self.similar, self.config, steps=self.total, sigmoid=sigmoid
         )
-        write_json(self.folder / "preflight.json", found.as_dict())
+        write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(self.plan.notes)})
         for line in [*self.plan.notes, *found.lines()]:
             progress.note(line)
 

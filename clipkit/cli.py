@@ -66,9 +66,13 @@ def quickstart(
 def train(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both.")],
     print_config: Annotated[bool, typer.Option(help="Print the whole config and stop.")] = False,
+    resume: Annotated[
+        Literal["never", "auto"] | None,
+        typer.Option(help="auto: go on with the run that the folder holds, or begin; the same as train.resume=auto."),
+    ] = None,
 ) -> None:
     """Train a model on pairs, from a config."""
-    config = _run_config(settings)
+    config = _run_config([*settings, *([] if resume is None else [f"train.resume={resume}"])])
     if print_config:
         typer.echo(config.dump(), nl=False)
         return

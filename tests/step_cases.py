@@ -6,47 +6,122 @@ Nothing of the engine is used for the reference: targets are dense matrices writ
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import tiny
 import torch
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 from clipkit import Graded, Paired, SameGroup, Views
 from clipkit.data.batch import Batch, Rows
+from clipkit.losses.similar import Similar
 from clipkit.training.learner import Learner
 
 N = 13
 CUTS = {1: [13], 2: [4, 9], 4: [1, 6, 4, 2]}  # rows of each rank: uneven, and one with a single row
 MICRO = 3  # so that ranks have one, two and three chunks
-SIMILAR = {
-    "paired": [Paired()],
-    "group": [SameGroup("group")],
-    "graded": [Graded("feature")],
-    "views": [Paired(), Views(weight=0.5)],
-    "hard": [Paired()],
-}
+HARD = [i % 3 for i in range(N)]  # hard negatives of each sample
+_numbers = torch.Generator().manual_seed(3)
 KEYS = {
     "row": torch.arange(N) + 100,
     "group": torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, -1, -1, 2, 5, 0]),
-    "feature": torch.randn(N, 5, generator=torch.Generator().manual_seed(3)),
+    "caption": torch.tensor([7, 8, 9, 9, 1, 2, 3, 7, 4, 5, 6, 9, 0]),
+    "picture": torch.tensor([0, 1, 2, 3, 0, 4, 5, 6, 7, 8, 9, 1, 10]),
+    "trust": torch.rand(N, generator=_numbers) + 0.2,
+    **{name: torch.randn(N, 5, generator=_numbers) for name in ("feature", "teacher_image", "teacher_text")},
 }
-HARD = [i % 3 for i in range(N)]  # hard negatives of each sample
 
 
-def learner(target: str, loss: str, dropout: float = 0.0) -> Learner:
+def own() -> Tensor:
+    return torch.eye(N, dtype=torch.float64)
+
+
+def shared(column: str) -> Tensor:
+    """(N, N) bool: whether two samples have the same value, and know it."""
+    return (KEYS[column][:, None] == KEYS[column]) & (KEYS[column] >= 0)[:, None]
+
+
+def cosine(a: str, b: str) -> Tensor:
+    return normalize(KEYS[a].double(), dim=1) @ normalize(KEYS[b].double(), dim=1).T
+
+
+def softened(a: str, b: str, softness: float) -> Tensor:
+    """What a softmax over cosines / softness is made of."""
+    return ((cosine(a, b) - 1) / softness).exp()
+
+
+def simclr(out: dict[str, Tensor]) -> Tensor:
+    """Chen et al. 2020, eq. 1: NT-Xent over 2N views; the first N rows are one view, the others the second."""
+    views = out["head1"][N:]
+    logits = (views @ views.T / 0.1).masked_fill(torch.eye(2 * N, dtype=torch.bool), -torch.inf)
+    return cross_entropy(logits, (torch.arange(2 * N) + N) % (2 * N))
+
+
+def sup_con(out: dict[str, Tensor]) -> Tensor:
+    """Khosla et al. 2020, eq. 2, over images; those that are alone in their group have no positive."""
+    logits = (out["image"] @ out["image"].T / 0.2).masked_fill(own() > 0, -1e9)
+    target = shared("group").double() - own()
+    kept = target.clamp(min=0).sum(1) > 0
+    target = target[kept].clamp(min=0)
+    return cross_entropy(logits[kept], target / target.sum(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A notion of similarity, and its target by hand: (N, N) in [0, 1], -1 for what is not compared."""
+
+    similar: tuple[Similar, ...] = (Paired(),)
+    target: Callable[[], Tensor] = own
+    more: Callable[[dict[str, Tensor]], Tensor] | None = None  # what the second notion adds to the loss
+    smoothing: float = 0.0
+    dims: tuple[int, ...] = ()
+    weight: Tensor | None = None
+    dropout: float = 0.0
+
+
+def known() -> Tensor:
+    ignored = (own() - shared("picture").double()).clamp(max=0)
+    return torch.where(shared("caption"), 1.0, ignored + own())
+
+
+IMAGES = ("image", "image")
+KNOWN = {"caption": "positive", "picture": "ignore", "group": "negative"}
+TEACHER = Graded("teacher_image", "softmax", against="teacher_text", softness=0.2)
+SUP_CON = SameGroup("group", between=IMAGES, temperature=0.2, weight=0.3)
+CASES = {
+    "paired": Case(),
+    "group": Case((SameGroup("group"),), lambda: shared("group") | (own() > 0)),
+    "graded": Case((Graded("feature"),), lambda: torch.maximum(own(), cosine("feature", "feature"))),
+    "teacher": Case((TEACHER,), lambda: softened("teacher_image", "teacher_text", 0.2)),
+    "texts": Case((Graded("feature", "softmax", softness=0.3),), lambda: softened("feature", "feature", 0.3)),
+    "known": Case((Paired(known=KNOWN),), known),
+    "views": Case((Paired(), Views(weight=0.5)), more=lambda out: 0.5 * simclr(out)),
+    "sup-con": Case((Paired(), SUP_CON), more=lambda out: 0.3 * sup_con(out)),
+    "hard": Case(),
+    "scores": Case((Paired(score="trust"),), weight=KEYS["trust"].double()),
+    "smoothing": Case((TEACHER,), lambda: softened("teacher_image", "teacher_text", 0.2), smoothing=0.1),
+    "matryoshka": Case((SameGroup("group"),), lambda: shared("group") | (own() > 0), dims=(4, 16)),
+    "dropout": Case(dropout=0.2),
+}
+
+
+def learner(name: str, loss: str, dropout: float | None = None) -> Learner:
     """A tiny model whose embeddings differ; without the weights that no loss reaches, for DDP waits for them."""
+    dropout = CASES[name].dropout if dropout is None else dropout
     model = tiny.make_model(dropout=dropout, logit_scale=2.3, logit_bias=-3.0 if loss == "sigmoid" else None)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for each in model.parameters():
             if each.ndim > 1:
                 each.normal_(0, 0.1, generator=generator)  # more would saturate attention: bf16 is coarse there
-    found = Learner(model, SIMILAR[target]).train()
+    found = Learner(model, CASES[name].similar).train()
     model.backend.text.pooler = model.backend.vision.pooler = None
     return found
 
 
-def batch(target: str, first: int = 0, count: int = N) -> Batch:
+def batch(name: str, first: int = 0, count: int = N) -> Batch:
     """The rows of one rank. Every sample's pixels and words depend on its number alone."""
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randn(3, N, 3, 16, 16, generator=generator)  # of the image and its two views
@@ -55,76 +130,83 @@ def batch(target: str, first: int = 0, count: int = N) -> Batch:
     hard_words = torch.randint(2, 16, (sum(HARD), 8), generator=generator)
     part = slice(first, first + count)
     hard = slice(sum(HARD[:first]), sum(HARD[: first + count]))
-    keys = {name: values[part] for name, values in KEYS.items()}
+    keys = {column: values[part] for column, values in KEYS.items()}
     image, text = [pixels[0, part]], [words[part]]
     rows = {"image": Rows(keys), "text": Rows(keys)}
-    if target == "views":
+    if name == "views":
         image += [pixels[1, part], pixels[2, part]]
         view = torch.arange(3).repeat_interleave(count)
-        rows["image"] = Rows({name: torch.cat([values] * 3) for name, values in keys.items()} | {"view": view})
-    if target == "hard":
+        rows["image"] = Rows({column: torch.cat([values] * 3) for column, values in keys.items()} | {"view": view})
+    if name == "hard":
         image.append(hard_pixels[hard])
         text.append(hard_words[hard])
         more = hard.stop - hard.start
-        empty = {name: torch.full((more, *v.shape[1:]), -1).to(v.dtype) for name, v in keys.items()}
-        full = Rows({name: torch.cat([v, empty[name]]) for name, v in keys.items()}, torch.arange(count + more) < count)
-        rows = {"image": full, "text": full}
+        empty = {column: torch.full((more, *v.shape[1:]), -1).to(v.dtype) for column, v in keys.items()}
+        full = {column: torch.cat([v, empty[column]]) for column, v in keys.items()}
+        rows = dict.fromkeys(rows, Rows(full, torch.arange(count + more) < count))
     ids = torch.cat(text)
     inputs = {"pixel_values": torch.cat(image), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Batch(inputs, rows, count)
 
 
-def reference(target: str, loss: str) -> dict[str, torch.Tensor]:
-    """Loss and gradients of the global batch in float64, on one process."""
-    model = copy.deepcopy(learner(target, loss)).double()
-    whole = batch(target)
-    inputs = {name: x.double() if x.is_floating_point() else x for name, x in whole.inputs.items()}
-    out = model(**inputs)
-    logits = out["scale"] * out["image"] @ out["text"].T + out.get("bias", 0)
-    affinity = torch.zeros(logits.shape, dtype=torch.float64)
-    affinity[:N, :N] = _affinity(target)
-    if target == "views":  # the views are no rows of the pairs
-        logits, affinity = logits[:N], affinity[:N]
-    value = _sigmoid(logits, affinity) if loss == "sigmoid" else _softmax(logits, affinity)
-    if target == "views":
-        value = value + 0.5 * _simclr(out["head1"][N:])
+def reference(name: str, loss: str, world: int = 1, micro: int | None = None) -> dict[str, Tensor]:
+    """Loss and gradients of the global batch in float64, on one process; with the dropout masks of that launch."""
+    case, model = CASES[name], copy.deepcopy(learner(name, loss)).double()
+    out = _masked(model, name, world, micro) if case.dropout else _embedded(model, batch(name).inputs)
+    affinity = torch.zeros(len(out["image"]), len(out["text"]), dtype=torch.float64)
+    affinity[:N, :N] = case.target()
+    if name == "views":  # the views are no rows of the pairs
+        affinity = affinity[:N]
+    values = []
+    for dim in case.dims or (out["image"].shape[1],):
+        a = normalize(out["image"][: len(affinity), :dim], dim=1)
+        b = normalize(out["text"][:, :dim], dim=1)
+        logits = out["scale"] * a @ b.T + out.get("bias", 0)
+        values.append((_sigmoid if loss == "sigmoid" else _softmax)(logits, affinity, case))
+    value = torch.stack(values).mean()
+    value = value if case.more is None else value + case.more(out)
     value.backward()
     return {"loss": value.detach(), **gradients(model)}
 
 
-def gradients(model: Learner) -> dict[str, torch.Tensor]:
+def _embedded(model: Learner, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return model(**{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
+
+
+def _masked(model: Learner, name: str, world: int, micro: int | None) -> dict[str, Tensor]:
+    """The outputs of the whole batch, with the masks that each rank draws, chunk by chunk."""
+    found = []
+    for rank, count in enumerate(CUTS[world]):
+        torch.manual_seed(rank)
+        part = batch(name, sum(CUTS[world][:rank]), count)
+        found += [_embedded(model, chunk) for chunk in part.split(-(-count // (micro or count)))]
+    return {key: torch.cat([out[key] for out in found]) if one.ndim else one for key, one in found[-1].items()}
+
+
+def gradients(model: Learner) -> dict[str, Tensor]:
     """Of the encoders as one vector, of the scale, of the bias."""
     scalars = {"scale": model.model.logit_scale, "bias": model.model.logit_bias}
-    own = {id(each) for each in scalars.values()}
-    rest = [each for each in model.parameters() if id(each) not in own and each.grad is not None]
+    rest = [each for each in model.parameters() if each.ndim and each.grad is not None]
     found = {"encoders": torch.cat([each.grad.double().flatten() for each in rest])}
     return found | {name: each.grad.double() for name, each in scalars.items() if each is not None}
 
 
-def _affinity(target: str) -> torch.Tensor:
-    own = torch.eye(N, dtype=torch.float64)
-    if target == "group":
-        group = KEYS["group"]
-        return torch.maximum(own, ((group[:, None] == group[None]) & (group >= 0)[:, None]).double())
-    if target == "graded":
-        unit = normalize(KEYS["feature"].double(), dim=1)
-        return torch.maximum(own, (unit @ unit.T).clamp(0, 1))
-    return own
-
-
-def _softmax(logits: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
+def _softmax(logits: Tensor, affinity: Tensor, case: Case) -> Tensor:
     """Anchors are the first N rows and columns; the others are only ever a negative."""
-    rows, cols = affinity[:N], affinity.T[:N]
-    a = cross_entropy(logits[:N], rows / rows.sum(1, keepdim=True))
-    return (a + cross_entropy(logits.T[:N], cols / cols.sum(1, keepdim=True))) / 2
+    return (_rows(logits[:N], affinity[:N], case) + _rows(logits.T[:N], affinity.T[:N], case)) / 2
 
 
-def _sigmoid(logits: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
-    each = binary_cross_entropy_with_logits(logits, affinity, reduction="none")
+def _rows(logits: Tensor, affinity: Tensor, case: Case) -> Tensor:
+    compared, positive = (affinity >= 0).double(), affinity.clamp(min=0)
+    target = (1 - case.smoothing) * positive / positive.sum(1, keepdim=True)
+    target = target + case.smoothing * compared / compared.sum(1, keepdim=True)
+    each = cross_entropy(logits.masked_fill(compared == 0, -1e9), target, reduction="none")
+    return each.mean() if case.weight is None else (case.weight * each).sum() / case.weight.sum()
+
+
+def _sigmoid(logits: Tensor, affinity: Tensor, case: Case) -> Tensor:
+    label = affinity.clamp(min=0) * (1 - case.smoothing) + case.smoothing / 2
+    each = binary_cross_entropy_with_logits(logits, label, reduction="none") * (affinity >= 0)
+    if case.weight is not None:
+        return (each * (case.weight[:, None] + case.weight) / 2).sum() / case.weight.sum()
     return (each.sum() - each[N:, N:].sum()) / N  # two hard negatives are not compared
-
-
-def _simclr(views: torch.Tensor) -> torch.Tensor:
-    """Chen et al. 2020, eq. 1: NT-Xent over 2N views; the first N rows are one view, the others the second."""
-    logits = (views @ views.T / 0.1).masked_fill(torch.eye(2 * N, dtype=torch.bool), -torch.inf)
-    return cross_entropy(logits, (torch.arange(2 * N) + N) % (2 * N))

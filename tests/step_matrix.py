@@ -1,12 +1,14 @@
-"""Every case of the matrix on this many ranks; rank 0 writes how far each is off.
+"""Every case of the matrix on this many ranks: how far each is from the float64 big batch.
 
-    torchrun --nproc_per_node 2 tests/step_matrix.py errors.json [mode …] [bug …]
+    torchrun --nproc_per_node 2 tests/step_matrix.py errors.json [case …] [mode …]
 
-For each bug that is named, one case is measured with the engine broken that way.
+writes it to a file; so does tests/ranks.py without an interpreter for each rank. For each bug that is named, one case
+is measured with the engine broken that way.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
@@ -16,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from step_cases import CUTS, MICRO, SIMILAR, N, batch, gradients, learner, reference
+from step_cases import CASES, CUTS, MICRO, N, batch, gradients, learner, reference
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit import distributed
@@ -25,19 +27,37 @@ from clipkit.training import step
 from clipkit.training.step import Contrast, backward
 
 MODES = {"plain": (None, None), "tiled": (5, None), "cached": (None, MICRO), "tiled+cached": (4, MICRO)}
+BUGS = {  # measured in other libraries -> the case that has to see it
+    "1/W": "paired",
+    "scale x K": "paired",
+    "gather without gradient": "paired",
+    "mean per rank": "paired",
+    "no RNG replay": "dropout",
+}
 
 
-def measured(target, loss, mode, precision):
+def measured(name, loss, mode, precision):
     """Loss and gradients of the global batch, as this launch gives them."""
     cuts, rank = CUTS[distributed.world_size()], distributed.rank()
-    model = learner(target, loss)
+    case, model = CASES[name], learner(name, loss)
     if precision == "bf16":
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as Accelerate does
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     tile, micro = MODES[mode]
-    part = batch(target, sum(cuts[:rank]), cuts[rank])
-    found = backward(wrapped, part, SIMILAR[target], Contrast(loss, tile=tile), micro_batch=micro)
+    contrast = Contrast(loss, label_smoothing=case.smoothing, matryoshka=case.dims, tile=tile)
+    torch.manual_seed(rank)
+    found = backward(wrapped, batch(name, sum(cuts[:rank]), cuts[rank]), case.similar, contrast, micro_batch=micro)
     return {"loss": distributed.sum_over_ranks(found.loss) / len(cuts), **gradients(model)}
+
+
+@functools.cache
+def wanted(name, loss, micro):
+    return reference(name, loss, distributed.world_size(), micro)
+
+
+def error(name, loss, mode, precision):
+    micro = MODES[mode][1] if CASES[name].dropout else None  # of which nothing else depends on it
+    return distances(measured(name, loss, mode, precision), wanted(name, loss, micro))
 
 
 def distances(found, wanted):
@@ -61,6 +81,8 @@ def sabotage(bug):
         return patch.object(distributed, "gather_rows", partial(_own_slot_only, distributed.gather_rows))
     if bug == "mean per rank":
         return patch.object(softmax.Side, "settle", partialmethod(_per_rank, softmax.Side.settle))
+    if bug == "no RNG replay":
+        return patch.object(step, "_set_random_state", lambda *_: None)
     raise ValueError(bug)
 
 
@@ -81,25 +103,22 @@ class _One:
         return (lambda: 1) if name == "world_size" else getattr(distributed, name)
 
 
-def errors(modes=MODES, bugs=()):
+def errors(cases=CASES, modes=MODES, bugs=()):
     """How far each case is from float64, by its name; and how far a case is with each bug."""
+    torch.set_num_threads(1)
     found = {}
-    for target, loss in itertools.product(SIMILAR, ("info_nce", "sigmoid")):
-        wanted = reference(target, loss)
-        for mode, precision in itertools.product(modes, ("fp32", "bf16")):
-            case = distances(measured(target, loss, mode, precision), wanted)
-            found[f"{loss} {target} {precision} {mode}"] = case
+    for name, loss, precision, mode in itertools.product(cases, ("info_nce", "sigmoid"), ("fp32", "bf16"), modes):
+        found[f"{loss} {name} {precision} {mode}"] = error(name, loss, mode, precision)
     for bug in bugs:
         with sabotage(bug):
-            found[bug] = distances(measured("paired", "info_nce", "cached", "fp32"), reference("paired", "info_nce"))
+            found[bug] = error(BUGS[bug], "info_nce", "cached", "fp32")
     return found
 
 
 def main(out, *names):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    modes = [name for name in names if name in MODES] or MODES
-    found = errors(modes, [name for name in names if name not in MODES])
+    cases, modes = ([name for name in names if name in known] or known for known in (CASES, MODES))
+    found = errors(list(cases), list(modes))
     if distributed.is_main():
         Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from clipkit import distributed
 from clipkit.data.map_style import as_table
-from clipkit.embedding.embed import batched, shown, together
+from clipkit.embedding.embed import batched, shown
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
 from clipkit.errors import ModelError, UsageError
 from clipkit.images import bytes_of
@@ -61,7 +61,7 @@ def with_image_features(
         found = store.get(keys)
         features = {row: found[key] for row, key in enumerate(keys) if key in found}
     # of any process: another one may have put a row into the store a moment ago
-    shares = together(lambda: [row for row in range(len(images)) if row not in features])
+    shares = distributed.together(lambda: [row for row in range(len(images)) if row not in features])
     missing = sorted({row for share in shares for row in share})
     mine = missing[distributed.rank() :: distributed.world_size()]
 
@@ -76,7 +76,7 @@ def with_image_features(
             done.update(zip(rows, vectors, strict=True))
         return done
 
-    for share in together(compute):
+    for share in distributed.together(compute):
         features |= share
     return pairs.add_column("image_features", [features[row] for row in range(len(images))])
 

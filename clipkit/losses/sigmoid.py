@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Tile
+from clipkit.losses.tiles import Pairs, Tile, widest
 
 
 @dataclass
@@ -20,7 +20,7 @@ class SigmoidPairs(Pairs):
         rows, cols = self.rows.weights(scale).sum(), self.cols.weights(scale).sum()
         anchors = (distributed.sum_over_ranks(rows) + cols) / 2
         self.factor = distributed.world_size() / anchors
-        value = scale.new_zeros((), dtype=self.dtype)
+        value = scale.new_zeros((), dtype=widest(scale))
         floor = value.clone()
         for tile, z, affinity in self.each(a, b, scale, bias):
             label, weight = self._label(affinity), self._weight(tile, z, affinity)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Tile
+from clipkit.losses.tiles import Pairs, Tile, widest
 
 _MASS, _PULL, _OWN, _Z, _COUNT = range(5)
 
 
 @dataclass
 class Side:
-    """Of each row (or column), over all that it is compared with.
+    """Of each row (or column), over all that it is compared with. float64: errors of many tiles would add up.
 
     Args:
         lse: (n,) log of the sum of exp z.
@@ -37,9 +37,9 @@ class Side:
         self.coefficient = weight / total
         self.lse = self.lse.nan_to_num(neginf=0.0)
         self.cross_entropy = self.lse - (1 - smoothing) * self.sums[_PULL] / mass - smoothing * self.sums[_Z] / count
-        self.shift = self.lse - self.coefficient.log().to(self.lse)  # exp(z - shift) = coefficient * softmax
+        self.shift = self.lse - self.coefficient.log()  # exp(z - shift) = coefficient * softmax
         self.pull = (1 - smoothing) * self.coefficient / mass
-        self.spread = (smoothing * self.coefficient / count).to(self.lse)
+        self.spread = smoothing * self.coefficient / count
 
     def share(self, values: Tensor) -> Tensor:
         return torch.where(self.coefficient > 0, self.coefficient * values, 0).sum()
@@ -75,17 +75,17 @@ class SoftmaxPairs(Pairs):
         ignored = affinity < 0 if self.ignores else None
         if ignored is not None:
             logits, affinity = logits.masked_fill(ignored, -torch.inf), affinity.clamp(min=0)
-        found = (logits - self.row.shift[r].unsqueeze(1)).exp_()
-        found += (logits - self.col.shift[c]).exp_()
-        found -= (self.row.pull[r].unsqueeze(1) + self.col.pull[c]).mul_(affinity)
+        found = (logits - self.row.shift[r].to(logits).unsqueeze(1)).exp_()
+        found += (logits - self.col.shift[c].to(logits)).exp_()
+        found -= (self.row.pull[r].to(affinity).unsqueeze(1) + self.col.pull[c].to(affinity)).mul_(affinity)
         if self.smoothing:
-            spread = self.row.spread[r].unsqueeze(1) + self.col.spread[c]
+            spread = self.row.spread[r].to(logits).unsqueeze(1) + self.col.spread[c].to(logits)
             found -= spread if ignored is None else spread.masked_fill_(ignored, 0)
         return found
 
     def _sum_up(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Side, Side]:
         sides = [
-            Side(scale.new_full((n,), -torch.inf), torch.zeros(5, n, dtype=self.dtype, device=scale.device))
+            Side(scale.new_full((n,), -torch.inf, dtype=widest(scale)), scale.new_zeros((5, n), dtype=widest(scale)))
             for n in (self.rows.count, self.cols.count)
         ]
         for tile, z, affinity in self.each(a, b, scale, bias):

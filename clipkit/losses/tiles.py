@@ -124,6 +124,11 @@ class Pairs(ABC):
         self._kept = None
 
 
+def widest(like: Tensor) -> torch.dtype:
+    """What sums over tiles are kept in: float64, where the device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
 def _cut(keys: Keys, part: slice) -> Keys:
     return {name: values[part] for name, values in keys.items()}
 
@@ -144,7 +149,8 @@ class PairLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         a, b, scale, bias = ctx.saved_tensors
-        da, db, dscale, dbias = torch.zeros_like(a), torch.zeros_like(b), scale.double() * 0, scale.double() * 0
+        da, db = torch.zeros_like(a), torch.zeros_like(b)
+        dscale = dbias = torch.zeros_like(scale, dtype=widest(scale))
         with torch.autocast(a.device.type, enabled=False):
             for (rows, cols), logits, affinity in ctx.pairs.each(a, b, scale, bias):
                 dz = ctx.pairs.slope((rows, cols), logits, affinity)
@@ -152,7 +158,7 @@ class PairLoss(torch.autograd.Function):
                 db[cols].addmm_(dz.T, a[rows])
                 dbias = dbias if bias is None else dbias + dz.sum()
             for rows in {tile[0].start: tile[0] for tile in ctx.pairs.tiles()}.values():
-                dscale = dscale + (a[rows] * da[rows]).sum()
+                dscale = dscale + (a[rows] * da[rows]).sum(dtype=dscale.dtype)
         ctx.pairs.forget()
         grad = grads[0]
         da.mul_(scale * grad)

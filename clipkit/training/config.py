@@ -75,6 +75,11 @@ class TrainConfig:
         log_every: steps between lines of metrics.jsonl.
         on_bad: ``skip`` leaves out rows and images that cannot be used and lists them in rejects.jsonl.
         max_bad: how many may be left out: a fraction of the rows (float) or a count (int).
+        resume: ``auto`` goes on with the run that `output_dir` holds, from its newest checkpoint, and begins where
+            there is none; ``never``: such a folder is an error.
+        save_minutes: between checkpoints: as much work is lost at most.
+        save_steps: a checkpoint also after each so many steps; None: by the clock alone.
+        skip_nonfinite: steps with a loss or gradient that is no number that may be left out before the run stops.
         trackers: of Accelerate: ``tensorboard``, ``wandb``, ``mlflow`` …
         progress: whether to show a progress bar.
     """
@@ -110,14 +115,21 @@ class TrainConfig:
     log_every: int = 10
     on_bad: Literal["error", "skip"] = "error"
     max_bad: int | float = 0.1
+    resume: Literal["never", "auto"] = "never"
+    save_minutes: float = 5.0
+    save_steps: int | None = None
+    skip_nonfinite: int = 0
     trackers: tuple[str, ...] = ()
     progress: bool = True
 
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "learning_rate", "head_learning_rate", "log_every", "eps")
-        for name in ("max_steps", "scale_learning_rate", "evaluate_every", "clip_grad_norm", "micro_batch", "tile"):
+        _positive(
+            self, "epochs", "batch_size", "learning_rate", "head_learning_rate", "log_every", "eps", "save_minutes"
+        )
+        optional = ("max_steps", "scale_learning_rate", "evaluate_every", "save_steps", "clip_grad_norm")
+        for name in (*optional, "micro_batch", "tile"):
             if getattr(self, name) is not None:
                 _positive(self, name)
         if not 0 <= self.warmup <= 1:
@@ -135,8 +147,9 @@ class TrainConfig:
             raise ConfigError(f"grouped batches are a multiple of group_size, at least 2; found {found}")
         if not math.isfinite(self.epochs):
             raise ConfigError(f"epochs must be finite, found {self.epochs}")
-        if self.weight_decay < 0 or self.workers < 0:
-            raise ConfigError(f"weight_decay ({self.weight_decay}) and workers ({self.workers}) cannot be negative")
+        for name in ("weight_decay", "workers", "skip_nonfinite"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} cannot be negative, found {getattr(self, name)}")
 
 
 def _positive(config: TrainConfig, *names: str) -> None:

@@ -20,8 +20,11 @@ from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
-from clipkit.training.folder import claim_folder
-from clipkit.training.trainer import Evaluator, Trainer, TrainResult
+from clipkit.training.folder import claim_folder, what_stands
+from clipkit.training.lock import locked
+from clipkit.training.loop import TrainResult
+from clipkit.training.resume import FREE, differences
+from clipkit.training.trainer import Evaluator, Trainer
 from clipkit.training.verify import GradientCheck, check_gradients
 
 logger = logging.getLogger("clipkit")
@@ -40,17 +43,20 @@ def run(config: RunConfig) -> Run:
     """Carry out a whole run; every process of a launcher calls this.
 
     Writes into ``train.output_dir``: `config.yaml`, `metrics.jsonl`, `model/` (the best weights), `result.json`,
-    and `rejects.jsonl` where rows were left out.
+    `checkpoints/`, `attempts.jsonl`, `curves/`, and `rejects.jsonl` where rows were left out.
 
     Raises:
         ClipkitError: whatever is wrong, before the first step wherever that can be known.
     """
     distributed.start()
     torch.manual_seed(config.train.seed)  # fresh heads start alike on every rank
-    folder = claim_folder(Path(config.train.output_dir))
-    if distributed.is_main():
-        write_text(folder / "config.yaml", config.dump())
+    folder = claim_folder(Path(config.train.output_dir), may_resume=config.train.resume == "auto")
+    with locked(folder):
+        distributed.on_main(lambda: write_config(folder, config))
+        return _run(config, folder)
 
+
+def _run(config: RunConfig, folder: Path) -> Run:
     model = open_model(config.model)
     train, test = open_data(config.data, config.train, folder)
     trainer = Trainer(
@@ -64,6 +70,28 @@ def run(config: RunConfig) -> Run:
     result = trainer.train()
     save_result(folder, model, result, trainer.evaluators, config.train.seed)
     return Run(model, result, folder)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.yaml, word for word; a run that goes on must have the one that it had.
+
+    Raises:
+        UsageError: they differ, in more than what may change between attempts; lists how.
+    """
+    path = folder / "config.yaml"
+    if what_stands(folder) and path.is_file():
+        before, now = ({**asdict(each), "train": _fixed(each.train)} for each in (RunConfig.load(path), config))
+        if changed := differences(before, now):
+            raise UsageError(
+                "this is not the config of the run that the folder holds:\n  " + "\n  ".join(changed),
+                where=path,
+                fix="undo these changes to go on with it, or choose another output_dir for a run of its own",
+            )
+    write_text(path, config.dump())
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if key not in FREE}
 
 
 def check_run_gradients(config: RunConfig) -> GradientCheck:

@@ -42,7 +42,7 @@ def errors(found, wanted):
 @pytest.mark.parametrize("target", ["views", "hard"])
 def test_dropout_is_replayed(target, monkeypatch):
     model, batch = step_cases.learner(target, "info_nce", dropout=0.2), step_cases.batch(target)
-    similar = step_cases.SIMILAR[target]
+    similar = step_cases.CASES[target].similar
     wanted = with_chunks(model, batch, similar, 4)
     assert max(errors(cached(model, batch, similar, 4), wanted).values()) < 5e-6
     # the known bug: without the replay, gradients are those of other dropout masks
@@ -118,7 +118,7 @@ def test_a_locked_tower_stands_still_and_its_features_will_do():
 def test_matryoshka_and_smoothing_are_cached_too():
     contrast = Contrast(label_smoothing=0.1, matryoshka=(4, 16), tile=5)
     model, batch = step_cases.learner("views", "info_nce"), step_cases.batch("views")
-    similar, found = step_cases.SIMILAR["views"], []
+    similar, found = step_cases.CASES["views"].similar, []
     for micro in (None, 4):
         model.zero_grad(set_to_none=True)
         value = backward(model, batch, similar, contrast, micro_batch=micro)
@@ -130,7 +130,7 @@ def test_a_sigmoid_loss_needs_a_bias_and_views_take_info_nce():
     batch = step_cases.batch("views")
     with pytest.raises(UsageError, match="needs a model with a bias"):
         backward(step_cases.learner("paired", "info_nce"), batch, [Paired()], Contrast("sigmoid"))
-    model, similar = step_cases.learner("views", "sigmoid"), step_cases.SIMILAR["views"]
+    model, similar = step_cases.learner("views", "sigmoid"), step_cases.CASES["views"].similar
     out = model(**batch.inputs)
     with_views = [
         float(objective(out, batch.rows, similar, Contrast(loss)).loss.detach()) for loss in ("info_nce", "sigmoid")

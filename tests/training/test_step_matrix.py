@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 import step_matrix
+from step_matrix import BUGS, CASES, MODES
 
 PROGRAM = Path(step_matrix.__file__)
-BUGS = ("1/W", "scale x K", "gather without gradient", "mean per rank")
+ALL = list(CASES)
+SOME = ["known", "views", "hard", "dropout"]
+BOTH = ["plain", "tiled+cached"]
 
 
 def wrong(case, own):
@@ -30,6 +34,12 @@ def own_error(cases, name):
     return max(v for k, v in plain.items() if k not in ("cosine", "ratio")) if precision == "fp32" else None
 
 
+def check(found, cases, modes):
+    matrix = {name: case for name, case in found.items() if name not in BUGS}
+    assert len(matrix) == len(cases) * 2 * 2 * len(modes)
+    assert not {name: bad for name, case in matrix.items() if (bad := wrong(case, own_error(found, name)))}
+
+
 def launched(folder, world, *names):
     out = folder / "errors.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
@@ -41,36 +51,34 @@ def launched(folder, world, *names):
     return json.loads(out.read_text())
 
 
-def check(cases):
-    matrix = {name: case for name, case in cases.items() if name not in BUGS}
-    assert len(matrix) >= 2 * 5 * 2 * 2
-    found = {name: bad for name, case in matrix.items() if (bad := wrong(case, own_error(cases, name)))}
-    assert not found
-
-
 def test_one_process():
-    check(step_matrix.errors(("plain", "tiled+cached")))
+    check(step_matrix.errors(ALL, BOTH), ALL, BOTH)
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    return launched(tmp_path_factory.mktemp("two"), 2, "plain", "tiled+cached", *BUGS)
+def two_ranks():
+    return ranks.together(step_matrix.errors, 2, ALL, BOTH, list(BUGS))
 
 
-@pytest.mark.slow
 def test_two_uneven_ranks(two_ranks):
-    check(two_ranks)
+    check(two_ranks, ALL, BOTH)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_every_known_bug_is_seen(two_ranks, bug):
-    assert wrong(two_ranks[bug], own_error(two_ranks, "info_nce paired fp32 cached"))
+    assert wrong(two_ranks[bug], own_error(two_ranks, f"info_nce {BUGS[bug]} fp32 cached"))
+
+
+def test_four_ranks():
+    check(ranks.together(step_matrix.errors, 4, SOME, BOTH), SOME, BOTH)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_torchrun(tmp_path):
+    check(launched(tmp_path, 2, *SOME, *BOTH), SOME, BOTH)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_every_mode_on_any_ranks(tmp_path, world):
-    cases = launched(tmp_path, world)
-    assert len(cases) == 2 * 5 * 4 * 2
-    check(cases)
+    check(launched(tmp_path, world), ALL, list(MODES))

@@ -98,7 +98,7 @@ class Balanced:
         again = -(-most // rare) > self.steps
         self.notes = (
             f"balanced: {len(self.counts):,} classes of {rare:,} to {common:,} rows; an epoch shows each row of the "
-            f"rarest {often / rare:.2f} times, of the commonest {often / common:.2f} times"
+            f"rarest {often / rare:.3g} times, of the commonest {often / common:.3g} times"
             + ("; rows of the rarest meet themselves in a batch" if again else ""),
         )
 

@@ -140,6 +140,9 @@ class TrainConfig:
             raise ConfigError(f"matryoshka lists numbers of dimensions, found {self.matryoshka}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
+        distinct: object = self.distinct
+        if isinstance(distinct, str):  # whose letters would be taken for columns
+            raise ConfigError(f"distinct lists columns, found {distinct!r}", fix=f'distinct=("{distinct}",)')
         if self.balanced is not None and self.grouped is not None:
             raise ConfigError("batches are either balanced or grouped", fix="leave out one of the two")
         if self.grouped is not None and (self.group_size < 2 or self.batch_size % self.group_size):

@@ -42,6 +42,12 @@ class TrainConfig:
         batch_size: pairs of a global batch, over all ranks: the negatives of the loss.
         micro_batch: samples that one device embeds at once; the gradients stay those of the whole batch (Gao et al.
             2021, GradCache), for one more forward pass. None: all.
+        distinct: what a global batch holds at most once: ``texts``, ``image``, or columns such as a product. Rows that
+            find no place are left out of the epoch, and their number is told.
+        balanced: column of the class: each is shown equally often, rare ones again and again.
+        grouped: column whose values come `group_size` rows at a time: hard negatives within the batch (PK sampling,
+            Hermans et al. 2017). Not together with `balanced`.
+        group_size: rows of a group in a batch.
         loss: ``info_nce``, ``sigmoid`` (needs a model with a bias), or ``auto``: sigmoid for models with a bias. The
             bias of fresh heads begins at -ln(batch_size - 1); one that was loaded stays.
         label_smoothing: part of each target that is spread over all that is compared.
@@ -83,6 +89,10 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 256
     micro_batch: int | None = None
+    distinct: tuple[str, ...] = ()
+    balanced: str | None = None
+    grouped: str | None = None
+    group_size: int = 4
     loss: Literal["auto", "info_nce", "sigmoid"] = "auto"
     label_smoothing: float = 0.0
     matryoshka: tuple[int, ...] = ()
@@ -130,6 +140,14 @@ class TrainConfig:
             raise ConfigError(f"matryoshka lists numbers of dimensions, found {self.matryoshka}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
+        distinct: object = self.distinct
+        if isinstance(distinct, str):  # whose letters would be taken for columns
+            raise ConfigError(f"distinct lists columns, found {distinct!r}", fix=f'distinct=("{distinct}",)')
+        if self.balanced is not None and self.grouped is not None:
+            raise ConfigError("batches are either balanced or grouped", fix="leave out one of the two")
+        if self.grouped is not None and (self.group_size < 2 or self.batch_size % self.group_size):
+            found = f"batch_size={self.batch_size}, group_size={self.group_size}"
+            raise ConfigError(f"grouped batches are a multiple of group_size, at least 2; found {found}")
         if not math.isfinite(self.epochs):
             raise ConfigError(f"epochs must be finite, found {self.epochs}")
         for name in ("weight_decay", "workers", "skip_nonfinite"):

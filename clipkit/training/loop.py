@@ -199,8 +199,8 @@ class Loop:
         found = preflight(
             self.model, trainer.pairs, trainer.plan, trainer.similar, self.config, steps=self.total, sigmoid=sigmoid
         )
-        write_json(self.folder / "preflight.json", found.as_dict())
-        for line in found.lines():
+        write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(trainer.plan.notes)})
+        for line in [*trainer.plan.notes, *found.lines()]:
             progress.note(line)
 
     # -- the steps

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,9 +99,8 @@ class Loop:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.step = 0  # that was taken last
         self.every = self.config.evaluate_every or trainer.plan.steps_per_epoch
-        self.attempts = Attempts(
-            self.folder, topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
-        )
+        here = topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
+        self.attempts = Attempts(self.folder, asdict(self.config), here)
 
     def run(self) -> TrainResult:
         """Go on from the newest checkpoint, or begin; to the end.

@@ -80,7 +80,7 @@ def _resident(field: str = "VmRSS") -> int:
 def measure_step(name: str, n: int, micro_batch: int, repeats: int) -> dict[str, float]:
     """The least CPU seconds of a whole step of n pairs, at once and in chunks, in turn."""
     torch.manual_seed(0)
-    model = DualEncoder.from_config(name).train()
+    model = (DualEncoder.from_pretrained(name) if Path(name).is_dir() else DualEncoder.from_config(name)).train()
     size = model.processor.image_size
     inputs = {"pixel_values": torch.randn(n, 3, size, size), **model.processor.texts([f"pair {i}" for i in range(n)])}
     rows = Rows({"row": torch.arange(n)})
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--to", type=Path, help="picture (svg, png or pdf)")
-    parser.add_argument("--step", metavar="MODEL", help="time a whole step of this model, such as open_clip:ViT-S-32")
+    parser.add_argument("--step", metavar="MODEL", help="time a whole step: a folder, or open_clip:ARCH")
     parser.add_argument("--batch-size", type=int, default=64, help="of the step")
     parser.add_argument("--micro-batch", type=int, default=8, help="of the cached step")
     options = parser.parse_args()

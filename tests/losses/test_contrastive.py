@@ -198,7 +198,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
 @pytest.mark.parametrize("similar", [Paired(), Graded("f", "softmax"), Paired(known={"f": "ignore"})], ids=str)
 def test_no_matrix_of_all_pairs_is_ever_made(loss, similar):
-    n, dim, tile = 400, 6, 20
+    n, dim, tile = 200, 6, 20
     emb = torch.randn(2, n, dim)
     numbers = similar.numbers
     keys = {"row": torch.arange(n), "f": torch.randn(n, 3) if numbers else torch.arange(n) // 2}

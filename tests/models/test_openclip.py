@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from clipkit.errors import ModelError
 from clipkit.models.dual_encoder import DualEncoder
@@ -164,34 +163,9 @@ def test_a_tokenizer_of_transformers_is_saved_beside_the_weights(
 PUBLISHED = sorted(path.stem for path in (Path(open_clip.__file__).parent / "model_configs").glob("*.json"))
 
 
-class WithoutNumbers(TorchFunctionMode):
-    """Weights on the meta device have no numbers: drawing them only takes time, minutes for all architectures."""
-
-    METHODS = ("normal_", "uniform_", "trunc_normal_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_")
-    INIT = (
-        "normal_",
-        "uniform_",
-        "trunc_normal_",
-        "kaiming_uniform_",
-        "xavier_uniform_",
-        "zeros_",
-        "ones_",
-        "constant_",
-    )
-    DRAWS = frozenset(
-        [getattr(torch.Tensor, name) for name in METHODS if hasattr(torch.Tensor, name)]
-        + [getattr(torch.nn.init, name) for name in INIT]
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.DRAWS:
-            drawn = args[0] if args else kwargs["tensor"]
-            if drawn.is_meta:
-                return drawn
-        return func(*args, **(kwargs or {}))
-
-
-def test_every_architecture_resolves_or_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_architecture_resolves_or_says_what_it_needs(
+    without_numbers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     once = functools.lru_cache(maxsize=None)(open_clip.SimpleTokenizer)  # it unpacks its vocabulary each time
     monkeypatch.setattr(open_clip.factory, "SimpleTokenizer", once)
     assert set(PUBLISHED) <= set(open_clip.list_models())
@@ -205,7 +179,7 @@ def test_every_architecture_resolves_or_says_what_it_needs(monkeypatch: pytest.M
                 DualEncoder.from_config(f"open_clip:{arch}", device="meta")
             assert all(name in caught.value.message for name in needs)
             continue
-        with WithoutNumbers():
+        with without_numbers():
             model = DualEncoder.from_config(f"open_clip:{arch}", device="meta")
         size = model.processor.image_size
         assert model.dim == config["embed_dim"]

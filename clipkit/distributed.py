@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipkit.errors import UsageError
+from clipkit.errors import ClipkitError, UsageError
 
 T = TypeVar("T")
 
@@ -58,6 +58,51 @@ def broadcast_object(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def together(work: Callable[[], T]) -> list[T]:
+    """Every process's result. If one fails all raise, where they would otherwise wait for it for ever."""
+    if world_size() == 1:
+        return [work()]
+    result: T | None = None
+    error: ClipkitError | None = None
+    try:
+        result = work()
+    except ClipkitError as own:
+        error = own
+    except Exception as own:
+        error = ClipkitError(f"rank {rank()}: {type(own).__name__}: {own}")
+        error.__cause__ = own
+    shares = all_gather_object((result, error))
+    for _, found in shares:
+        if found is not None:
+            raise error or found
+    return [share for share, _ in shares]  # type: ignore[misc]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Rank 0's result of `work`, on every process; what fails there is raised everywhere."""
+    return together(lambda: work() if is_main() else None)[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Says so in words where a collective ends because another process is gone.
+
+    Gloo notices a closed connection at once; a process that hangs is noticed by the time-out of the group.
+    """
+    try:
+        yield
+    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        if world_size() == 1 or not any(word in str(error) for word in _LOST):
+            raise
+        raise ClipkitError(
+            f"another process of this run is gone; rank {rank()} of {world_size()} cannot go on alone",
+            fix="see what ended it, then start the run again (with resume=auto it goes on from its last checkpoint)",
+        ) from error
+
+
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out", "remote process exited")
 
 
 @contextmanager

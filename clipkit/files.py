@@ -86,7 +86,7 @@ def resource_errors(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(_existing(target)).free
+            free = shutil.disk_usage(nearest(target)).free
             raise ResourceError(
                 f"the disk is full ({free / 2**20:,.0f} MiB free)", where=target, fix="free some space and run again"
             ) from error
@@ -95,7 +95,8 @@ def resource_errors(target: Path) -> Iterator[None]:
         raise
 
 
-def _existing(path: Path) -> Path:
+def nearest(path: Path) -> Path:
+    """The path itself or the first of its parents that is there."""
     return next(parent for parent in [path, *path.parents] if parent.exists())
 
 

@@ -1,13 +1,17 @@
-"""Key columns: what groups, labels and splits go by."""
+"""Key columns: what groups, labels and splits go by.
+
+`pairs` is columns by name, a data set that offers them, or anything with `len` and `pairs[i]` (see `as_table`).
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clipkit.data.map_style import as_table
 from clipkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,8 +24,8 @@ def key_values(pairs: Any, column: str) -> list[Hashable | None]:
     Raises:
         UsageError: there is no such column, or it holds what cannot be compared, such as dicts.
     """
-    require_column(pairs, column)
-    values = [tuple(value) if isinstance(value, list) else value for value in pairs[column]]
+    cells = _column(pairs, column)
+    values = [tuple(value) if isinstance(value, list) else value for value in cells]
     for value in values:
         if not isinstance(value, Hashable):
             raise UsageError(f"the column {column!r} holds {type(value).__name__}, by which nothing can be grouped")
@@ -45,8 +49,7 @@ def number_values(pairs: Any, column: str) -> Tensor:
     """
     import torch
 
-    require_column(pairs, column)
-    cells = list(pairs[column])
+    cells = list(_column(pairs, column))
     width = next((len(cell) for cell in cells if isinstance(cell, (list, tuple, np.ndarray))), None)
     empty = np.nan if width is None else [np.nan] * width
     try:
@@ -69,6 +72,14 @@ def require_column(pairs: Any, column: str) -> None:
             f"there is no column {column!r}; there are {', '.join(columns)}",
             fix=f"did you mean {near[0]!r}?" if near else "name one of these",
         )
+
+
+def _column(pairs: Any, column: str) -> Sequence[Any]:
+    if not isinstance(pairs, Mapping):
+        pairs = as_table(pairs)
+    require_column(pairs, column)
+    cells: Sequence[Any] = pairs[column]
+    return cells
 
 
 def _is_empty(value: Any) -> bool:

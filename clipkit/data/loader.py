@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipkit.data.augment import Augmentation
 from clipkit.data.batch import CONTENT, HARD, ROW, Assembly, Batch, Transform
 from clipkit.data.keys import codes, number_values
+from clipkit.data.map_style import as_table
 from clipkit.data.plan import Plan
 from clipkit.errors import ClipkitError, UsageError
 
@@ -25,8 +26,9 @@ class Loader:
     A global batch is cut into contiguous, nearly equal parts, one a rank; the parts may differ by one row.
 
     Args:
-        source: a data set with `image` (or `image_features`), `texts` and the key columns. Its columns `hard_texts` and
-            `hard_images`, one or several of a row, are carried along as hard negatives.
+        source: a data set with `image` (or `image_features`), `texts` and the key columns: a `datasets.Dataset`, or
+            anything with `len` and `source[i]`, a mapping. Its columns `hard_texts` and `hard_images`, one or several
+            of a row, are carried along as hard negatives.
         transform: the model's processor.
         plan: which rows make batch k.
         columns: key columns beside `row`, carried as codes; `texts` and `image` are hashes of what was drawn.
@@ -40,7 +42,7 @@ class Loader:
         on_bad: ``error`` stops at an image that cannot be used, ``skip`` leaves its row out and lists it.
 
     Raises:
-        UsageError: a column that is not there or cannot be a key; views or hard images of a locked tower.
+        UsageError: a column that is not there or cannot be a key; views or hard images of a locked tower; a stream.
     """
 
     def __init__(
@@ -61,11 +63,12 @@ class Loader:
         workers: int = 0,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
+        source = as_table(source)
         keys = {column: codes(source, column) for column in columns if column not in (ROW, *CONTENT)}
         keys |= {column: number_values(source, column) for column in numbers}
         content = tuple(name for name in CONTENT if name in columns)
-        hard = frozenset(name for name in HARD if name in (getattr(source, "column_names", None) or ()))
-        if "image_features" in (getattr(source, "column_names", None) or ()) and (views or "hard_images" in hard):
+        hard = frozenset(name for name in HARD if name in source.column_names)
+        if "image_features" in source.column_names and (views or "hard_images" in hard):
             raise UsageError(
                 "views and hard images need pixels, and this data set holds the features of a locked tower",
                 where="image_features",
@@ -90,7 +93,7 @@ class Loader:
             world_size,
         )
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The batches of steps `start` to `stop` - 1, counted over all epochs from 0."""
         if self.workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns, once forked, if unset
@@ -109,7 +112,8 @@ class Loader:
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the main process decides when to stop
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_IGN)  # they reach all processes; the main one decides when to stop
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -76,7 +76,9 @@ def embed(
     keys = [Key(content, kind, _tower(model, kind)) for content in work.content] if store is not None else []
     vectors = torch.zeros(len(work.first), model.dim)
     known = _recall(store, keys, vectors) if store is not None else set()
-    missing = {n for part in together(lambda: set(range(len(vectors))) - known) for n in part}  # of any process
+    missing = {
+        n for part in distributed.together(lambda: set(range(len(vectors))) - known) for n in part
+    }  # of any process
     batches = list(batched(sorted(missing), batch_size))
     encode = Encoder(model, items, kind, work.first, work.content, workers, skip=on_bad == "skip")
     done: list[int] = []
@@ -90,7 +92,7 @@ def embed(
                 store.put([keys[n] for n in numbers], fresh.numpy())
         return done, encode.rejected
 
-    shares = together(compute)
+    shares = distributed.together(compute)
     numbers = [n for share, _ in shares for n in share]
     vectors[numbers] = _gather(vectors[done], model.device)
     if store is not None and store.path is None and distributed.world_size() > 1 and numbers:
@@ -156,7 +158,9 @@ def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool) -> 
             return reject(row, items[row] if kind == "image" else None, error)
 
     here, world = distributed.rank(), distributed.world_size()
-    shares = together(lambda: [name(row) for row in range(here, len(items), world)] if hashed or kind == "text" else [])
+    shares = distributed.together(
+        lambda: [name(row) for row in range(here, len(items), world)] if hashed or kind == "text" else []
+    )
     names = [shares[row % world][row // world] if hashed or kind == "text" else row for row in range(len(items))]
     codes: dict[Hashable, int] = {}
     work = _Work([], [], [], {})
@@ -204,26 +208,6 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-
-
-def together(work: Callable[[], T]) -> list[T]:
-    """Every process's result. If one fails all raise, where they would otherwise wait for it for ever."""
-    if distributed.world_size() == 1:
-        return [work()]
-    result: T | None = None
-    error: ClipkitError | None = None
-    try:
-        result = work()
-    except ClipkitError as own:
-        error = own
-    except Exception as own:
-        error = ClipkitError(f"rank {distributed.rank()}: {type(own).__name__}: {own}")
-        error.__cause__ = own
-    shares = distributed.all_gather_object((result, error))
-    for _, found in shares:
-        if found is not None:
-            raise error or found
-    return [share for share, _ in shares]  # type: ignore[misc]
 
 
 def _gather(vectors: Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from clipkit import distributed
-from clipkit.embedding.embed import batched, shown, together
+from clipkit.data.map_style import as_table
+from clipkit.embedding.embed import batched, shown
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
 from clipkit.errors import ModelError, UsageError
 from clipkit.images import bytes_of
@@ -35,7 +36,7 @@ def with_image_features(
 
     Args:
         model: its image tower must be frozen (``model.freeze("image")``); its heads may train on.
-        pairs: a data set with a column `image`.
+        pairs: a data set with a column `image`, as `Trainer` takes it.
         store: keeps features by the image's content and the tower's fingerprint, for the next run.
         batch_size, workers, progress: as for `embed`.
 
@@ -50,6 +51,7 @@ def with_image_features(
         raise UsageError(
             "features can be kept only of a tower that stands still", where=trained[0], fix='model.freeze("image")'
         )
+    pairs = as_table(pairs)
     images: Sequence[Any] = pairs["image"]
     features: dict[int, NDArray[np.float32]] = {}
     keys: list[Key] = []
@@ -59,7 +61,7 @@ def with_image_features(
         found = store.get(keys)
         features = {row: found[key] for row, key in enumerate(keys) if key in found}
     # of any process: another one may have put a row into the store a moment ago
-    shares = together(lambda: [row for row in range(len(images)) if row not in features])
+    shares = distributed.together(lambda: [row for row in range(len(images)) if row not in features])
     missing = sorted({row for share in shares for row in share})
     mine = missing[distributed.rank() :: distributed.world_size()]
 
@@ -74,7 +76,7 @@ def with_image_features(
             done.update(zip(rows, vectors, strict=True))
         return done
 
-    for share in together(compute):
+    for share in distributed.together(compute):
         features |= share
     return pairs.add_column("image_features", [features[row] for row in range(len(images))])
 

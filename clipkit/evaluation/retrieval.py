@@ -12,7 +12,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.data.keys import key_values
 from clipkit.data.rejects import Reject
-from clipkit.embedding.embed import Embedded, embed, together
+from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.encode import reject
 from clipkit.embedding.store import EmbeddingStore, content_hash
 from clipkit.errors import BadImage, DataError, UsageError
@@ -195,7 +195,7 @@ class RetrievalEvaluator:
         """A code for the content of each image and each text; the images are read once, shared over the ranks."""
         if self._codes is None:
             here, world, n = distributed.rank(), distributed.world_size(), len(self.images)
-            shares = together(lambda: [self._content(row) for row in range(here, n, world)])
+            shares = distributed.together(lambda: [self._content(row) for row in range(here, n, world)])
             hashes = [shares[i % world][i // world] for i in range(n)]
             refused = {row: found for row, found in enumerate(hashes) if isinstance(found, Reject)}
             if refused:
@@ -285,7 +285,7 @@ def _shared_rank(queries: Tensor, items: Tensor, relevance: Relevance, device: t
     """`rank` with its tiles shared over the processes; the result is that of one."""
     here, world = distributed.rank(), distributed.world_size()
     q, x = queries.to(device), items.to(device)
-    shares = together(lambda: rank(q, x, relevance, top=_TOP, part=here, parts=world))
+    shares = distributed.together(lambda: rank(q, x, relevance, top=_TOP, part=here, parts=world))
     if world == 1:
         return shares[0]
     order = [i for r in range(world) for low, high in tiles(len(q), len(x), r, world) for i in range(low, high)]

@@ -24,9 +24,10 @@ from torch import Tensor
 from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageError
 from clipkit.files import dump_json, publish, sha256_file
 from clipkit.models.backend import PARTS, Backend, Part
+from clipkit.models.configs import read_json
 from clipkit.models.fingerprint import Fingerprint, hash_weights, take
 from clipkit.models.lora import ADAPTER, MARK, Adapted, base, inject, require_peft, root_of
-from clipkit.models.weights import check_finite, read_json
+from clipkit.models.weights import check_finite
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder

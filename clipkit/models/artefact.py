@@ -24,8 +24,8 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.files import dump_json, sha256_file
+from clipkit.models.configs import read_json
 from clipkit.models.fingerprint import Fingerprint, words
-from clipkit.models.weights import read_json
 
 logger = logging.getLogger(__name__)
 

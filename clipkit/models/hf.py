@@ -11,10 +11,11 @@ from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoImagePro
 
 from clipkit.errors import ModelError
 from clipkit.models.backend import Backend, Names, Part
+from clipkit.models.configs import read_json
 from clipkit.models.families import as_trained, family_of, settle_end_of_text
 from clipkit.models.open_tower import activation_of, open_tokenizer, positions_of
 from clipkit.models.processor import Processor, TransformersImages, TransformersTexts
-from clipkit.models.weights import check_folder, load_exactly, quiet, read_json
+from clipkit.models.weights import check_folder, load_exactly, quiet
 
 
 class TransformersBackend(Backend):

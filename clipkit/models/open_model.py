@@ -9,9 +9,9 @@ from typing import Any
 from clipkit.errors import ModelError
 from clipkit.models import artefact
 from clipkit.models.backend import Backend
+from clipkit.models.configs import read_json
 from clipkit.models.names import download, find_folder
 from clipkit.models.processor import Processor
-from clipkit.models.weights import read_json
 
 Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
 
@@ -31,7 +31,7 @@ def open_model(
     if as_open_clip and not rest.startswith(HUB) and not Path(rest).expanduser().is_dir():
         from clipkit.models.open_openclip import open_by_name
 
-        return *open_by_name(rest), None, None
+        return *open_by_name(rest, trust_remote_code), None, None
     folder = _find(rest, revision, as_open_clip)
     body = artefact.read(folder, check=check)
     return *_open_folder(folder, text, body, as_open_clip, trust_remote_code), body, folder
@@ -52,13 +52,13 @@ def _open_folder(
     if body is not None and body["form"] == "towers":
         from clipkit.models.towers import open_towers
 
-        return open_towers(folder, body["settings"])
+        return open_towers(folder, body["settings"], trust)
     if (folder / "heads.safetensors").is_file() and not (folder / "config.json").is_file():
         raise ModelError("towers joined by clipkit, but clipkit.json is missing", where=folder)
     if as_open_clip or _only_open_clip(folder):
         from clipkit.models.open_openclip import open_folder
 
-        return open_folder(folder, name)
+        return open_folder(folder, name, trust)
     if _is_vtde(folder):
         from clipkit.models.vtde import open_vtde
 
@@ -94,7 +94,7 @@ def from_config(
 
         rest = text.removeprefix(OPEN_CLIP)
         rest = str(_find(rest, revision, True)) if rest.startswith(HUB) else rest
-        return open_openclip.from_config(rest, device)
+        return open_openclip.from_config(rest, device, trust_remote_code)
     folder = find_folder(text, revision=revision)
     with torch.device(device):
         return hf.open_folder(folder, trust_remote_code, fresh=True)

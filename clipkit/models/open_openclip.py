@@ -13,13 +13,15 @@ import open_clip
 import torch
 from open_clip.tokenizer import HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from transformers import AutoConfig
 
 from clipkit.errors import ModelError
-from clipkit.models.names import near
+from clipkit.models.configs import read_json, refuse_code
+from clipkit.models.names import near, near_folders
 from clipkit.models.open_tower import holds_vocabulary
 from clipkit.models.openclip import CONFIG, TEXT_CONFIG, OpenClipBackend, unknown_architecture, wrap
 from clipkit.models.processor import Processor
-from clipkit.models.weights import check_finite, check_weights, quiet, read_json, weight_shapes
+from clipkit.models.weights import check_finite, check_weights, quiet, weight_shapes
 
 Config = dict[str, Any]
 
@@ -28,14 +30,14 @@ _PICKLED = ("*.bin", "*.pt", "*.pth")
 _PREFERRED = ("open_clip_*.safetensors", *(f"open_clip_{pattern}" for pattern in _PICKLED), "*.safetensors", *_PICKLED)
 
 
-def open_by_name(name: str) -> tuple[OpenClipBackend, Processor]:
+def open_by_name(name: str, trust_remote_code: bool = False) -> tuple[OpenClipBackend, Processor]:
     """`ARCH/TAG`, or `ARCH/FILE` with a checkpoint of open_clip's own training."""
     arch, _, tag = name.partition("/")
     if arch not in open_clip.list_models():
-        raise unknown_architecture(arch)
+        raise unknown_architecture(arch, near_folders(name))
     config = open_clip.get_model_config(arch)
     if tag and Path(tag).expanduser().is_file():
-        return _create(name, arch, config, weights=Path(tag).expanduser())
+        return _create(name, arch, config, trust_remote_code, weights=Path(tag).expanduser())
     tags = open_clip.list_pretrained_tags_by_model(arch)
     choice = f"open_clip:{arch}/TAG with TAG one of {', '.join(tags)}" if tags else "no weights are published for it"
     known = open_clip.get_pretrained_cfg(arch, tag) if tag else None
@@ -48,32 +50,41 @@ def open_by_name(name: str) -> tuple[OpenClipBackend, Processor]:
         raise ModelError(message, where=f"open_clip:{name}", fix=f"open_clip:{arch.replace('-quickgelu', '')}/{tag}")
     # A model of the wrong activation is 2.7 points worse on ImageNet; open_clip only warns.
     config["quick_gelu"] = trained_quick
-    return _create(name, arch, config, pretrained=tag, require_pretrained=True, force_quick_gelu=trained_quick)
+    options: dict[str, Any] = {"pretrained": tag, "require_pretrained": True, "force_quick_gelu": trained_quick}
+    return _create(name, arch, config, trust_remote_code, **options)
 
 
-def open_folder(folder: Path, name: str | None = None) -> tuple[OpenClipBackend, Processor]:
+def open_folder(
+    folder: Path, name: str | None = None, trust_remote_code: bool = False
+) -> tuple[OpenClipBackend, Processor]:
     """A folder with open_clip_config.json and weights; `name` stands for it in messages."""
-    config = _folder_config(folder)
+    config = _folder_config(folder, trust_remote_code)
     check_weights(folder, _PICKLED)
     path = next(path for pattern in _PREFERRED for path in sorted(folder.glob(pattern)))
-    return _create(name or str(folder), f"local-dir:{folder}", config, folder=folder, weights=path)
+    named = name or str(folder)
+    return _create(named, f"local-dir:{folder}", config, trust_remote_code, folder=folder, weights=path)
 
 
-def from_config(name: str, device: str | torch.device = "cpu") -> tuple[OpenClipBackend, Processor]:
+def from_config(
+    name: str, device: str | torch.device = "cpu", trust_remote_code: bool = False
+) -> tuple[OpenClipBackend, Processor]:
     """An architecture or a folder's config with random weights, drawn from torch's random state."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return _create(name, f"local-dir:{folder}", _folder_config(folder), folder=folder, device=device)
+        config = _folder_config(folder, trust_remote_code)
+        return _create(name, f"local-dir:{folder}", config, trust_remote_code, folder=folder, device=device)
     if name not in open_clip.list_models():
         raise unknown_architecture(name)
-    return _create(name, name, open_clip.get_model_config(name), device=device)
+    return _create(name, name, open_clip.get_model_config(name), trust_remote_code, device=device)
 
 
-def _folder_config(folder: Path) -> Config:
+def _folder_config(folder: Path, trust_remote_code: bool) -> Config:
     path = folder / CONFIG
     if not path.is_file():
         fix = f"a folder that holds {CONFIG} beside the weights"
         raise ModelError(f"{CONFIG} is missing, so the model's shape is unknown", where=folder, fix=fix)
+    for place in (folder, folder / TEXT_CONFIG):
+        refuse_code(place, trust_remote_code=trust_remote_code)
     config = read_json(path).get("model_cfg")
     if not isinstance(config, dict):
         raise ModelError("model_cfg is missing", where=path)
@@ -84,6 +95,7 @@ def _create(
     name: str,
     source: str,
     config: Config,
+    trust_remote_code: bool,
     *,
     folder: Path | None = None,
     weights: Path | None = None,
@@ -93,9 +105,12 @@ def _create(
     """Model, transform and tokenizer as open_clip itself makes them; `source` is its name of the config."""
     tokenizer_needs, text_needs = _needs(config, folder)
     with _open_clip_errors(name, tokenizer_needs + text_needs), quiet():
-        tokenizer = _tokenizer(source, config, folder)
+        tokenizer = _tokenizer(source, config, folder, trust_remote_code)
     if folder is not None and (folder / TEXT_CONFIG / "config.json").is_file():
         options["text_cfg"] = {**config["text_cfg"], **_saved_text_config(folder)}
+    elif "hf_model_name" in config["text_cfg"]:
+        with _open_clip_errors(name, text_needs), quiet():
+            _refuse_code_of_tower(config["text_cfg"]["hf_model_name"], trust_remote_code)
     with _open_clip_errors(name, text_needs), quiet(), torch.device(device):
         options = options if "pretrained" in options else {**options, "load_weights": False}
         model = open_clip.create_model(source, precision="fp32", device=device, pretrained_text=False, **options)
@@ -121,14 +136,24 @@ def _saved_text_config(folder: Path) -> Config:
     return {"hf_model_name": str(folder / TEXT_CONFIG), "hf_model_pretrained": False}
 
 
-def _tokenizer(source: str, config: Config, folder: Path | None) -> Any:
+def _tokenizer(source: str, config: Config, folder: Path | None, trust_remote_code: bool) -> Any:
     """open_clip's tokenizer for a config. A folder's own goes before the one that its config names."""
     text = config["text_cfg"]
     named = text.get("hf_tokenizer_name")
-    if folder is None or not named or named == "." or holds_vocabulary(folder):
-        return open_clip.get_tokenizer(source)
+    consent = {"trust_remote_code": trust_remote_code} if named else {}  # the user's, whatever the config says
+    own = folder is not None and (named == "." or holds_vocabulary(folder))
+    if named and not own:
+        refuse_code(Path(named), trust_remote_code=trust_remote_code)
+    if folder is None or not named or own:
+        return open_clip.get_tokenizer(source, **consent)
     options = {**(text.get("tokenizer_kwargs") or {}), "tokenizer_mode": text.get("tokenizer_mode")}
-    return HFTokenizer(named, context_length=text.get("context_length", 77), **options)
+    return HFTokenizer(named, context_length=text.get("context_length", 77), **(options | consent))
+
+
+def _refuse_code_of_tower(named: str, trust_remote_code: bool) -> None:
+    """open_clip leaves the question to transformers, which would ask whoever sits at the terminal."""
+    refuse_code(Path(named), trust_remote_code=trust_remote_code)
+    AutoConfig.from_pretrained(named, trust_remote_code=trust_remote_code)
 
 
 def _needs(config: Config, folder: Path | None) -> tuple[list[str], list[str]]:

@@ -13,10 +13,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from clipkit.errors import ModelError
 from clipkit.models.backend import Part
+from clipkit.models.configs import read_json, refuse_code
 from clipkit.models.names import find_folder
 from clipkit.models.processor import ImageSide, TransformersImages
 from clipkit.models.transform import ImageTransform, Resize
-from clipkit.models.weights import check_folder, load_exactly, read_json
+from clipkit.models.weights import check_folder, load_exactly
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
 
@@ -81,6 +82,7 @@ def open_tokenizer(tokenizer: Any, trust: bool) -> Any:
     if not isinstance(tokenizer, str | Path):
         return tokenizer
     folder = find_folder(tokenizer)
+    refuse_code(folder, trust_remote_code=trust)
     if not holds_vocabulary(folder):
         # transformers would make up an empty tokenizer of the right class
         fix = "copy the tokenizer's files (tokenizer.json and tokenizer_config.json) from the original model"
@@ -120,6 +122,7 @@ def image_side_for(
     std: Sequence[float] | None = None,
     channels: int | None = None,
     resize: Resize | None = None,
+    trust_remote_code: bool = False,
 ) -> ImageSide:
     """The transform given, else the one in the tower's folder, else a light one from the tower's config."""
     if isinstance(image_processor, ImageTransform):
@@ -127,7 +130,7 @@ def image_side_for(
     if image_processor is not None:
         return TransformersImages(image_processor)
     asked = any(value is not None for value in (image_size, mean, std, channels, resize))
-    saved = None if folder is None or asked else saved_transform(folder)
+    saved = None if folder is None or asked else saved_transform(folder, trust_remote_code)
     if saved is not None:
         return saved
     pretrained = getattr(tower.config, "pretrained_cfg", None) or {}
@@ -147,13 +150,16 @@ def image_side_for(
     return ImageTransform(size, tuple(mean), tuple(std), resize or "squash")
 
 
-def saved_transform(folder: Path) -> ImageSide | None:
+def saved_transform(folder: Path, trust_remote_code: bool = False) -> ImageSide | None:
     """The transform that clipkit or transformers wrote into a folder, if any."""
+    refuse_code(folder, trust_remote_code=trust_remote_code)
     ours = ImageTransform.open(folder)
     if ours is None and any(
         (folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")
     ):
-        return TransformersImages(AutoImageProcessor.from_pretrained(folder, local_files_only=True))
+        return TransformersImages(
+            AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        )
     return ours
 
 

@@ -167,6 +167,7 @@ def join_towers(
         std=image_std,
         channels=channels,
         resize=resize,
+        trust_remote_code=trust_remote_code,
     )
     text_pooling = trained_pooling(text, text_pooling)
     text = open_tower(text, "text", text_pooling, trust_remote_code)
@@ -181,12 +182,14 @@ def join_towers(
     return backend, Processor(image_side, text_side)
 
 
-def open_towers(folder: Path, settings: dict[str, Any]) -> tuple[TowersBackend, Processor]:
+def open_towers(
+    folder: Path, settings: dict[str, Any], trust_remote_code: bool = False
+) -> tuple[TowersBackend, Processor]:
     """What `TowersBackend.save` wrote, with the settings that clipkit.json keeps."""
     classes = settings["classes"]
     joint = Joint.from_settings(settings)
-    vision = open_tower(folder / "vision", "image", joint.image_pooling, False, classes["vision"])
-    text = open_tower(folder / "text", "text", joint.text_pooling, False, classes["text"])
+    vision = open_tower(folder / "vision", "image", joint.image_pooling, trust_remote_code, classes["vision"])
+    text = open_tower(folder / "text", "text", joint.text_pooling, trust_remote_code, classes["text"])
     weights = load_file(folder / "heads.safetensors")
     first = {
         side: weights.get(f"{side}_head.weight", weights.get(f"{side}_head.0.weight")) for side in ("image", "text")
@@ -201,9 +204,12 @@ def open_towers(folder: Path, settings: dict[str, Any]) -> tuple[TowersBackend, 
     if lost or missing.unexpected_keys:
         raise CorruptArtefact(f"heads.safetensors does not fit: {lost + missing.unexpected_keys}", where=folder)
     text_side = TransformersTexts(
-        open_tokenizer(folder, False), joint.context_length, padding=joint.padding, mask=joint.attention_mask
+        open_tokenizer(folder, trust_remote_code),
+        joint.context_length,
+        padding=joint.padding,
+        mask=joint.attention_mask,
     )
-    image_side = saved_transform(folder)
+    image_side = saved_transform(folder, trust_remote_code)
     if image_side is None:
         raise CorruptArtefact("preprocessor_config.json is missing", where=folder)
     probe_image(vision, image_side, joint.image_pooling)

@@ -148,7 +148,7 @@ def open_vtde(
     check_folder(folder, trust_remote_code=trust_remote_code)
     model, _ = load_exactly(AutoModel.from_pretrained, folder, trust_remote_code=trust_remote_code)
     tokenizer = open_tokenizer(folder, trust_remote_code)
-    image_side = saved_transform(folder)
+    image_side = saved_transform(folder, trust_remote_code)
     if image_side is None:
         raise CorruptArtefact("preprocessor_config.json is missing, so the transform is unknown", where=folder)
     joint = Joint.from_settings(settings) if settings else _native_joint(model, tokenizer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pickle
 import zipfile
@@ -17,23 +16,9 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from clipkit.errors import CorruptArtefact, ModelError
+from clipkit.models.configs import refuse_code
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_CONFIGS = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-_RUNS_CODE = ("auto_map", "_attn_implementation_internal", "custom_pipelines")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptArtefact(
-            f"not a JSON file: {error}", where=path, fix="download or save the model again"
-        ) from error
-    if not isinstance(found, dict):
-        raise CorruptArtefact("a JSON object was expected", where=path)
-    return found
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> None:
@@ -44,24 +29,19 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool
         trust_remote_code: whether the configs may name Python code to run.
 
     Raises:
-        ModelError: no config.json, no weights, a Git LFS pointer, a config or a pickle that asks to run code.
+        ModelError: no config.json, no weights, a Git LFS pointer, a config or a pickle that asks to run code, an
+            adapter of peft.
         CorruptArtefact: a config or weight file that cannot be read.
     """
     if not (folder / "config.json").is_file():
         fix = "point to the folder that holds config.json beside the weights"
         raise ModelError("config.json is missing, so the model's shape is unknown", where=folder, fix=fix)
-    for name in _CONFIGS:
-        if (folder / name).is_file() and not trust_remote_code:
-            _refuse_code(folder / name)
+    refuse_code(folder, trust_remote_code=trust_remote_code)
+    if (folder / "adapter_config.json").is_file():
+        message = "an adapter of peft stands beside the weights: transformers would open the base model that it names"
+        raise ModelError(message, where=folder, fix="merge it into the weights, or take adapter_config.json away")
     if weights:
         check_weights(folder, ("pytorch_model*.bin",))
-
-
-def _refuse_code(path: Path) -> None:
-    asked = [key for key in _RUNS_CODE if key in read_json(path)]
-    if asked:
-        fix = "read that code, then pass trust_remote_code=True with a fixed revision="
-        raise ModelError(f"the model asks to run its own code ({', '.join(asked)})", where=path, fix=fix)
 
 
 def check_weights(folder: Path, pickled: Iterable[str] = ()) -> list[Path]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.data.rejects import Reject
-from clipkit.embedding.embed import Embedded, embed, together
+from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError
 from clipkit.files import publish
@@ -105,7 +105,7 @@ class EmbeddingIndex:
             DataError: the folder is missing, or holds no image that can be used.
         """
         target = Path(path)
-        together(lambda: _must_be_free(target, overwrite))
+        distributed.together(lambda: _must_be_free(target, overwrite))
         root, files = listed(images)
         stats = [_stat(file) for file in files]
         draft = target.with_name(target.name + ".partial")
@@ -113,7 +113,7 @@ class EmbeddingIndex:
             found = embed(
                 model, files, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad=on_bad
             )
-            together(store.close)  # before one of the processes turns the draft into the index
+            distributed.together(store.close)  # before one of the processes turns the draft into the index
         entries = _entries(files, stats, found, root)
 
         def finish() -> None:
@@ -124,7 +124,7 @@ class EmbeddingIndex:
                 for leftover in ("", "-wal", "-shm"):
                     draft.with_name(draft.name + leftover).unlink(missing_ok=True)
 
-        together(finish)
+        distributed.together(finish)
         return cls(target, _read(target), model, found.rejected)
 
     @classmethod
@@ -234,7 +234,7 @@ class EmbeddingIndex:
             found = embed(
                 self.model, fresh, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad="skip"
             )
-            together(store.close)
+            distributed.together(store.close)
         refused = {fresh[reject.row] for reject in found.rejected}
         entries = {file: old[file] for file in files if file in old and file not in fresh}
         entries |= {self._catalogue.path_of(e): e for e in _entries(fresh, [now[f] for f in fresh], found, root)}
@@ -244,7 +244,7 @@ class EmbeddingIndex:
             if distributed.is_main():
                 _write(self.path, Catalogue(self.model_name, self.fingerprint, root, kept, self.vectors))
 
-        together(finish)
+        distributed.together(finish)
         self._hold(_read(self.path), found.rejected)
         return Changes(
             added=[file for file in fresh if file not in old and file not in refused],

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,53 +16,90 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.errors import UsageError
-from clipkit.files import resource_errors
+from clipkit.errors import CorruptArtefact, UsageError
+from clipkit.files import resource_errors, write_text
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import Saved, check_saved, save
+from clipkit.training import resume
 from clipkit.training.progress import Progress
+from clipkit.training.state import require_names
 
 logger = logging.getLogger("clipkit")
 
 
-def claim_folder(folder: Path) -> Path:
+def what_stands(folder: Path) -> list[str]:
+    """What a run has left in a folder that is worth keeping."""
+    return [name for name in ("metrics.jsonl", "model", "checkpoints") if (folder / name).exists()]
+
+
+def claim_folder(folder: Path, *, may_resume: bool = False) -> Path:
     """Create the folder of a run, on every process of a launcher.
+
+    Args:
+        folder: the run's `output_dir`.
+        may_resume: whether a run that stands there already may go on.
 
     Raises:
         UsageError: another run, another model, or a file stands there.
         ResourceError: it cannot be written.
     """
-    taken = [name for name in ("metrics.jsonl", "model") if (folder / name).exists()]
-    if distributed.broadcast_object(bool(taken) or folder.is_file()):
+    distributed.on_main(lambda: _claim(folder, may_resume))
+    return folder
+
+
+def _claim(folder: Path, may_resume: bool) -> None:
+    taken = what_stands(folder)
+    if folder.is_file():
+        raise UsageError("the output folder is a file", where=folder, fix="choose another output_dir")
+    if taken and not may_resume:
         raise UsageError(
-            "the output folder holds another run" if taken else "the output folder is a file",
-            where=folder / taken[0] if taken else folder,
+            "the output folder holds another run",
+            where=folder / taken[0],
+            fix='choose another output_dir, or remove it; resume="auto" (--resume auto) goes on with that run',
+        )
+    if taken and not (folder / resume.NAME).is_file():
+        raise UsageError(
+            f"what the output folder holds cannot be resumed: it has no {resume.NAME}",
+            where=folder / taken[0],
             fix="choose another output_dir, or remove it",
         )
     with resource_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "not writable")
-    return folder
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what a killed process left half written in a run folder; a model that was being replaced comes back."""
+    for place in (folder, folder / "checkpoints"):
+        for room in [*place.glob(".*.tmp"), *place.glob(".*.trash")]:
+            target = place / room.name[1:].rpartition(".")[0].rpartition(".")[0]
+            if (room / "old").exists() and not target.exists():
+                (room / "old").rename(target)
+            shutil.rmtree(room, ignore_errors=True)
 
 
 class Best:
-    """Keeps the weights of the best evaluation, in memory and in output_dir/model.
+    """Keeps the weights of the best evaluation, in memory and in output_dir/model. A part of the run.
 
     The first folder is opened again at once, so that a model that cannot be saved is known early; those that
-    replace it hold other weights in the same form, and only the last of them is opened, in `restore`.
+    replace it hold other weights in the same form, and only the last of them is opened, in `settle`.
     """
 
     def __init__(self, model: DualEncoder, folder: Path, key: str | None) -> None:
         self.model, self.folder, self.key = model, folder, key
+        self.name = "model"  # of the model's own folder
         self.value, self.step = -math.inf, 0
         self.card = model.card
+        self.trained = {name for name, each in model.named_parameters() if each.requires_grad}
         self.saved: Saved | None = None
         self.unopened = False
         self.metrics: dict[str, float] = {}
+        self.n: dict[str, int] = {}
         self.weights: dict[str, Tensor] = {}
 
     def offer(self, step: int, metrics: dict[str, float], n: Mapping[str, int], progress: Progress) -> None:
+        """Metrics of the model as it stands after `step`; `n` is what they rest on."""
         self.key = self.key or next(iter(metrics))
         if self.key not in metrics:
             raise UsageError(
@@ -71,39 +109,60 @@ class Best:
         best = " (best so far)" if value > self.value else ""
         progress.note(f"step {step}: {self.key} {metrics[self.key]:.4f}{best}")
         if value > self.value:
-            self.value, self.step, self.metrics = value, step, metrics
+            self.value, self.step, self.metrics, self.n = value, step, metrics, dict(n)
             self.weights = {name: each.detach().clone() for name, each in self._state()}
-            self._save(metrics, n)
+            self._save()
 
-    def restore(self, total: int) -> tuple[dict[str, float], int]:
+    def settle(self, total: int) -> tuple[dict[str, float], int]:
+        """Put the best weights into the model and its folder; their metrics, and the step after which they stood."""
         if not self.weights:  # nothing was measured: the last weights are all there is
-            self._save({}, {})
+            self._save()
             return {}, total
         with torch.no_grad():
             for name, each in self._state():
                 each.copy_(self.weights[name])
+        if self.saved is None:  # the folder is an earlier attempt's: of another step, perhaps
+            self._save()
         self.model.card = self.card
-        if self.unopened and distributed.is_main():
-            check_saved(self.model, self.folder / "model")
-        distributed.barrier()
+        if self.unopened:
+            distributed.on_main(lambda: check_saved(self.model, self.folder / self.name))
         return self.metrics, self.step
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.weights
+
+    def facts(self) -> dict[str, Any]:
+        value = self.value if self.weights else None
+        return {"key": self.key, "value": value, "step": self.step, "metrics": self.metrics, "n": self.n}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.key, self.step, self.metrics, self.n = facts["key"], facts["step"], facts["metrics"], facts["n"]
+        self.value = -math.inf if facts["value"] is None else facts["value"]
+        own = dict(self._state())
+        if tensors:
+            require_names("best weights", tensors, own)
+        self.weights = {name: tensors[name].to(own[name].device) for name in own if tensors}
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         model = self.model
-        yield from (pair for pair in model.named_parameters() if pair[1].requires_grad)
+        yield from (pair for pair in model.named_parameters() if pair[0] in self.trained)
         yield from model.named_buffers()
 
-    def _save(self, metrics: Mapping[str, float], n: Mapping[str, int]) -> None:
-        self.model.card = self.model.card.updated({"metrics": metrics, "n": n})
+    def _save(self) -> None:
+        self.model.card = self.model.card.updated({"metrics": self.metrics, "n": self.n})
         self.unopened = self.saved is not None
-        if distributed.is_main():
-            self.saved = save(self.model, self.folder / "model", overwrite=True, proven=self.saved)
+        done = distributed.on_main(
+            lambda: (save(self.model, self.folder / self.name, overwrite=True, proven=self.saved), self.model.card)
+        )
+        self.saved, self.model.card = done
         self.card = self.model.card
-        distributed.barrier()
 
 
 class Log:
-    """metrics.jsonl: one line a measurement, written at once, by rank 0."""
+    """metrics.jsonl: one line a measurement, written at once, by rank 0. A part of the run.
+
+    A checkpoint remembers how long the file was: what a killed attempt wrote after it is cut off, and written again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -111,6 +170,8 @@ class Log:
         self.file: TextIO | None = None
 
     def __enter__(self) -> Log:
+        if not self.lines and distributed.is_main():
+            self.path.unlink(missing_ok=True)  # of an attempt that was killed before its first checkpoint
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,9 +186,45 @@ class Log:
             self.file = self.path.open("a", encoding="utf-8", buffering=1)
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        if self.file is not None:  # the checkpoint must not be the first of the two to reach the disk
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return {"bytes": self.path.stat().st_size if self.path.exists() else 0}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        size = facts["bytes"]
+        kept = self.path.read_bytes()[:size] if size else b""
+        if len(kept) < size:
+            raise CorruptArtefact(
+                f"expected at least the {size} bytes that it had at the checkpoint, found {len(kept)}",
+                where=self.path,
+                fix="restore the file from a copy",
+            )
+        self.lines = [json.loads(line) for line in kept.splitlines()]
+        distributed.barrier()  # all have read
+        if distributed.is_main() and size:
+            os.truncate(self.path, size)
+
+
+def write_timing(folder: Path, step: int, seconds: float, batch_size: int) -> None:
+    """timing.jsonl: how fast it went; apart from metrics.jsonl, which is the same however often a run was killed."""
+    if distributed.is_main():
+        line = {"step": step, "seconds": round(seconds, 3), "pairs_per_second": round(step * batch_size / seconds, 2)}
+        with (folder / "timing.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
 
 def write_rejects(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    if lines and distributed.is_main():
-        with path.open("a", encoding="utf-8") as file:  # beside those of loading
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        logger.warning("%d images could not be used and were left out; see %s", len(lines), path)
+    """Add what training and evaluation left out to what loading did, in place of what an earlier attempt added."""
+    if not lines:
+        return
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in before if "stage" not in json.loads(line)]
+    write_text(
+        path, "".join(f"{line}\n" for line in [*kept, *(json.dumps(each, ensure_ascii=False) for each in lines)])
+    )
+    logger.warning("%d images could not be used and were left out; see %s", len(lines), path)

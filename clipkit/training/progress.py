@@ -19,10 +19,11 @@ class Progress:
         total: steps.
         what: in a word.
         shown: false shows nothing.
+        done: steps that were taken before.
     """
 
-    def __init__(self, total: int, what: str, *, shown: bool = True) -> None:
-        self.total, self.what, self.shown = total, what, shown
+    def __init__(self, total: int, what: str, *, shown: bool = True, done: int = 0) -> None:
+        self.total, self.what, self.shown, self.done = total, what, shown, done
         self.console = Console(stderr=True, highlight=False)
         self.live = shown and self.console.is_terminal
         self.fields, self.last, self.start = "", 0.0, time.monotonic()
@@ -36,7 +37,7 @@ class Progress:
             console=self.console,
             disable=not self.live,
         )
-        self.task = self.bar.add_task(what, total=total, values="")
+        self.task = self.bar.add_task(what, total=total, completed=done, values="")
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -55,7 +56,7 @@ class Progress:
         now = time.monotonic()
         if self.shown and not self.live and (now - self.last > SECONDS_BETWEEN_LINES or step == self.total):
             self.last, passed = now, now - self.start
-            left = passed / step * (self.total - step)
+            left = passed / max(1, step - self.done) * (self.total - step)
             self._print(f"{self.what} {step}/{self.total}  {self.fields}  {passed:.0f} s passed, {left:.0f} s left")
 
     def note(self, text: str) -> None:

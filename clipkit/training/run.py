@@ -19,9 +19,12 @@ from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
-from clipkit.training.folder import claim_folder
-from clipkit.training.trainer import Evaluator, Trainer, TrainResult
+from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
+from clipkit.training.folder import claim_folder, what_stands
+from clipkit.training.lock import locked
+from clipkit.training.loop import TrainResult
+from clipkit.training.resume import FREE, differences
+from clipkit.training.trainer import Evaluator, Trainer
 from clipkit.training.verify import GradientCheck, check_gradients
 
 logger = logging.getLogger("clipkit")
@@ -40,17 +43,21 @@ def run(config: RunConfig) -> Run:
     """Carry out a whole run; every process of a launcher calls this.
 
     Writes into ``train.output_dir``: `config.yaml`, `metrics.jsonl`, `model/` (the best weights), `result.json`,
-    and `rejects.jsonl` where rows were left out.
+    `checkpoints/`, `attempts.jsonl`, `curves/`, and `rejects.jsonl` where rows were left out; with a forget_budget
+    `last/` (the fine-tuned weights as they are), `start.safetensors` and `forgetting.json`.
 
     Raises:
         ClipkitError: whatever is wrong, before the first step wherever that can be known.
     """
     distributed.start()
     torch.manual_seed(config.train.seed)  # fresh heads start alike on every rank
-    folder = claim_folder(Path(config.train.output_dir))
-    if distributed.is_main():
-        write_text(folder / "config.yaml", config.dump())
+    folder = claim_folder(Path(config.train.output_dir), may_resume=config.train.resume == "auto")
+    with locked(folder):
+        distributed.on_main(lambda: write_config(folder, config))
+        return _run(config, folder)
 
+
+def _run(config: RunConfig, folder: Path) -> Run:
     model = open_model(config.model)
     train, test = open_data(config.data, config.train, folder)
     trainer = Trainer(
@@ -59,11 +66,34 @@ def run(config: RunConfig) -> Run:
         config.train,
         similar=[each.build() for each in config.similar],
         evaluators=evaluators(config.evaluate, test, config.train),
+        reference=reference(config.evaluate, config.train, folder),
     )
     model.card = model.card.updated({"data": config.data.train, "config": asdict(config)})
     result = trainer.train()
-    save_result(folder, model, result, trainer.evaluators, config.train.seed)
+    save_result(folder, model, result, trainer.measured(), config.train.seed)
     return Run(model, result, folder)
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write config.yaml, word for word; a run that goes on must have the one that it had.
+
+    Raises:
+        UsageError: they differ, in more than what may change between attempts; lists how.
+    """
+    path = folder / "config.yaml"
+    if what_stands(folder) and path.is_file():
+        before, now = ({**asdict(each), "train": _fixed(each.train)} for each in (RunConfig.load(path), config))
+        if changed := differences(before, now):
+            raise UsageError(
+                "this is not the config of the run that the folder holds:\n  " + "\n  ".join(changed),
+                where=path,
+                fix="undo these changes to go on with it, or choose another output_dir for a run of its own",
+            )
+    write_text(path, config.dump())
+
+
+def _fixed(config: TrainConfig) -> dict[str, Any]:
+    return {key: value for key, value in asdict(config).items() if key not in FREE}
 
 
 def check_run_gradients(config: RunConfig) -> GradientCheck:
@@ -109,18 +139,7 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
     """Training and test pairs; what was left out is listed in `folder`, in rejects.jsonl and test_rejects.jsonl."""
 
     def load(source: str, rejects: str) -> Any:
-        with distributed.main_first():
-            return load_pairs(
-                source,
-                image=config.image,
-                text=list(config.text) if isinstance(config.text, tuple) else config.text,
-                label=config.label,
-                split=config.split,
-                templates=list(config.templates) if isinstance(config.templates, tuple) else config.templates,
-                on_bad=loop.on_bad,
-                max_bad=loop.max_bad,
-                rejects=folder / rejects if loop.on_bad == "skip" else None,
-            )
+        return _load(source, config, loop, folder / rejects)
 
     if isinstance(config.test, str):
         return load(config.train, "rejects.jsonl"), load(config.test, "test_rejects.jsonl")
@@ -130,6 +149,21 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
         by=config.split_by,
         seed=loop.seed,
     )
+
+
+def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig, rejects: Path) -> Any:
+    with distributed.main_first():
+        return load_pairs(
+            source,
+            image=columns.image,
+            text=list(columns.text) if isinstance(columns.text, tuple) else columns.text,
+            label=columns.label,
+            split=columns.split,
+            templates=list(columns.templates) if isinstance(columns.templates, tuple) else columns.templates,
+            on_bad=loop.on_bad,
+            max_bad=loop.max_bad,
+            rejects=rejects if loop.on_bad == "skip" else None,
+        )
 
 
 def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Evaluator]:
@@ -144,6 +178,14 @@ def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Eva
     if not wanted:
         raise UsageError("nothing would be measured", where="evaluate", fix="set evaluate.retrieval=true")
     return wanted
+
+
+def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evaluator | None:
+    """The evaluator of what must not be forgotten; None for the built-in one, and where there is no guardrail."""
+    if config.reference is None:
+        return None
+    pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
+    return RetrievalEvaluator(pairs, name="reference", on_bad=loop.on_bad, workers=loop.workers)
 
 
 def save_result(

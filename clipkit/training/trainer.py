@@ -1,60 +1,39 @@
-"""The loop."""
+"""A training set up: everything that can be wrong is found here, before the first step."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clipkit import distributed
-from clipkit.data.keys import number_values, require_column
+from clipkit.data.keys import number_values
 from clipkit.data.loader import Loader
-from clipkit.data.plan import Plan, hash64
-from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
-from clipkit.files import write_json
-from clipkit.losses.contrastive import Loss, prior_bias
+from clipkit.data.map_style import as_table
+from clipkit.data.planned import plan_of
+from clipkit.errors import DataError, UsageError
+from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similar import Paired, Similar, key_columns
 from clipkit.models.card import base_of
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import TrainConfig
-from clipkit.training.folder import Best, Log, claim_folder, write_rejects
+from clipkit.training.folder import claim_folder
+from clipkit.training.forgetting import Guardrail
 from clipkit.training.launch import make_accelerator
 from clipkit.training.learner import Learner
-from clipkit.training.optim import build_optimizer, schedule
-from clipkit.training.preflight import preflight
-from clipkit.training.progress import Progress
+from clipkit.training.lock import locked
+from clipkit.training.loop import Loop, TrainResult
+from clipkit.training.resume import run_identity
+from clipkit.training.signals import StopSignal
 from clipkit.training.step import Contrast, backward
 
 logger = logging.getLogger("clipkit")
 
 Evaluator = Callable[[DualEncoder], Mapping[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training gave.
-
-    Attributes:
-        metrics: of the weights that were kept.
-        step: after which these weights stood, from 1.
-        steps: taken in all.
-        seconds: of wall clock, evaluations included.
-        history: every line of metrics.jsonl.
-        rejected: rows left out because their image could not be used.
-    """
-
-    metrics: dict[str, float]
-    step: int
-    steps: int
-    seconds: float
-    history: list[dict[str, Any]] = field(repr=False)
-    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 class Trainer:
@@ -64,19 +43,27 @@ class Trainer:
     dropout off the gradients, are the same. After `train` the model holds the best weights, which are
     saved in ``output_dir/model`` too.
 
+    Every few minutes a checkpoint is saved, and when a signal asks to stop. With ``resume="auto"`` the same program,
+    started again, goes on from the newest one: bit for bit on the same set-up, with the same global batches on any.
+
     Args:
         model: is trained in place; parts that were frozen stay as they are.
-        pairs: a data set with `image` and `texts`, as `load_pairs` gives it. A column `image_features`
-            stands in for the images of a locked tower (see `with_image_features`).
+        pairs: a data set with `image` and `texts`, as `load_pairs` gives it, or anything with `len` and `pairs[i]`
+            (a list of dicts, a map-style torch Dataset). A column `image_features` stands in for the images of a
+            locked tower (see `with_image_features`).
         config: the loop.
         similar: what counts as alike; several are added by their weights.
         evaluators: each called on every rank with the model; give metrics by key.
+        reference: an evaluator of what the model is not to forget, for ``config.forget_budget``: its first metric is
+            what the budget is of, and all are logged as ``reference/…``. None: `SimilarityReference`, on data that
+            ship with clipkit. With a budget the first evaluator (or ``config.best``) judges the domain, the model
+            that is kept is the one that `Forgetting` describes, and ``output_dir/last`` holds the fine-tuned one.
 
     Raises:
-        UsageError: the folder holds another run; the batch is larger than the data; trained BatchNorm
+        UsageError: the folder holds another run (see `resume`); the batch is larger than the data; trained BatchNorm
             on several ranks or with micro-batches; a sigmoid loss without a bias; a launcher whose processes are
-            not connected.
-        DataError: scores that are no weights.
+            not connected; a stream in place of data.
+        DataError: scores that are no weights; a row without captions.
     """
 
     def __init__(
@@ -87,12 +74,14 @@ class Trainer:
         *,
         similar: Similar | Sequence[Similar] = Paired(),
         evaluators: Sequence[Evaluator] = (),
+        reference: Evaluator | None = None,
     ) -> None:
         distributed.start()
+        pairs = as_table(pairs)
         self.model, self.pairs, self.config = model, pairs, config
         self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
-        self.folder = claim_folder(Path(config.output_dir))
+        self.folder = claim_folder(Path(config.output_dir), may_resume=config.resume == "auto")
         if not self.similar:
             raise UsageError("nothing counts as similar", where="similar", fix="similar=Paired()")
         if config.batch_size < distributed.world_size():
@@ -100,12 +89,12 @@ class Trainer:
                 f"batch_size={config.batch_size} is global, and smaller than the {distributed.world_size()} processes",
                 fix="raise batch_size, or start fewer processes",
             )
-        require_column(pairs, "texts")
-        captions = [len(texts) for texts in pairs["texts"]]
-        self.plan = Plan(captions, batch_size=config.batch_size, seed=config.seed)
+        named = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
+        self.plan = plan_of(pairs, **{name: getattr(config, name) for name in named})
         wanted = self.plan.steps_per_epoch * config.epochs
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
         self.contrast = self._contrast()
+        self.guardrail = self._guardrail(reference)
         self.learner = Learner(model, self.similar)
         self.loader = self._loader(pairs)
         self._refuse_batch_norm()
@@ -113,7 +102,7 @@ class Trainer:
         model.card = model.card.updated(
             {
                 "base_model": model.card.base_model or base_of(model.name),
-                "pairs": sum(captions),
+                "pairs": int(self.plan.captions.sum()),
                 "config": {**_flat(config), "similar": [str(each) for each in self.similar]},
             }
         )
@@ -138,6 +127,21 @@ class Trainer:
             if dim > self.model.dim:
                 raise UsageError(f"embeddings have {self.model.dim} dimensions; found matryoshka={config.matryoshka}")
         return Contrast(loss, config.label_smoothing, config.matryoshka, config.tile)
+
+    def _guardrail(self, reference: Evaluator | None) -> Guardrail | None:
+        budget = self.config.forget_budget
+        if budget is None:
+            if reference is not None:
+                message, fix = "a reference is given, and nothing that it is for", "TrainConfig(forget_budget=0.01)"
+                raise UsageError(message, where="reference", fix=fix)
+            return None
+        if not self.evaluators:
+            raise UsageError(
+                "the guardrail weighs what is learnt against what is forgotten, and nothing measures what is learnt",
+                where="forget_budget",
+                fix="evaluators=[RetrievalEvaluator(test)] with held-out pairs",
+            )
+        return Guardrail(self.model, self.folder, budget, reference)
 
     def _loader(self, pairs: Any) -> Loader:
         """What carries the sides, views and keys that the notions read."""
@@ -197,143 +201,45 @@ class Trainer:
         if unused:
             logger.info("%d parameters take no part in the loss: %s", len(unused), ", ".join(unused[:5]))
 
-    def _preflight(self, progress: Progress) -> None:
-        """Say what this data at this batch allows, on rank 0; the others wait at the first collective."""
-        if not distributed.is_main():
-            return
-        sigmoid = self.contrast.loss == "sigmoid"
-        found = preflight(
-            self.model, self.pairs, self.plan, self.similar, self.config, steps=self.total, sigmoid=sigmoid
-        )
-        write_json(self.folder / "preflight.json", found.as_dict())
-        for line in found.lines():
-            progress.note(line)
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run; see `run_identity`."""
+        measured = [*self.evaluators, *([] if self.guardrail is None else [self.guardrail.reference])]
+        return run_identity(self.config, self.learner, self.similar, self.pairs, measured)
 
-    # -- the loop
+    # -- training
 
     def train(self) -> TrainResult:
-        """Train, evaluate, keep the best; see the class."""
-        config, model, learner = self.config, self.model, self.learner.to(self.accelerator.device)
-        self.leave_out_unused()
-        optimizer = build_optimizer(model, config, heads=learner.heads)
-        wrapped, optimizer = self.accelerator.prepare(learner, optimizer)
-        self.accelerator.init_trackers("clipkit", config=_flat(config))
-        ceiling = max(math.log(100), float(model.logit_scale.detach()))  # what was loaded may lie above 100
-        every = config.evaluate_every or self.plan.steps_per_epoch
-        keeper = Best(model, self.folder, config.best)
-        rejected: dict[int, dict[str, Any]] = {}  # by row: a bad image comes back each epoch
-        start = time.perf_counter()
-        wrapped.train()
-        shown = config.progress and distributed.is_main()
-        with Log(self.folder / "metrics.jsonl") as log, Progress(self.total, "training", shown=shown) as progress:
-            self._preflight(progress)
-            for step, batch in enumerate(self.loader.batches(0, self.total), start=1):
-                rejected |= {each["row"]: each for each in batch.rejected}
-                self._tolerate(len(rejected))
-                torch.manual_seed(hash64(config.seed, step, distributed.rank()) >> 1)
-                factor = schedule(step - 1, self.total, config.warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * factor
+        """Train, evaluate, keep the best; see the class.
 
-                batch = batch.to(self.accelerator.device)
-                loss = backward(
-                    wrapped,
-                    batch,
-                    self.similar,
-                    self.contrast,
-                    micro_batch=config.micro_batch,
-                    send=self.accelerator.backward,
-                )
-                norm = self._clip(learner)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                with torch.no_grad():
-                    model.logit_scale.clamp_(max=ceiling)
-
-                if step % config.log_every == 0 or step == self.total or step == 1:
-                    line = self._measured(step, loss, norm, factor, start)
-                    log.write(line)
-                    self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=step)
-                    progress.show(step, loss=line["loss"], scale=line["logit_scale"])
-                else:
-                    progress.show(step)
-                if self.evaluators and (step % every == 0 or step == self.total):
-                    metrics = self.evaluate()
-                    log.write({"step": step, **metrics})
-                    self.accelerator.log(metrics, step=step)
-                    keeper.offer(step, metrics, self._counts(), progress)
-                    wrapped.train()
-        seconds = time.perf_counter() - start
-        self._unwrap(wrapped)
-        metrics, step = keeper.restore(self.total)
-        model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
-        for tracker in self.accelerator.trackers:  # end_training would also end the process group
-            tracker.finish()
-        for other in distributed.all_gather_object(rejected):
-            rejected |= other
-        lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected)]
-        lines += [{"stage": "evaluate", **vars(e)} for each in self.evaluators for e in getattr(each, "rejected", [])]
-        write_rejects(self.folder / "rejects.jsonl", lines)
-        return TrainResult(metrics, step, self.total, seconds, log.lines, lines)
+        Raises:
+            Interrupted: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint was saved.
+            ResourceError: the disk cannot hold the checkpoints.
+            CorruptArtefact: none of the checkpoints to resume from is whole.
+        """
+        with locked(self.folder), distributed.lost_processes(), StopSignal() as stop:
+            return Loop(self, stop).run()
 
     def evaluate(self) -> dict[str, float]:
-        """All evaluators' metrics, of the model as it stands.
+        """All evaluators' metrics and the reference's, of the model as it stands.
 
         Raises:
             UsageError: two evaluators give the same key.
         """
         metrics: dict[str, float] = {}
-        for evaluator in self.evaluators:
+        for evaluator in self.measured():
             found = dict(evaluator(self.model))
             if both := metrics.keys() & found.keys():
                 raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
             metrics |= found
         return metrics
 
-    def _counts(self) -> dict[str, int]:
-        return {key: count for each in self.evaluators for key, count in getattr(each, "n", dict)().items()}
+    def measured(self) -> list[Any]:
+        """The evaluators, the guardrail's reference last: it decides about the best model only if `best` names it."""
+        return [*self.evaluators, *([] if self.guardrail is None else [self.guardrail])]
 
-    def _tolerate(self, rejected: int) -> None:
-        limit = self.config.max_bad
-        rows = limit if isinstance(limit, int) else limit * len(self.plan.captions)
-        if rejected > rows / distributed.world_size():  # each process sees its share
-            raise TooManyRejected(
-                f"{rejected} of {len(self.plan.captions)} images cannot be used, more than max_bad={limit} allows",
-                where=self.folder,
-                fix="`clipkit check data` lists them; mend them, or raise max_bad",
-            )
-
-    def _clip(self, model: torch.nn.Module) -> float:
-        limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
-        norm = float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
-        # gradients are summed over ranks before this, so all ranks see the same and stop together;
-        # with fp16 the gradient scaler skips such a step by itself
-        if not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16":
-            raise ClipkitError(
-                f"the gradient is {norm}; the step was not applied",
-                where=self.folder,
-                fix="look for broken images or captions, lower learning_rate, or use precision=fp32",
-            )
-        return norm
-
-    def _measured(self, step: int, loss: Loss, norm: float, factor: float, start: float) -> dict[str, Any]:
-        seconds = time.perf_counter() - start
-        mean = distributed.gather_rows(torch.stack(loss).detach().float().reshape(1, 2)).mean(dim=0)
-        return {
-            "step": step,
-            "epoch": round(step / self.plan.steps_per_epoch, 4),
-            "loss": float(mean[0]),
-            "kl": float(mean[1]),
-            "logit_scale": float(self.model.logit_scale.detach().exp()),
-            "gradient_norm": norm if math.isfinite(norm) else None,  # the scaler of fp16 skips such steps
-            "learning_rate": self.config.learning_rate * factor,
-            "pairs_per_second": round(step * self.config.batch_size / seconds, 2),
-            "seconds": round(seconds, 3),
-        }
-
-    def _unwrap(self, wrapped: torch.nn.Module) -> None:
-        self.accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
+    def counts(self) -> dict[str, int]:
+        """How many images, texts and classes the metrics rest on."""
+        return {key: count for each in self.measured() for key, count in getattr(each, "n", dict)().items()}
 
 
 def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:

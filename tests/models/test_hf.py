@@ -266,6 +266,7 @@ BROKEN: dict[str, tuple[Change, type[Exception], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ModelError, "no weights"),
     "code": (edit_config(auto_map={"AutoModel": "evil.Model"}), ModelError, "run its own code"),
     "hidden code": (edit_config(_attn_implementation_internal="a/b"), ModelError, "run its own code"),
+    "another base": (lambda f: (f / "adapter_config.json").write_text("{}"), ModelError, "an adapter of peft"),
     "LFS": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
         ModelError,

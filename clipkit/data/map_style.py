@@ -1,0 +1,140 @@
+"""Anything with `len` and `source[i]` (a list of dicts, a map-style torch Dataset), read as the tables are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from clipkit.errors import DataError, UsageError
+
+PIXELS = ("image", "hard_images", "image_features")  # never kept, for they would fill the memory
+
+
+def as_table(source: Any) -> Any:
+    """`source` itself where it offers columns, as a `datasets.Dataset` does; else a `MapStyle` around its rows.
+
+    Raises:
+        UsageError: a stream, which has no row k to go back to; or its rows are no mappings.
+    """
+    if isinstance(source, MapStyle) or _offers_columns(source):
+        return source
+    return MapStyle(source)
+
+
+class MapStyle:
+    """Rows as a table: all are read once, in order, and every cell is kept that is no image.
+
+    Args:
+        source: ``len(source)``, and ``source[i]`` a mapping from column to cell.
+
+    Raises:
+        UsageError: as `as_table`.
+    """
+
+    def __init__(self, source: Any) -> None:
+        _refuse_streams(source)
+        self.source, self._added = source, dict[str, Sequence[Any]]()
+        names: dict[str, None] = {}
+        self._kept: dict[str, list[Any]] = {}
+        for row in range(len(source)):
+            record = self[row]
+            for name in record:
+                if name not in names:
+                    names[name] = None
+                    self._kept |= {} if name in PIXELS else {name: [None] * len(source)}
+            for name, cell in record.items():
+                if name in self._kept:
+                    self._kept[name][row] = cell
+        self.column_names = list(names)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | str) -> Any:
+        """A row, or a column."""
+        if isinstance(key, str):
+            if key in self._added:
+                return self._added[key]
+            return self._kept[key] if key in self._kept else _Cells(self, key)
+        record = self.source[key]
+        if not isinstance(record, Mapping):
+            raise UsageError(
+                f"expected rows that map columns to cells; found {type(record).__name__}",
+                where=f"row {key}",
+                fix='source[i] gives {"image": …, "texts": [caption, …]}',
+            )
+        return dict(record) | {name: cells[key] for name, cells in self._added.items()}
+
+    def add_column(self, name: str, cells: Sequence[Any]) -> MapStyle:
+        """The same rows with one column more, as `datasets` has it."""
+        other = MapStyle.__new__(MapStyle)
+        other.__dict__ |= self.__dict__
+        other._added = {**self._added, name: cells}
+        other.column_names = [each for each in self.column_names if each != name] + [name]
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:  # workers read rows alone
+        return self.__dict__ | {"_kept": {}}
+
+
+class _Cells(Sequence[Any]):
+    """A column that is not kept: every look reads a row."""
+
+    def __init__(self, table: MapStyle, name: str) -> None:
+        self.table, self.name = table, name
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return [self[row] for row in range(*key.indices(len(self)))]
+        return self.table[key].get(self.name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[row] for row in range(len(self)))
+
+
+def caption_counts(pairs: Any) -> list[int]:
+    """How many captions each row has.
+
+    Raises:
+        DataError: a row whose `texts` are no list of texts, or none at all.
+    """
+    counts = []
+    for row, texts in enumerate(pairs["texts"]):
+        listed = isinstance(texts, list | tuple)
+        if not listed or not texts or not all(isinstance(text, str) for text in texts):
+            found = repr(texts)[:40] if listed else f"{type(texts).__name__} {repr(texts)[:40]}"
+            fix = 'write "texts": [caption]' if isinstance(texts, str) else "give each row a caption, or leave it out"
+            raise DataError(f"`texts` is a list of at least one caption; found {found}", where=f"row {row}", fix=fix)
+        counts.append(len(texts))
+    return counts
+
+
+def _offers_columns(source: Any) -> bool:
+    names = getattr(source, "column_names", None)
+    if not isinstance(names, list | tuple) or not hasattr(source, "__len__"):
+        return False
+    try:
+        source["texts" if "texts" in names else names[0]]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _refuse_streams(source: Any) -> None:
+    streams = any(kind.__name__ == "IterableDataset" for kind in type(source).__mro__)  # of torch and of datasets
+    if streams or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise UsageError(
+            f"expected len(source) and source[i], so that every batch can be drawn again; found a stream, "
+            f"{type(source).__name__}",
+            fix="pack it first: pairs = list(stream), or where that does not fit into memory: "
+            "pairs = datasets.Dataset.from_generator(lambda: (yield from stream))",
+        )
+    if isinstance(source, Mapping):
+        found = ", ".join(map(str, list(source)[:5]))
+        raise UsageError(
+            f"expected rows: source[0], source[1] …; found {type(source).__name__} with {found}",
+            fix="datasets.Dataset.from_dict(columns), or one split of it",
+        )

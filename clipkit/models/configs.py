@@ -1,0 +1,61 @@
+"""The JSON configs of a model's folder, refused where one makes a library run code and the user did not agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clipkit.errors import CorruptArtefact, ModelError
+
+# transformers imports what the first three name, and peft the last. open_clip hands `tokenizer_kwargs` to transformers
+# as they stand, so that a config would agree to its own code.
+_RUNS_CODE = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "auto_mapping")
+# "sdpa" and its like are names of transformers' own functions; "org/name" is compiled code of the hub.
+_RUNS_KERNELS = ("attn_implementation", "experts_implementation")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtefact(
+            f"not a JSON file: {error}", where=path, fix="download or save the model again"
+        ) from error
+    if not isinstance(found, dict):
+        raise CorruptArtefact("a JSON object was expected", where=path)
+    return found
+
+
+def refuse_code(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Look at every config in a folder, at any depth of its JSON.
+
+    Args:
+        folder: its ``*config*.json`` are read, folders below it are not.
+        trust_remote_code: whether the user has agreed.
+
+    Raises:
+        ModelError: a config asks for code; file and keys are named.
+        CorruptArtefact: a config is no JSON object.
+    """
+    if trust_remote_code:
+        return
+    for path in sorted(folder.glob("*config*.json")):
+        asked = list(_asked(read_json(path)))
+        if asked:
+            fix = "read that code, then pass trust_remote_code=True with a fixed revision="
+            raise ModelError(f"the model asks to run its own code ({', '.join(asked[:5])})", where=path, fix=fix)
+
+
+def _asked(value: Any, at: str = "") -> Iterator[str]:
+    """The dotted keys that ask for code. An empty or false value asks for none."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        name = str(key)
+        kernel = any(name.strip("_").removesuffix("_internal") == each for each in _RUNS_KERNELS) and "/" in str(inner)
+        if inner and (name in _RUNS_CODE or kernel):
+            yield at + name
+        else:
+            yield from _asked(inner, f"{at}{name}.")

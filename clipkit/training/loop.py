@@ -1,0 +1,421 @@
+"""The loop: steps, evaluations and checkpoints, from wherever the run stands to its end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from clipkit import distributed
+from clipkit.data.batch import Batch
+from clipkit.data.plan import hash64
+from clipkit.errors import ClipkitError, CorruptArtefact, Interrupted, TooManyRejected
+from clipkit.files import write_json
+from clipkit.losses.contrastive import Loss
+from clipkit.training import resume
+from clipkit.training.checkpoint import Checkpoints, Snapshot, read, size_of
+from clipkit.training.folder import Best, Log, clean_up, what_stands, write_rejects, write_timing
+from clipkit.training.forgetting import Forgetting
+from clipkit.training.nonfinite import NonFinite
+from clipkit.training.optim import build_optimizer, schedule
+from clipkit.training.preflight import preflight
+from clipkit.training.progress import Progress
+from clipkit.training.record import Attempts, draw_curves, topology
+from clipkit.training.signals import StopSignal
+from clipkit.training.state import Adam, Facts, Part, Weights
+from clipkit.training.step import backward
+
+if TYPE_CHECKING:
+    from clipkit.training.trainer import Trainer
+
+logger = logging.getLogger("clipkit")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave.
+
+    Attributes:
+        metrics: of the weights that were kept.
+        step: after which these weights stood, from 1.
+        steps: taken in all.
+        seconds: of wall clock, evaluations included, of all attempts.
+        history: every line of metrics.jsonl.
+        rejected: rows left out because their image could not be used.
+        forgetting: what the guardrail found and chose, where there is a `forget_budget`.
+    """
+
+    metrics: dict[str, float]
+    step: int
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]] = field(repr=False)
+    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    forgetting: Forgetting | None = None
+
+
+class Loop:
+    """One attempt at a trainer's run.
+
+    A step is: batch, gradients, update, a line in the log; then, where they are due, a checkpoint and an evaluation.
+    A checkpoint is thus of the moment between a step and its evaluation, which the next attempt catches up on.
+    Whatever ranks have to agree on (errors, signals, clocks) they agree on twice a step, so that all stop at once.
+
+    Args:
+        trainer: its model is trained in place.
+        stop: whether a signal asked to stop.
+    """
+
+    def __init__(self, trainer: Trainer, stop: StopSignal) -> None:
+        self.trainer, self.stop = trainer, stop
+        self.config, self.model, self.folder = trainer.config, trainer.model, trainer.folder
+        self.accelerator, self.total = trainer.accelerator, trainer.total
+        self.learner = trainer.learner.to(self.accelerator.device)
+        self.identity = trainer.identity()
+        # before: what the loss never reaches is part of the model all the same
+        weights, self.best = Weights(self.learner), Best(self.model, self.folder, self.config.best)
+        self.guardrail = trainer.guardrail
+        if self.guardrail is not None:
+            self.best.name = "last"  # `model` is what the guardrail chooses
+        trainer.leave_out_unused()
+        optimizer = build_optimizer(self.model, self.config, heads=self.learner.heads)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, optimizer)
+        self.ceiling = max(math.log(100), float(self.model.logit_scale.detach()))  # what was loaded may lie above 100
+
+        self.log = Log(self.folder / "metrics.jsonl")
+        self.nonfinite = NonFinite(self.folder, trainer.plan, self.config.skip_nonfinite)
+        self.rejected = Facts()  # by row: a bad image comes back each epoch
+        self.clock = Facts(seconds=0.0, evaluated=False)
+        scaler = getattr(self.accelerator, "scaler", None)
+        self.parts: dict[str, Part] = {
+            "weights": weights,
+            "optimizer": Adam(optimizer, self.learner, scaler),
+            "best": self.best,
+            "metrics": self.log,
+            "rejected": self.rejected,
+            "nonfinite": self.nonfinite,
+            "clock": self.clock,
+        }
+        if self.guardrail is not None:
+            self.parts["forgetting"] = self.guardrail
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.step = 0  # that was taken last
+        self.every = self.config.evaluate_every or trainer.plan.steps_per_epoch
+        here = topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
+        self.attempts = Attempts(self.folder, asdict(self.config), here)
+
+    def run(self) -> TrainResult:
+        """Go on from the newest checkpoint, or begin; to the end.
+
+        Raises:
+            Interrupted: a signal came; a checkpoint was saved.
+            ClipkitError: see `Trainer`.
+        """
+        self._resume()
+        distributed.on_main(self._foresee)
+        self.attempts.begin(self.step)
+        self.start = self.saved = time.monotonic()
+        self.before = self.clock.values["seconds"]
+        how = "done"
+        try:
+            self._settle()
+            shown = self.config.progress and distributed.is_main()
+            with self.log, Progress(self.total, "training", shown=shown, done=self.step) as progress:
+                self._say_first(progress)
+                self._look_back()
+                self._catch_up(progress)
+                self._steps(progress)
+                return self._finish(progress)
+        except BaseException as error:
+            how = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise
+        finally:
+            self.attempts.end(self.step, how)
+
+    # -- before the first step
+
+    def _resume(self) -> None:
+        """Take up the folder's run, if there is one."""
+        resume.check_same_on_ranks(self.identity)
+        path = distributed.on_main(self._find)
+        if path is None:
+            return
+        found: list[Snapshot] = []
+        distributed.together(lambda: found.append(read(path)))  # if one cannot read it, all stop
+        found[0].restore(self.parts)
+        self.step = found[0].step
+        before = self.attempts.last()
+        changed = resume.differences(before, dict(self.attempts.topology)) if before else []
+        if distributed.is_main():
+            logger.info("%s: going on after step %d of %d", path, self.step, self.total)
+            if changed:
+                logger.warning(
+                    "the same global batches follow, but the last bits of the results may differ, for this is not the "
+                    "set-up of the last attempt: %s",
+                    "; ".join(changed),
+                )
+
+    def _find(self) -> Any:
+        """The checkpoint to go on from; what else there is to do with the folder. On rank 0."""
+        clean_up(self.folder)
+        if not what_stands(self.folder):
+            resume.write_identity(self.folder, self.identity)
+            return None
+        resume.check_same_run(self.folder, self.identity)
+        found = self.checkpoints.newest()
+        if found is None and (damaged := self.checkpoints.damaged()):
+            raise CorruptArtefact(
+                f"none of the run's checkpoints can be used; {len(damaged)} were set aside as damaged",
+                where=self.checkpoints.folder,
+                fix="restore one from a copy, or remove the run folder to start again",
+            )
+        return found
+
+    def _foresee(self) -> None:
+        """Refuse a disk that cannot hold what will be saved: two checkpoints with best weights, one in the making."""
+        weights = size_of({"weights": self.parts["weights"]})
+        moments = 2 * sum(each.numel() * 4 for each in self.learner.parameters() if each.requires_grad)
+        one = 2 * weights + moments
+        have = len(self.checkpoints.paths())
+        self.checkpoints.require_room(max(1, 3 - have) * one)
+
+    def _settle(self) -> None:
+        """Let DDP find its buckets before the first step.
+
+        It rebuilds them after the first backward pass, and sums of three or more ranks depend in their last bits on
+        where a gradient lies in its bucket: a resumed run would otherwise begin with other buckets than it had.
+        """
+        if distributed.world_size() < 3:
+            return
+        with closing(self.trainer.loader.batches(0, 1)) as batches:
+            batch = next(iter(batches)).to(self.accelerator.device)
+        backward(self.wrapped, batch, self.trainer.similar, self.trainer.contrast, send=self.accelerator.backward)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _say_first(self, progress: Progress) -> None:
+        """Say what this data at this batch allows, on rank 0; the others wait at the first collective."""
+        if not distributed.is_main() or self.step:
+            return
+        trainer = self.trainer
+        sigmoid = trainer.contrast.loss == "sigmoid"
+        found = preflight(
+            self.model, trainer.pairs, trainer.plan, trainer.similar, self.config, steps=self.total, sigmoid=sigmoid
+        )
+        write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(trainer.plan.notes)})
+        for line in [*trainer.plan.notes, *found.lines()]:
+            progress.note(line)
+
+    def _look_back(self) -> None:
+        """Keep the start for the guardrail, once in a run; its reference is the line of step 0."""
+        if self.guardrail is not None and (baseline := self.guardrail.begin()) is not None:
+            self.log.write({"step": 0, **baseline})
+
+    # -- the steps
+
+    def _steps(self, progress: Progress) -> None:
+        self.wrapped.train()
+        with closing(self._batches()) as batches:
+            for batch in batches:
+                if self._over():
+                    return
+                loss, norm = self._step(batch)
+                self._write(loss, norm, progress)
+                stop, due = self._agree(self.stop.wanted is not None, self._is_due())
+                if stop or due:
+                    self.save()
+                if stop:
+                    raise self._interrupted("a checkpoint was saved")
+                self._catch_up(progress)
+
+    def _interrupted(self, state: str) -> Interrupted:
+        by = self.stop.wanted.name if self.stop.wanted else "another rank"
+        return Interrupted(
+            f"stopped by {by} after step {self.step} of {self.total}; {state}",
+            where=self.folder,
+            fix='start the same command with --resume auto (resume="auto") to go on',
+        )
+
+    def _over(self) -> bool:
+        return self.step >= self.total
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """This rank's part of each global batch; an error on one rank is raised on all."""
+        batches = self.trainer.loader.batches(self.step, self.total)
+        for _ in range(self.step, self.total):
+            batch, error = None, None
+            try:
+                batch = next(batches)
+            except ClipkitError as own:
+                error = own
+            failed, rejected = self._agree(error is not None, bool(batch and batch.rejected))
+            if failed:
+                raise next(each for each in [error, *distributed.all_gather_object(error)] if each is not None)
+            assert batch is not None  # or there was an error
+            if rejected:
+                for share in distributed.all_gather_object(batch.rejected):
+                    self.rejected.values |= {str(each["row"]): each for each in share}
+                self._tolerate()
+            yield batch.to(self.accelerator.device)
+
+    def _step(self, batch: Batch) -> tuple[Loss, float]:
+        """One update of the weights, unless loss or gradient are not finite."""
+        config, trainer = self.config, self.trainer
+        self.step += 1
+        self.clock.values["evaluated"] = False
+        torch.manual_seed(hash64(config.seed, self.step, distributed.rank()) >> 1)
+        factor = schedule(self.step - 1, self.total, config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        loss = backward(
+            self.wrapped,
+            batch,
+            trainer.similar,
+            trainer.contrast,
+            micro_batch=config.micro_batch,
+            send=self.accelerator.backward,
+        )
+        norm = self._clip()
+        # gradients are summed over ranks before this, so that all ranks see the same norm; a loss is a rank's own
+        (lost,) = self._agree(not math.isfinite(float(loss.loss)))
+        skipped = not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16"  # its scaler skips by itself
+        if lost or skipped:
+            self.nonfinite.refuse(self.step, float(loss.loss), norm, self.learner)
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=self.ceiling)
+        return loss, norm
+
+    def _clip(self) -> float:
+        """The norm of the gradient, clipped if it is finite: a clipped NaN would spread to every parameter."""
+        trained = [each for each in self.learner.parameters() if each.grad is not None]
+        limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
+        if self.accelerator.distributed_type == "FSDP":  # only the wrapper knows all shards
+            return float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
+        if limit < math.inf and bool(norm.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+        return float(norm)
+
+    def _write(self, loss: Loss, norm: float, progress: Progress) -> None:
+        step = self.step
+        if step % self.config.log_every and step not in (1, self.total):
+            progress.show(step)
+            return
+        line = self._measured(loss, norm)
+        self.log.write(line)
+        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
+        write_timing(self.folder, step, self._seconds(), self.config.batch_size)
+        progress.show(step, loss=math.nan if line["loss"] is None else line["loss"], scale=line["logit_scale"])
+
+    def _measured(self, loss: Loss, norm: float) -> dict[str, Any]:
+        mean = distributed.gather_rows(torch.stack(loss).detach().float().reshape(1, 2)).mean(dim=0)
+        return {
+            "step": self.step,
+            "epoch": round(self.step / self.trainer.plan.steps_per_epoch, 4),
+            "loss": _finite(float(mean[0])),
+            "kl": _finite(float(mean[1])),
+            "logit_scale": float(self.model.logit_scale.detach().exp()),
+            "gradient_norm": _finite(norm),
+            "learning_rate": self.config.learning_rate * schedule(self.step - 1, self.total, self.config.warmup),
+        }
+
+    def _agree(self, *flags: bool) -> list[bool]:
+        """Which of these hold on any rank."""
+        if distributed.world_size() == 1:
+            return list(flags)
+        mine = torch.tensor(flags, dtype=torch.int32, device=self.accelerator.device)
+        return [bool(each) for each in distributed.max_over_ranks(mine).tolist()]
+
+    def _tolerate(self) -> None:
+        limit, found, rows = self.config.max_bad, len(self.rejected.values), len(self.trainer.plan.captions)
+        if found > (limit if isinstance(limit, int) else limit * rows):
+            raise TooManyRejected(
+                f"{found} of {rows} images cannot be used, more than max_bad={limit} allows",
+                where=self.folder,
+                fix="`clipkit check data` lists them; mend them, or raise max_bad",
+            )
+
+    # -- between the steps
+
+    def _is_due(self) -> bool:
+        """By rank 0's clock."""
+        steps = self.config.save_steps
+        if steps is not None and self.step % steps == 0:
+            return True
+        return distributed.is_main() and time.monotonic() - self.saved >= 60 * self.config.save_minutes
+
+    def save(self, *, keep: int | None = None) -> None:
+        """A checkpoint of this moment."""
+        begin = time.monotonic()
+        self.clock.values["seconds"] = self._seconds()
+        options = {} if keep is None else {"keep": keep}
+        path = distributed.on_main(lambda: self.checkpoints.save(self.step, self.parts, **options))
+        took, self.saved = time.monotonic() - begin, time.monotonic()
+        if distributed.is_main():
+            size = sum(each.stat().st_size for each in path.iterdir())
+            logger.info("%s: %.1f MB in %.2f s", path, size / 1e6, took)
+
+    def _seconds(self) -> float:
+        return float(self.before + time.monotonic() - self.start)
+
+    def _catch_up(self, progress: Progress) -> None:
+        """The evaluation that is due after this step, unless it is done."""
+        due = self.step and (self.step % self.every == 0 or self.step == self.total)
+        if not self.trainer.evaluators or not due or self.clock.values["evaluated"]:
+            return
+        metrics = self.trainer.evaluate()
+        self.log.write({"step": self.step, **metrics})
+        self.accelerator.log(metrics, step=self.step)
+        self.best.offer(self.step, metrics, self.trainer.counts(), progress)
+        self.clock.values["evaluated"] = True
+        self.wrapped.train()
+
+    # -- after the last step
+
+    def _finish(self, progress: Progress) -> TrainResult:
+        self.save(keep=1)
+        seconds = self._seconds()
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        metrics, step = self.best.settle(self.step)
+        found = self._guard(progress)
+        metrics = metrics if found is None else found.chosen.metrics
+        self.model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
+        for tracker in self.accelerator.trackers:  # end_training would also end the process group
+            tracker.finish()
+        rejected = self.rejected.values
+        lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected, key=int)]
+        measured = self.trainer.measured()
+        lines += [{"stage": "evaluate", **vars(e)} for each in measured for e in getattr(each, "rejected", [])]
+        if distributed.is_main():
+            write_rejects(self.folder / "rejects.jsonl", lines)
+            draw_curves(self.folder / "curves", self.log.lines)
+        return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines, found)
+
+    def _guard(self, progress: Progress) -> Forgetting | None:
+        """Walk back as far as the budget asks; a walk that is interrupted is done again by the next attempt."""
+        if self.guardrail is None:
+            return None
+        found = self.guardrail.settle(self.trainer.evaluate, self.best.key, self.trainer.counts(), self._heed)
+        for line in found.lines():
+            progress.note(line)
+        return found
+
+    def _heed(self) -> None:
+        """Where a signal came after the last step, end: the last checkpoint holds all that training gave."""
+        (stop,) = self._agree(self.stop.wanted is not None)
+        if stop:
+            raise self._interrupted("all steps are taken, and the last checkpoint holds them")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN

@@ -1,0 +1,116 @@
+"""Whether a run that is to go on is the run that it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipkit import distributed
+from clipkit.data.identity import data_identity
+from clipkit.errors import CorruptArtefact, UsageError
+from clipkit.files import write_json
+from clipkit.losses.similar import Similar, key_columns
+from clipkit.models.fingerprint import hash_weights
+from clipkit.training.config import TrainConfig
+from clipkit.training.learner import Learner
+
+NAME = "identity.json"
+# May change between the attempts of one run: where it runs and how it is shown, not what it computes.
+FREE = frozenset(
+    {"output_dir", "resume", "save_minutes", "save_steps", "workers", "micro_batch", "tile", "trackers", "progress"}
+)
+
+
+def run_identity(
+    config: TrainConfig, learner: Learner, similar: Sequence[Similar], pairs: Any, evaluators: Sequence[Any]
+) -> dict[str, Any]:
+    """What decides about every figure of a run, as JSON: equal identities mean equal global batches and one model.
+
+    The trained weights are not in it, for a checkpoint holds them; frozen ones are.
+    """
+    codes, numbers = key_columns(similar)
+    planned = [*config.distinct, *filter(None, (config.balanced, config.grouped))]
+    model = learner.model
+    trained = [(name, list(each.shape)) for name, each in learner.named_parameters() if each.requires_grad]
+    frozen = {name: each for name, each in learner.named_parameters() if not each.requires_grad}
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    found = {
+        "train": settings,
+        "similar": [str(each) for each in similar],
+        "data": data_identity(pairs, [*codes, *numbers, *planned]),
+        "evaluators": [_evaluator(each) for each in evaluators],
+        "model": {
+            "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],
+            "frozen weights": hash_weights(frozen),
+            "processor": model.processor.describe(),
+        },
+    }
+    return dict(json.loads(json.dumps(found)))  # as it will be read again: tuples are lists
+
+
+def _evaluator(evaluator: Any) -> str:
+    name = str(getattr(evaluator, "name", None) or getattr(evaluator, "__name__", type(evaluator).__name__))
+    texts = getattr(evaluator, "texts", None)
+    return name if texts is None else f"{name}, texts {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}"
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """One line for each thing that differs, ``train.seed: 0 before, 1 now``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if before == now else [f"{name}: {_short(before)} before, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:
+    """Compare with what the folder's run was; on rank 0.
+
+    Raises:
+        UsageError: something changed; lists all of it.
+        CorruptArtefact: the record cannot be read.
+    """
+    path = folder / NAME
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptArtefact(f"the run's identity cannot be read: {error}", where=path) from error
+    if changed := differences(before, now):
+        raise UsageError(
+            "this is not the run that the folder holds:\n  " + "\n  ".join(changed),
+            where=folder,
+            fix="undo these changes to go on with it, or choose another output_dir for a run of its own",
+        )
+
+
+def write_identity(folder: Path, now: Mapping[str, Any]) -> None:
+    """On rank 0, before the first step."""
+    write_json(folder / NAME, now)
+
+
+def check_same_on_ranks(now: Mapping[str, Any]) -> None:
+    """Refuse ranks that do not see the same data, config and model.
+
+    Raises:
+        UsageError: names the rank and what differs from rank 0.
+    """
+    every = distributed.all_gather_object(dict(now))
+    for rank, each in enumerate(every):
+        if changed := differences(every[0], each):
+            lines = "\n  ".join(line.replace(" before, ", " on rank 0, ").replace(" now", "") for line in changed)
+            raise UsageError(
+                f"rank {rank} does not run what rank 0 runs:\n  {lines}",
+                fix="start every process with the same config, data and model",
+            )

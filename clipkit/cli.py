@@ -70,9 +70,18 @@ def train(
         Literal["never", "auto"] | None,
         typer.Option(help="auto: go on with the run that the folder holds, or begin; the same as train.resume=auto."),
     ] = None,
+    forget_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="How much of the reference metric may be lost, such as 0.01; the same as train.forget_budget=0.01.",
+            min=0,
+        ),
+    ] = None,
 ) -> None:
     """Train a model on pairs, from a config."""
-    config = _run_config([*settings, *([] if resume is None else [f"train.resume={resume}"])])
+    options = {"resume": resume, "forget_budget": forget_budget}
+    given = [f"train.{name}={value}" for name, value in options.items() if value is not None]
+    config = _run_config([*settings, *given])
     if print_config:
         typer.echo(config.dump(), nl=False)
         return
@@ -314,7 +323,9 @@ def check_model_command(
     from clipkit.models.doctor import Report, examine
 
     found: Report | Comparison = (
-        compare_models(model, other) if other else examine(model, trust_remote_code=trust_remote_code)
+        compare_models(model, other, trust_remote_code=trust_remote_code)
+        if other
+        else examine(model, trust_remote_code=trust_remote_code)
     )
     if as_json:
         _print_json(found.as_dict())

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
 BLUE, GREY = "#2f6fde", "#9aa3af"
+COLOURS = (BLUE, "#d9822b", "#2a9d6f", "#b0457b")
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,39 @@ def line_chart(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x:
     """SVG of curves over a common axis: name -> (xs, ys)."""
     drawing = _drawing(6.4, 2.8)
     axes = drawing.subplots()
-    for (name, (xs, ys)), colour in zip(series.items(), (BLUE, "#d9822b", "#2a9d6f", "#b0457b"), strict=False):
+    for (name, (xs, ys)), colour in zip(series.items(), COLOURS, strict=False):
         axes.plot(xs, ys, color=colour, linewidth=1.8, label=name, marker="o" if len(xs) < 20 else None, markersize=4)
     axes.set(xlabel=x, ylabel=y)
     if len(series) > 1:
+        axes.legend(frameon=False)
+    return _svg(drawing)
+
+
+def trade_off_chart(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    marks: Mapping[str, int],
+    limit: float,
+    x: str,
+    y: str,
+) -> str:
+    """SVG of curves through points (x, y), with a line where x is at its limit.
+
+    Args:
+        curves: name -> points in their order.
+        marks: what is written beside a point of the first curve, by its place there.
+    """
+    drawing = _drawing(6.4, 3.6)
+    axes = drawing.subplots()
+    for (name, points), colour in zip(curves.items(), COLOURS, strict=False):
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=colour, linewidth=1.8, label=name, marker="o", markersize=4)
+    first = next(iter(curves.values()))
+    for text, place in marks.items():
+        axes.annotate(text, first[place], xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axes.axvline(limit, color=GREY, linestyle="--", linewidth=1.2)
+    axes.annotate("budget", (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=9, ha="right")
+    axes.set(xlabel=x, ylabel=y)
+    if len(curves) > 1:
         axes.legend(frameon=False)
     return _svg(drawing)
 

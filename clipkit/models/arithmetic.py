@@ -65,12 +65,13 @@ def _combined(models: Sequence[DualEncoder], parts: Sequence[float]) -> DualEnco
     with torch.no_grad():
         for name, target in backend.state_dict().items():
             if target.is_floating_point():
-                target.copy_(_sum([state[name] for state in states], parts))
+                target.copy_(weighted_sum([state[name] for state in states], parts))
     model = DualEncoder(backend, plain[0].processor, plain[0].name).eval()
     return model.to(models[0].device)
 
 
-def _sum(tensors: Sequence[Tensor], parts: Sequence[float]) -> Tensor:
+def weighted_sum(tensors: Sequence[Tensor], parts: Sequence[float]) -> Tensor:
+    """The sum of parts * tensors, in float64 on the CPU; what has no part is not read."""
     total = torch.zeros(tensors[0].shape, dtype=torch.float64)
     for tensor, part in zip(tensors, parts, strict=True):
         if part:  # 0 * infinity would be NaN

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import UsageError
 from clipkit.models import plain_torch
+from clipkit.models.card_forgetting import forgetting_lines
 from clipkit.models.fingerprint import Fingerprint
 from clipkit.models.names import near
 from clipkit.models.processor import Processor
@@ -36,6 +37,7 @@ class Card:
         metrics: by key, of these very weights.
         n: how many images, texts and classes the metrics rest on.
         limits: what it should not be used for, in words.
+        forgetting: what the guardrail found, see `forgetting_lines`; it goes with the metrics.
         measured: fingerprint of the model that the metrics belong to; filled in when it is saved.
     """
 
@@ -47,6 +49,7 @@ class Card:
     metrics: Mapping[str, float] = field(default_factory=dict)
     n: Mapping[str, int] = field(default_factory=dict)
     limits: str | None = None
+    forgetting: Mapping[str, Any] = field(default_factory=dict)
     measured: str | None = None
 
     def updated(self, facts: Mapping[str, Any]) -> Card:
@@ -61,7 +64,9 @@ class Card:
                 message = f"a model card has no {key!r}.{near(str(key), known)}"
                 raise UsageError(message, where="card", fix=f"one of: {', '.join(known)}")
         card = replace(self, **facts)
-        return replace(card, measured=None) if "metrics" in facts else card
+        if "metrics" not in facts:
+            return card
+        return replace(card, measured=None, forgetting=facts.get("forgetting", {}))  # of the same weights, or none
 
     def settled(self, name: str, fingerprint: Fingerprint) -> Card:
         """With the base model that a name tells, and without metrics of other weights."""
@@ -69,7 +74,7 @@ class Card:
         if not card.metrics:
             return card
         if card.measured not in (None, fingerprint.hash):
-            return replace(card, metrics={}, n={}, measured=None)
+            return replace(card, metrics={}, n={}, forgetting={}, measured=None)
         return replace(card, measured=fingerprint.hash)
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,7 +145,10 @@ def _training(card: Card) -> str:
         return "\n".join([*lines, "None were given for these weights.", ""])
     lines += ["| metric | value |", "|---|---|", *(f"| {key} | {value:.4f} |" for key, value in card.metrics.items())]
     counts = ", ".join(f"{key} {count:,}" for key, count in card.n.items())
-    return "\n".join([*lines, "", f"n: {counts or 'not said'}.", ""])
+    lines += ["", f"n: {counts or 'not said'}.", ""]
+    if card.forgetting:
+        lines += ["## Forgetting", "", *forgetting_lines(card.forgetting), ""]
+    return "\n".join(lines)
 
 
 def _use(backend: Backend, processor: Processor, form: str) -> str:

@@ -17,10 +17,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from clipkit.data.augment import Augmentation
 from clipkit.errors import ConfigError, UsageError
@@ -42,6 +42,12 @@ class TrainConfig:
         batch_size: pairs of a global batch, over all ranks: the negatives of the loss.
         micro_batch: samples that one device embeds at once; the gradients stay those of the whole batch (Gao et al.
             2021, GradCache), for one more forward pass. None: all.
+        distinct: what a global batch holds at most once: ``texts``, ``image``, or columns such as a product. Rows that
+            find no place are left out of the epoch, and their number is told.
+        balanced: column of the class: each is shown equally often, rare ones again and again.
+        grouped: column whose values come `group_size` rows at a time: hard negatives within the batch (PK sampling,
+            Hermans et al. 2017). Not together with `balanced`.
+        group_size: rows of a group in a batch.
         loss: ``info_nce``, ``sigmoid`` (needs a model with a bias), or ``auto``: sigmoid for models with a bias. The
             bias of fresh heads begins at -ln(batch_size - 1); one that was loaded stays.
         label_smoothing: part of each target that is spread over all that is compared.
@@ -64,6 +70,8 @@ class TrainConfig:
         seed: of everything random.
         workers: processes that decode images, per rank; 0: this process.
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
+        forget_budget: how much of the reference metric may be lost (0.01: one point of a hundred); after training the
+            weights go back towards the start as far as that needs (see `Guardrail`). None: as far as it goes.
         best: metric key that chooses the weights to keep, the highest (of ranks: the lowest); None: the first key
             of the first evaluator.
         log_every: steps between lines of metrics.jsonl.
@@ -83,6 +91,10 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 256
     micro_batch: int | None = None
+    distinct: tuple[str, ...] = ()
+    balanced: str | None = None
+    grouped: str | None = None
+    group_size: int = 4
     loss: Literal["auto", "info_nce", "sigmoid"] = "auto"
     label_smoothing: float = 0.0
     matryoshka: tuple[int, ...] = ()
@@ -101,6 +113,7 @@ class TrainConfig:
     seed: int = 0
     workers: int = 0
     evaluate_every: int | None = None
+    forget_budget: float | None = None
     best: str | None = None
     log_every: int = 10
     on_bad: Literal["error", "skip"] = "error"
@@ -130,8 +143,18 @@ class TrainConfig:
             raise ConfigError(f"matryoshka lists numbers of dimensions, found {self.matryoshka}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
+        distinct: object = self.distinct
+        if isinstance(distinct, str):  # whose letters would be taken for columns
+            raise ConfigError(f"distinct lists columns, found {distinct!r}", fix=f'distinct=("{distinct}",)')
+        if self.balanced is not None and self.grouped is not None:
+            raise ConfigError("batches are either balanced or grouped", fix="leave out one of the two")
+        if self.grouped is not None and (self.group_size < 2 or self.batch_size % self.group_size):
+            found = f"batch_size={self.batch_size}, group_size={self.group_size}"
+            raise ConfigError(f"grouped batches are a multiple of group_size, at least 2; found {found}")
         if not math.isfinite(self.epochs):
             raise ConfigError(f"epochs must be finite, found {self.epochs}")
+        if self.forget_budget is not None and not 0 <= self.forget_budget < math.inf:
+            raise ConfigError(f"forget_budget is a loss that is allowed, at least 0; found {self.forget_budget}")
         for name in ("weight_decay", "workers", "skip_nonfinite"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} cannot be negative, found {getattr(self, name)}")
@@ -326,6 +349,25 @@ class SimilarConfig:
 
 
 @dataclass(frozen=True)
+class ReferenceConfig:
+    """Pairs that stand for what the model is not to forget; a string in its place is `data`.
+
+    Attributes:
+        data: a table, a folder, or a name of the hub.
+        image, text, label, split, templates: as in `DataConfig`.
+    """
+
+    data: str
+    image: str | None = None
+    text: str | tuple[str, ...] | None = None
+    label: str | None = None
+    split: str = "train"
+    templates: str | tuple[str, ...] | None = None
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured on the held-out pairs.
 
@@ -334,12 +376,17 @@ class EvaluateConfig:
         group: column whose members all count as correct; None: an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
         templates: prompts of the classes.
+        reference: pairs on which retrieval must not get worse than `train.forget_budget` allows; None: the built-in
+            sample.
     """
 
     retrieval: bool = True
     group: str | None = None
     zero_shot: str | None = None
     templates: str | tuple[str, ...] = "a photo of a {}."
+    reference: Annotated[
+        ReferenceConfig | None, BeforeValidator(lambda found: {"data": found} if isinstance(found, str) else found)
+    ] = None
 
     __pydantic_config__ = _STRICT
 
@@ -355,6 +402,11 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        if self.evaluate.reference is not None and self.train.forget_budget is None:
+            message = "a reference is given, and nothing that it is for"
+            raise ConfigError(message, where="evaluate.reference", fix="train.forget_budget=0.01, or leave it out")
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -475,5 +527,6 @@ def _known(location: Sequence[Any]) -> list[str]:
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "similar": SimilarConfig}
     sections["evaluate"] = EvaluateConfig
     section: Any = sections.get(str(location[0]), RunConfig) if len(location) > 1 else RunConfig
-    section = LoraConfig if len(location) > 2 and location[1] == "lora" else section
+    inner = {"lora": LoraConfig, "reference": ReferenceConfig}
+    section = inner.get(str(location[1]), section) if len(location) > 2 else section
     return [each.name for each in dataclasses.fields(section)]

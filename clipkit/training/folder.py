@@ -88,6 +88,7 @@ class Best:
 
     def __init__(self, model: DualEncoder, folder: Path, key: str | None) -> None:
         self.model, self.folder, self.key = model, folder, key
+        self.name = "model"  # of the model's own folder
         self.value, self.step = -math.inf, 0
         self.card = model.card
         self.trained = {name for name, each in model.named_parameters() if each.requires_grad}
@@ -124,7 +125,7 @@ class Best:
             self._save()
         self.model.card = self.card
         if self.unopened:
-            distributed.on_main(lambda: check_saved(self.model, self.folder / "model"))
+            distributed.on_main(lambda: check_saved(self.model, self.folder / self.name))
         return self.metrics, self.step
 
     def tensors(self) -> dict[str, Tensor]:
@@ -151,7 +152,7 @@ class Best:
         self.model.card = self.model.card.updated({"metrics": self.metrics, "n": self.n})
         self.unopened = self.saved is not None
         done = distributed.on_main(
-            lambda: (save(self.model, self.folder / "model", overwrite=True, proven=self.saved), self.model.card)
+            lambda: (save(self.model, self.folder / self.name, overwrite=True, proven=self.saved), self.model.card)
         )
         self.saved, self.model.card = done
         self.card = self.model.card

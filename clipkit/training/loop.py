@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from clipkit.losses.contrastive import Loss
 from clipkit.training import resume
 from clipkit.training.checkpoint import Checkpoints, Snapshot, read, size_of
 from clipkit.training.folder import Best, Log, clean_up, what_stands, write_rejects, write_timing
+from clipkit.training.forgetting import Forgetting
 from clipkit.training.nonfinite import NonFinite
 from clipkit.training.optim import build_optimizer, schedule
 from clipkit.training.preflight import preflight
@@ -47,6 +48,7 @@ class TrainResult:
         seconds: of wall clock, evaluations included, of all attempts.
         history: every line of metrics.jsonl.
         rejected: rows left out because their image could not be used.
+        forgetting: what the guardrail found and chose, where there is a `forget_budget`.
     """
 
     metrics: dict[str, float]
@@ -55,6 +57,7 @@ class TrainResult:
     seconds: float
     history: list[dict[str, Any]] = field(repr=False)
     rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    forgetting: Forgetting | None = None
 
 
 class Loop:
@@ -77,6 +80,9 @@ class Loop:
         self.identity = trainer.identity()
         # before: what the loss never reaches is part of the model all the same
         weights, self.best = Weights(self.learner), Best(self.model, self.folder, self.config.best)
+        self.guardrail = trainer.guardrail
+        if self.guardrail is not None:
+            self.best.name = "last"  # `model` is what the guardrail chooses
         trainer.leave_out_unused()
         optimizer = build_optimizer(self.model, self.config, heads=self.learner.heads)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, optimizer)
@@ -96,12 +102,13 @@ class Loop:
             "nonfinite": self.nonfinite,
             "clock": self.clock,
         }
+        if self.guardrail is not None:
+            self.parts["forgetting"] = self.guardrail
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.step = 0  # that was taken last
         self.every = self.config.evaluate_every or trainer.plan.steps_per_epoch
-        self.attempts = Attempts(
-            self.folder, topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
-        )
+        here = topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
+        self.attempts = Attempts(self.folder, asdict(self.config), here)
 
     def run(self) -> TrainResult:
         """Go on from the newest checkpoint, or begin; to the end.
@@ -121,6 +128,7 @@ class Loop:
             shown = self.config.progress and distributed.is_main()
             with self.log, Progress(self.total, "training", shown=shown, done=self.step) as progress:
                 self._say_first(progress)
+                self._look_back()
                 self._catch_up(progress)
                 self._steps(progress)
                 return self._finish(progress)
@@ -199,9 +207,14 @@ class Loop:
         found = preflight(
             self.model, trainer.pairs, trainer.plan, trainer.similar, self.config, steps=self.total, sigmoid=sigmoid
         )
-        write_json(self.folder / "preflight.json", found.as_dict())
-        for line in found.lines():
+        write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(trainer.plan.notes)})
+        for line in [*trainer.plan.notes, *found.lines()]:
             progress.note(line)
+
+    def _look_back(self) -> None:
+        """Keep the start for the guardrail, once in a run; its reference is the line of step 0."""
+        if self.guardrail is not None and (baseline := self.guardrail.begin()) is not None:
+            self.log.write({"step": 0, **baseline})
 
     # -- the steps
 
@@ -217,13 +230,16 @@ class Loop:
                 if stop or due:
                     self.save()
                 if stop:
-                    raise Interrupted(
-                        f"stopped by {self.stop.wanted.name if self.stop.wanted else 'another rank'} after step "
-                        f"{self.step} of {self.total}; a checkpoint was saved",
-                        where=self.folder,
-                        fix='start the same command with --resume auto (resume="auto") to go on',
-                    )
+                    raise self._interrupted("a checkpoint was saved")
                 self._catch_up(progress)
+
+    def _interrupted(self, state: str) -> Interrupted:
+        by = self.stop.wanted.name if self.stop.wanted else "another rank"
+        return Interrupted(
+            f"stopped by {by} after step {self.step} of {self.total}; {state}",
+            where=self.folder,
+            fix='start the same command with --resume auto (resume="auto") to go on',
+        )
 
     def _over(self) -> bool:
         return self.step >= self.total
@@ -278,8 +294,16 @@ class Loop:
         return loss, norm
 
     def _clip(self) -> float:
+        """The norm of the gradient, clipped if it is finite: a clipped NaN would spread to every parameter."""
+        trained = [each for each in self.learner.parameters() if each.grad is not None]
         limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
-        return float(self.accelerator.clip_grad_norm_(self.learner.parameters(), limit))
+        if self.accelerator.distributed_type == "FSDP":  # only the wrapper knows all shards
+            return float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
+        self.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
+        if limit < math.inf and bool(norm.isfinite()):
+            torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
+        return float(norm)
 
     def _write(self, loss: Loss, norm: float, progress: Progress) -> None:
         step = self.step
@@ -363,17 +387,34 @@ class Loop:
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         metrics, step = self.best.settle(self.step)
+        found = self._guard(progress)
+        metrics = metrics if found is None else found.chosen.metrics
         self.model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
         for tracker in self.accelerator.trackers:  # end_training would also end the process group
             tracker.finish()
-        found = self.rejected.values
-        lines = [{"stage": "train", **found[row]} for row in sorted(found, key=int)]
-        evaluators = self.trainer.evaluators
-        lines += [{"stage": "evaluate", **vars(e)} for each in evaluators for e in getattr(each, "rejected", [])]
+        rejected = self.rejected.values
+        lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected, key=int)]
+        measured = self.trainer.measured()
+        lines += [{"stage": "evaluate", **vars(e)} for each in measured for e in getattr(each, "rejected", [])]
         if distributed.is_main():
             write_rejects(self.folder / "rejects.jsonl", lines)
             draw_curves(self.folder / "curves", self.log.lines)
-        return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines)
+        return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines, found)
+
+    def _guard(self, progress: Progress) -> Forgetting | None:
+        """Walk back as far as the budget asks; a walk that is interrupted is done again by the next attempt."""
+        if self.guardrail is None:
+            return None
+        found = self.guardrail.settle(self.trainer.evaluate, self.best.key, self.trainer.counts(), self._heed)
+        for line in found.lines():
+            progress.note(line)
+        return found
+
+    def _heed(self) -> None:
+        """Where a signal came after the last step, end: the last checkpoint holds all that training gave."""
+        (stop,) = self._agree(self.stop.wanted is not None)
+        if stop:
+            raise self._interrupted("all steps are taken, and the last checkpoint holds them")
 
 
 def _finite(value: float) -> float | None:

@@ -19,7 +19,7 @@ from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, RunConfig, TrainConfig
+from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
 from clipkit.training.folder import claim_folder, what_stands
 from clipkit.training.lock import locked
 from clipkit.training.loop import TrainResult
@@ -43,7 +43,8 @@ def run(config: RunConfig) -> Run:
     """Carry out a whole run; every process of a launcher calls this.
 
     Writes into ``train.output_dir``: `config.yaml`, `metrics.jsonl`, `model/` (the best weights), `result.json`,
-    `checkpoints/`, `attempts.jsonl`, `curves/`, and `rejects.jsonl` where rows were left out.
+    `checkpoints/`, `attempts.jsonl`, `curves/`, and `rejects.jsonl` where rows were left out; with a forget_budget
+    `last/` (the fine-tuned weights as they are), `start.safetensors` and `forgetting.json`.
 
     Raises:
         ClipkitError: whatever is wrong, before the first step wherever that can be known.
@@ -65,10 +66,11 @@ def _run(config: RunConfig, folder: Path) -> Run:
         config.train,
         similar=[each.build() for each in config.similar],
         evaluators=evaluators(config.evaluate, test, config.train),
+        reference=reference(config.evaluate, config.train, folder),
     )
     model.card = model.card.updated({"data": config.data.train, "config": asdict(config)})
     result = trainer.train()
-    save_result(folder, model, result, trainer.evaluators, config.train.seed)
+    save_result(folder, model, result, trainer.measured(), config.train.seed)
     return Run(model, result, folder)
 
 
@@ -138,18 +140,7 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
     """Training and test pairs; what was left out is listed in `folder`, in rejects.jsonl and test_rejects.jsonl."""
 
     def load(source: str, rejects: str) -> Any:
-        with distributed.main_first():
-            return load_pairs(
-                source,
-                image=config.image,
-                text=list(config.text) if isinstance(config.text, tuple) else config.text,
-                label=config.label,
-                split=config.split,
-                templates=list(config.templates) if isinstance(config.templates, tuple) else config.templates,
-                on_bad=loop.on_bad,
-                max_bad=loop.max_bad,
-                rejects=folder / rejects if loop.on_bad == "skip" else None,
-            )
+        return _load(source, config, loop, folder / rejects)
 
     if isinstance(config.test, str):
         return load(config.train, "rejects.jsonl"), load(config.test, "test_rejects.jsonl")
@@ -159,6 +150,21 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
         by=config.split_by,
         seed=loop.seed,
     )
+
+
+def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig, rejects: Path) -> Any:
+    with distributed.main_first():
+        return load_pairs(
+            source,
+            image=columns.image,
+            text=list(columns.text) if isinstance(columns.text, tuple) else columns.text,
+            label=columns.label,
+            split=columns.split,
+            templates=list(columns.templates) if isinstance(columns.templates, tuple) else columns.templates,
+            on_bad=loop.on_bad,
+            max_bad=loop.max_bad,
+            rejects=rejects if loop.on_bad == "skip" else None,
+        )
 
 
 def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Evaluator]:
@@ -173,6 +179,14 @@ def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Eva
     if not wanted:
         raise UsageError("nothing would be measured", where="evaluate", fix="set evaluate.retrieval=true")
     return wanted
+
+
+def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evaluator | None:
+    """The evaluator of what must not be forgotten; None for the built-in one, and where there is no guardrail."""
+    if config.reference is None:
+        return None
+    pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
+    return RetrievalEvaluator(pairs, name="reference", on_bad=loop.on_bad, workers=loop.workers)
 
 
 def save_result(

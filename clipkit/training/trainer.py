@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from clipkit import distributed
-from clipkit.data.keys import number_values, require_column
+from clipkit.data.keys import number_values
 from clipkit.data.loader import Loader
-from clipkit.data.map_style import as_table, caption_counts
-from clipkit.data.plan import Plan
+from clipkit.data.map_style import as_table
+from clipkit.data.planned import plan_of
 from clipkit.errors import DataError, UsageError
 from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similar import Paired, Similar, key_columns
@@ -22,6 +22,7 @@ from clipkit.models.card import base_of
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import TrainConfig
 from clipkit.training.folder import claim_folder
+from clipkit.training.forgetting import Guardrail
 from clipkit.training.launch import make_accelerator
 from clipkit.training.learner import Learner
 from clipkit.training.lock import locked
@@ -53,6 +54,10 @@ class Trainer:
         config: the loop.
         similar: what counts as alike; several are added by their weights.
         evaluators: each called on every rank with the model; give metrics by key.
+        reference: an evaluator of what the model is not to forget, for ``config.forget_budget``: its first metric is
+            what the budget is of, and all are logged as ``reference/…``. None: `SimilarityReference`, on data that
+            ship with clipkit. With a budget the first evaluator (or ``config.best``) judges the domain, the model
+            that is kept is the one that `Forgetting` describes, and ``output_dir/last`` holds the fine-tuned one.
 
     Raises:
         UsageError: the folder holds another run (see `resume`); the batch is larger than the data; trained BatchNorm
@@ -69,6 +74,7 @@ class Trainer:
         *,
         similar: Similar | Sequence[Similar] = Paired(),
         evaluators: Sequence[Evaluator] = (),
+        reference: Evaluator | None = None,
     ) -> None:
         distributed.start()
         pairs = as_table(pairs)
@@ -83,12 +89,12 @@ class Trainer:
                 f"batch_size={config.batch_size} is global, and smaller than the {distributed.world_size()} processes",
                 fix="raise batch_size, or start fewer processes",
             )
-        require_column(pairs, "texts")
-        captions = caption_counts(pairs)
-        self.plan = Plan(captions, batch_size=config.batch_size, seed=config.seed)
+        named = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
+        self.plan = plan_of(pairs, **{name: getattr(config, name) for name in named})
         wanted = self.plan.steps_per_epoch * config.epochs
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
         self.contrast = self._contrast()
+        self.guardrail = self._guardrail(reference)
         self.learner = Learner(model, self.similar)
         self.loader = self._loader(pairs)
         self._refuse_batch_norm()
@@ -96,7 +102,7 @@ class Trainer:
         model.card = model.card.updated(
             {
                 "base_model": model.card.base_model or base_of(model.name),
-                "pairs": sum(captions),
+                "pairs": int(self.plan.captions.sum()),
                 "config": {**_flat(config), "similar": [str(each) for each in self.similar]},
             }
         )
@@ -121,6 +127,21 @@ class Trainer:
             if dim > self.model.dim:
                 raise UsageError(f"embeddings have {self.model.dim} dimensions; found matryoshka={config.matryoshka}")
         return Contrast(loss, config.label_smoothing, config.matryoshka, config.tile)
+
+    def _guardrail(self, reference: Evaluator | None) -> Guardrail | None:
+        budget = self.config.forget_budget
+        if budget is None:
+            if reference is not None:
+                message, fix = "a reference is given, and nothing that it is for", "TrainConfig(forget_budget=0.01)"
+                raise UsageError(message, where="reference", fix=fix)
+            return None
+        if not self.evaluators:
+            raise UsageError(
+                "the guardrail weighs what is learnt against what is forgotten, and nothing measures what is learnt",
+                where="forget_budget",
+                fix="evaluators=[RetrievalEvaluator(test)] with held-out pairs",
+            )
+        return Guardrail(self.model, self.folder, budget, reference)
 
     def _loader(self, pairs: Any) -> Loader:
         """What carries the sides, views and keys that the notions read."""
@@ -182,7 +203,8 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What makes this run this run; see `run_identity`."""
-        return run_identity(self.config, self.learner, self.similar, self.pairs, self.evaluators)
+        measured = [*self.evaluators, *([] if self.guardrail is None else [self.guardrail.reference])]
+        return run_identity(self.config, self.learner, self.similar, self.pairs, measured)
 
     # -- training
 
@@ -198,22 +220,26 @@ class Trainer:
             return Loop(self, stop).run()
 
     def evaluate(self) -> dict[str, float]:
-        """All evaluators' metrics, of the model as it stands.
+        """All evaluators' metrics and the reference's, of the model as it stands.
 
         Raises:
             UsageError: two evaluators give the same key.
         """
         metrics: dict[str, float] = {}
-        for evaluator in self.evaluators:
+        for evaluator in self.measured():
             found = dict(evaluator(self.model))
             if both := metrics.keys() & found.keys():
                 raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
             metrics |= found
         return metrics
 
+    def measured(self) -> list[Any]:
+        """The evaluators, the guardrail's reference last: it decides about the best model only if `best` names it."""
+        return [*self.evaluators, *([] if self.guardrail is None else [self.guardrail])]
+
     def counts(self) -> dict[str, int]:
         """How many images, texts and classes the metrics rest on."""
-        return {key: count for each in self.evaluators for key, count in getattr(each, "n", dict)().items()}
+        return {key: count for each in self.measured() for key, count in getattr(each, "n", dict)().items()}
 
 
 def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:

@@ -1,0 +1,219 @@
+"""The forgetting guardrail: how much of what a model could do may be given up for what it learns.
+
+A reference is measured before the first step and at every evaluation. After the last one the weights are walked back
+on the line to the start (WiSE-FT, Wortsman et al. 2022), and the model that does best in the domain, among those that
+lose no more of the reference than the budget allows, is the one that the run gives.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.errors import ClipkitError, UsageError
+from clipkit.files import write_json, write_text
+from clipkit.models.card_forgetting import forgetting_lines
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.saving import save
+from clipkit.pages import trade_off_chart
+from clipkit.training.line import Line
+from clipkit.training.reference import SimilarityReference
+
+logger = logging.getLogger("clipkit")
+
+Measure = Callable[[DualEncoder], Mapping[str, float]]
+
+PREFIX = "reference/"
+ALPHAS = tuple(step / 10 for step in range(11))
+_ROUNDING = 1e-9  # 0.60 - 0.59 is a little more than 0.01
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model on the line.
+
+    Attributes:
+        alpha: 0 is the start, 1 the fine-tuned model.
+        domain, reference: what the choice goes by.
+        metrics: all that was measured of it.
+    """
+
+    alpha: float
+    domain: float
+    reference: float
+    metrics: dict[str, float] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What the guardrail found, and chose.
+
+    Attributes:
+        domain, reference: the metric keys that the choice goes by.
+        baseline: the reference before training.
+        budget: how much of it may be lost.
+        points: the models on the line, by alpha.
+        chosen: the best in the domain of those within the budget; of equals, the one nearest to the start.
+        held: whether any is within the budget. Where none is, the one that lost least is chosen; the start itself
+            always is, unless heads that began at random stand beside it.
+    """
+
+    domain: str
+    reference: str
+    baseline: float
+    budget: float
+    points: tuple[Point, ...]
+    chosen: Point
+    held: bool
+
+    @property
+    def alpha(self) -> float:
+        """Of the model that was chosen."""
+        return self.chosen.alpha
+
+    def as_dict(self) -> dict[str, Any]:
+        """For forgetting.json and the model card: of the points without their other metrics."""
+        points = [{"alpha": p.alpha, "domain": p.domain, "reference": p.reference} for p in self.points]
+        return {**asdict(self), "points": points, "chosen": self.alpha}
+
+    def lines(self) -> list[str]:
+        """The choice and the curve, as a table in words."""
+        return forgetting_lines(self.as_dict())
+
+
+def choose(domain: str, reference: str, baseline: float, budget: float, points: tuple[Point, ...]) -> Forgetting:
+    """The point that `Forgetting.chosen` describes. Of a key that ends in ``_rank`` the lowest value is the best."""
+    within = [p for p in points if loss(reference, baseline, p.reference) <= budget + _ROUNDING]
+    if within:
+        chosen = max(within, key=lambda p: (_worth(domain, p.domain), -p.alpha))
+    else:
+        chosen = max(points, key=lambda p: (_worth(reference, p.reference), -p.alpha))
+    return Forgetting(domain, reference, baseline, budget, points, chosen, bool(within))
+
+
+def loss(key: str, before: float, now: float) -> float:
+    """How much of a metric was lost; negative where it was gained."""
+    return _worth(key, before) - _worth(key, now)
+
+
+def _worth(key: str, value: float) -> float:
+    return -value if key.endswith("_rank") else value
+
+
+class Guardrail:
+    """Measures the reference, and walks the line at the end. A part of the run.
+
+    Args:
+        model: that is trained, without a wrapper of DDP.
+        folder: of the run; the start is kept in start.safetensors.
+        budget: how much of the first reference metric may be lost, in its own unit.
+        reference: an evaluator of what is not to be forgotten; None: `SimilarityReference`.
+
+    Raises:
+        UsageError: all that is trained began at random.
+    """
+
+    def __init__(self, model: DualEncoder, folder: Path, budget: float, reference: Measure | None) -> None:
+        self.model, self.folder, self.budget = model, folder, budget
+        self.reference: Any = reference or SimilarityReference()
+        self.line = Line(model, folder / "start.safetensors")
+        self.baseline: dict[str, float] = {}
+
+    def __call__(self, model: DualEncoder) -> dict[str, float]:
+        """The reference metrics under keys that begin with ``reference/``; on every process.
+
+        Raises:
+            UsageError: there are none.
+            ClipkitError: one is no finite number.
+        """
+        found = {_key(key): value for key, value in self.reference(model).items()}
+        if not found:
+            raise UsageError("the reference gives no metric", where="reference")
+        for key, value in found.items():
+            if not math.isfinite(value):
+                raise ClipkitError(f"a reference must be a finite number, found {value}", where=key)
+        return found
+
+    def n(self) -> dict[str, int]:
+        """What the reference rests on."""
+        return {_key(key): count for key, count in getattr(self.reference, "n", dict)().items()}
+
+    def chance(self) -> dict[str, float]:
+        """What the reference would be by chance, where it knows."""
+        return {_key(key): value for key, value in getattr(self.reference, "chance", dict)().items()}
+
+    @property
+    def rejected(self) -> list[Any]:
+        """Of the reference, what could not be used."""
+        return list(getattr(self.reference, "rejected", []))
+
+    def begin(self) -> dict[str, float] | None:
+        """Keep the start and measure it, once in a run: its reference, or None if that was done before."""
+        if self.baseline:
+            return None
+        self.line.keep()
+        self.baseline = self(self.model)
+        return self.baseline
+
+    def settle(
+        self, measure: Callable[[], dict[str, float]], key: str | None, n: Mapping[str, int], heed: Callable[[], None]
+    ) -> Forgetting:
+        """Walk from the start to the model as it stands, and make it the one that is chosen; write what was found.
+
+        Args:
+            measure: all metrics of the model as it stands.
+            key: of the metric that the domain is judged by.
+            n: what the metrics rest on.
+            heed: is called before each point, and may end the run: the next attempt walks again.
+        """
+        assert key is not None  # of the evaluations before
+        self.line.span()
+        points = []
+        reference = next(iter(self.baseline))
+        for alpha in ALPHAS:
+            heed()
+            self.line.go(alpha)
+            metrics = measure()
+            points.append(Point(alpha, metrics[key], metrics[reference], metrics))
+        found = choose(key, reference, self.baseline[reference], self.budget, tuple(points))
+        self.line.go(found.alpha)
+        facts = {"metrics": found.chosen.metrics, "n": dict(n), "forgetting": found.as_dict()}
+        self.model.card = self.model.card.updated(facts)
+        self.model.card = distributed.on_main(lambda: self._write(found))
+        return found
+
+    def _write(self, found: Forgetting) -> Any:
+        write_json(self.folder / "forgetting.json", found.as_dict())
+        curve = [(p.reference, p.domain) for p in found.points]
+        limit = found.baseline + (found.budget if found.reference.endswith("_rank") else -found.budget)
+        marks = {"before": 0, f"chosen, alpha {found.alpha:g}": found.points.index(found.chosen), "fine-tuned": -1}
+        drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
+        write_text(self.folder / "curves" / "forgetting.svg", drawn)
+        save(self.model, self.folder / "model", overwrite=True)
+        return self.model.card
+
+    # -- as a part of the run
+
+    def tensors(self) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = getattr(self.reference, "tensors", dict)()
+        return own
+
+    def facts(self) -> dict[str, Any]:
+        return {"baseline": self.baseline, "start": self.line.sha256}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.baseline, self.line.sha256 = facts["baseline"], facts["start"]
+        if hasattr(self.reference, "restore"):
+            self.reference.restore(tensors)
+        self.line.check()
+
+
+def _key(key: str) -> str:
+    return key if key.startswith(PREFIX) else PREFIX + key

@@ -211,6 +211,8 @@ class ModelConfig:
 
     Attributes:
         name: a folder, ``org/name``, ``open_clip:ARCH/TAG`` or ``open_clip:FOLDER``.
+        scratch: whether the weights are drawn at random: of `name` (also ``open_clip:ARCH``) only the architecture,
+            the transform and the tokenizer are taken.
         vision, text: two towers to join, folders or names of transformers models.
         tokenizer: of the text tower; None: from `text`.
         dim: of the shared space, where towers are joined.
@@ -225,6 +227,7 @@ class ModelConfig:
     """
 
     name: str | None = None
+    scratch: bool = False
     vision: str | None = None
     text: str | None = None
     tokenizer: str | None = None
@@ -248,6 +251,12 @@ class ModelConfig:
                 "a model is either `name`, or `vision` and `text`",
                 where="model",
                 fix="set model.name=openai/clip-vit-base-patch32, or model.vision=… and model.text=…",
+            )
+        if self.scratch and self.name is None:
+            raise ConfigError(
+                "scratch draws the weights of the model that `name` names; `vision` and `text` are pretrained",
+                where="model.scratch",
+                fix="set model.name=open_clip:ViT-B-32, or leave out model.scratch",
             )
 
     def _check_changes(self) -> None:

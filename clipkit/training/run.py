@@ -109,7 +109,8 @@ def check_run_gradients(config: RunConfig) -> GradientCheck:
 def open_model(config: ModelConfig) -> DualEncoder:
     """The model that a config names, changed as it says."""
     if config.name is not None:
-        model = DualEncoder.from_pretrained(config.name)
+        opener = DualEncoder.from_config if config.scratch else DualEncoder.from_pretrained
+        model = opener(config.name)
     else:
         assert config.vision is not None  # ModelConfig checked both
         assert config.text is not None

@@ -114,7 +114,7 @@ class Guardrail:
         reference: an evaluator of what is not to be forgotten; None: `SimilarityReference`.
 
     Raises:
-        UsageError: all that is trained began at random.
+        UsageError: all that is trained began at random, or some of it and there is no reference but the built-in one.
     """
 
     def __init__(self, model: DualEncoder, folder: Path, budget: float, reference: Measure | None) -> None:
@@ -122,6 +122,12 @@ class Guardrail:
         self.reference: Any = reference or SimilarityReference()
         self.line = Line(model, folder / "start.safetensors")
         self.baseline: dict[str, float] = {}
+        if reference is None and self.line.fresh:
+            raise UsageError(
+                "what a model finds alike through weights that began at random is nothing to be kept",
+                where=self.line.fresh[0],
+                fix="reference=an evaluator of what is not to be forgotten, or train the heads in a run of their own",
+            )
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         """The reference metrics under keys that begin with ``reference/``; on every process.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from forgetting_program import Moved, config, start
 from torch.multiprocessing import ProcessExitedException
 
 from clipkit import DualEncoder, RetrievalEvaluator, RunConfig, Trainer, interpolate, run
-from clipkit.errors import ClipkitError, ConfigError, CorruptArtefact, UsageError
+from clipkit.errors import ClipkitError, ConfigError, CorruptArtefact, Interrupted, UsageError
 from clipkit.training import forgetting
 from clipkit.training.config import ReferenceConfig
 from clipkit.training.forgetting import Point, choose
@@ -187,34 +188,57 @@ def test_frozen_weights_are_not_on_the_line(tmp_path):
 
 
 def seen(folder, budget, world=1, dies_at=()):
+    """What the program writes, in processes of its own; `dies_at`: see there."""
     ranks.started(PROGRAM, world, folder, budget, *dies_at)
     return torch.load(folder / "seen.pt")
 
 
-def test_two_ranks_choose_what_one_process_does(tmp_path, all_lost):
-    lost, _ = all_lost
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    one, two = seen(tmp_path / "one", 0.35 * lost), seen(tmp_path / "two", 0.35 * lost, world=2)
-    assert (one["world"], two["world"]) == (1, 2)
-    assert one["alpha"] == two["alpha"] == 0.3
-    for ours, theirs in zip(one["points"], two["points"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, all_lost):
+    """What the program gives in one process that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("forgetting") / "whole"
+    return folder, *trained(folder, 0.35 * all_lost[0], evaluate_every=1, save_steps=1)
+
+
+def test_two_ranks_choose_what_one_process_does(tmp_path, all_lost, whole):
+    _, _, result = whole
+    two = seen(tmp_path, 0.35 * all_lost[0], world=2)
+    assert two["world"] == 2
+    assert two["alpha"] == result.forgetting.alpha == 0.3
+    for ours, theirs in zip(two["points"], result.forgetting.points, strict=True):
+        assert ours == pytest.approx((theirs.alpha, theirs.domain, theirs.reference), rel=1e-3)
 
 
 @pytest.mark.parametrize("dies_at", [2, 7], ids=["in training", "on the line"])
-def test_a_killed_run_chooses_the_same(tmp_path, all_lost, dies_at):
+def test_a_killed_run_chooses_the_same(tmp_path, all_lost, whole, dies_at):
+    folder, model, result = whole
     budget = 0.35 * all_lost[0]
     with pytest.raises(ProcessExitedException):
         seen(tmp_path, budget, dies_at=[dies_at])
-    assert (tmp_path / "last").exists() or dies_at == 2
+    assert (tmp_path / "last").exists()
     assert not (tmp_path / "model").exists()  # nothing that the guardrail has not seen bears that name
     again = seen(tmp_path, budget)
-    whole, result = trained(tmp_path / "whole", budget, evaluate_every=1, save_steps=1)
     assert again["alpha"] == result.forgetting.alpha == 0.3
     assert again["points"] == [(p.alpha, p.domain, p.reference) for p in result.forgetting.points]
-    assert all(each.equal(again["state"][name]) for name, each in whole.state_dict().items())
-    assert (tmp_path / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert all(each.equal(again["state"][name]) for name, each in model.state_dict().items())
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_signal_ends_the_walk_and_the_next_attempt_walks_again(tmp_path, all_lost):
+    class Stopped(Moved):
+        name = "Moved"  # by which the next attempt knows it
+
+        def __call__(self, model):
+            if self.calls == 4:  # the evaluation after the last step, and three points
+                signal.raise_signal(signal.SIGTERM)
+            return super().__call__(model)
+
+    budget = 0.35 * all_lost[0]
+    with pytest.raises(Interrupted, match=r"by SIGTERM after step 3 of 3; all steps are taken"):
+        trained(tmp_path / "run", budget, domain=Stopped())
+    assert not (tmp_path / "run/model").exists()
+    _, result = trained(tmp_path / "run", budget)
+    assert result.forgetting.alpha == 0.3
 
 
 def test_a_start_that_is_not_what_was_written_is_refused(tmp_path):
@@ -283,6 +307,8 @@ def test_what_cannot_start_does_not(tmp_path):
         Trainer(start(), pairs, config(tmp_path / "a", 0.1))
     with pytest.raises(UsageError, match=r"a reference is given(?s:.)*forget_budget=0.01"):
         Trainer(start(), pairs, config(tmp_path / "b", None), reference=Moved())
+    with pytest.raises(UsageError, match=r"weights that began at random(?s:.)*image_head(?s:.)*of their own"):
+        Trainer(tiny.make_model(), pairs, config(tmp_path / "b", 0.1), evaluators=[Moved()])
     with pytest.raises(UsageError, match="the reference gives no metric"):
         trained(tmp_path / "c", 0.1, reference=lambda _: {})
     with pytest.raises(ClipkitError, match="must be a finite number, found nan"):

@@ -284,6 +284,12 @@ class DataConfig:
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
         templates: captions for class folders, e.g. ``a photo of a {}.``
+        features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each training
+            image, by the image's content, its augmentation and the tower; made where it is missing. The tower then
+            runs once, in this run or in an earlier one, and each step costs the text side alone. None: it runs in
+            every step. The text side is never kept.
+        feature_draws: with `features`, how many augmented versions of each image are kept, of which every step draws
+            one; ``augmentation: none`` has one.
     """
 
     train: str
@@ -294,8 +300,14 @@ class DataConfig:
     split_by: str = "image"
     split: str = "train"
     templates: str | tuple[str, ...] | None = None
+    features: str | None = None
+    feature_draws: int = 4
 
     __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        if self.feature_draws < 1:
+            raise ConfigError(f"feature_draws must be at least 1, found {self.feature_draws}", where="data")
 
 
 @dataclass(frozen=True)
@@ -421,6 +433,9 @@ class RunConfig:
         if self.evaluate.reference is not None and self.train.forget_budget is None:
             message = "a reference is given, and nothing that it is for"
             raise ConfigError(message, where="evaluate.reference", fix="train.forget_budget=0.01, or leave it out")
+        if self.data.features is not None and "image" not in self.model.freeze:
+            message = "features can be kept only of an image tower that stands still"
+            raise ConfigError(message, where="data.features", fix="model.freeze=[image], or leave out data.features")
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

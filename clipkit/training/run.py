@@ -13,6 +13,8 @@ import torch
 from clipkit import distributed
 from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
+from clipkit.embedding.features import with_image_features
+from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import UsageError
 from clipkit.evaluation.report import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
@@ -61,6 +63,8 @@ def run(config: RunConfig) -> Run:
 def _run(config: RunConfig, folder: Path) -> Run:
     model = open_model(config.model)
     train, test = open_data(config.data, config.train, folder)
+    if config.data.features is not None:
+        train = keep_features(model, train, config.data.features, config.data.feature_draws, config.train)
     trainer = Trainer(
         model,
         train,
@@ -165,6 +169,22 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
             on_bad=loop.on_bad,
             max_bad=loop.max_bad,
             rejects=rejects if loop.on_bad == "skip" else None,
+        )
+
+
+def keep_features(model: DualEncoder, train: Any, path: str, draws: int, loop: TrainConfig) -> Any:
+    """The training pairs with what the locked image tower makes of them, computed once and kept at `path`."""
+    model.to(distributed.start())
+    with EmbeddingStore(path) as store:
+        return with_image_features(
+            model,
+            train,
+            store=store,
+            augmentation=loop.augmentation,
+            draws=draws,
+            workers=loop.workers,
+            progress=loop.progress,
+            on_bad=loop.on_bad,
         )
 
 

@@ -90,7 +90,7 @@ class Forgetting:
 
 
 def choose(domain: str, reference: str, baseline: float, budget: float, points: tuple[Point, ...]) -> Forgetting:
-    """The point that `Forgetting.chosen` describes. Of a key that ends in ``_rank`` the lowest value is the best."""
+    """The point that `Forgetting.chosen` describes. Of ranks and losses the lowest value is the best."""
     within = [p for p in points if loss(reference, baseline, p.reference) <= budget + _ROUNDING]
     if within:
         chosen = max(within, key=lambda p: (worth(domain, p.domain), -p.alpha))
@@ -195,7 +195,7 @@ class Guardrail:
     def _write(self, found: Forgetting) -> Any:
         write_json(self.folder / "forgetting.json", found.as_dict())
         curve = [(p.reference, p.domain) for p in found.points]
-        limit = found.baseline + (found.budget if found.reference.endswith("_rank") else -found.budget)
+        limit = found.baseline + worth(found.reference, -found.budget)
         marks = {"before": 0, f"chosen, alpha {found.alpha:g}": found.points.index(found.chosen), "fine-tuned": -1}
         drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
         write_text(self.folder / "curves" / "forgetting.svg", drawn)

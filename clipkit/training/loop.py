@@ -188,7 +188,7 @@ class Loop:
         """Refuse a disk that cannot hold what will be saved: two checkpoints with best weights, one in the making."""
         weights = size_of({"weights": self.parts["weights"]})
         moments = 2 * sum(each.numel() * 4 for each in self.learner.parameters() if each.requires_grad)
-        one = 2 * weights + moments
+        one = 2 * weights + moments + size_of({} if self.average is None else {"average": self.average})
         have = len(self.checkpoints.paths())
         self.checkpoints.require_room(max(1, 3 - have) * one)
 

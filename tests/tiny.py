@@ -38,8 +38,15 @@ def make_pairs() -> Any:
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def make_model(seed: int = 0, dropout: float = 0.0, **options: Any) -> Any:
-    """A DualEncoder of a one-layer ViT and a one-layer BERT; the same weights for the same seed."""
+def make_model(
+    seed: int = 0,
+    dropout: float = 0.0,
+    layers: tuple[int, int] = (1, 1),
+    width: int = 32,
+    image_size: int = 16,
+    **options: Any,
+) -> Any:
+    """A DualEncoder of a ViT and a BERT, of one layer each; the same weights for the same seed."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
@@ -49,9 +56,10 @@ def make_model(seed: int = 0, dropout: float = 0.0, **options: Any) -> Any:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    size = {"hidden_size": width, "num_attention_heads": 2, "intermediate_size": 2 * width}
     drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
     torch.manual_seed(seed)
-    vision = ViTModel(ViTConfig(image_size=16, patch_size=4, **size, **drop))
+    vision = ViTModel(ViTConfig(image_size=image_size, patch_size=4, num_hidden_layers=layers[0], **size, **drop))
+    size["num_hidden_layers"] = layers[1]
     text = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **size, **drop))
     return DualEncoder.from_towers(vision, text, fast, dim=16, context_length=8, **options)

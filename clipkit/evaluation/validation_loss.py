@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipkit.data.dealing import hash64
 from clipkit.data.keys import require_column
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import embed
@@ -22,8 +23,9 @@ from clipkit.models.dual_encoder import DualEncoder
 class ValidationLoss:
     """Symmetric InfoNCE, or the sigmoid loss of models with a bias, of given pairs; low is good.
 
-    The pairs are cut once, in their order, into batches of nearly equal size, each image with its first caption; the
-    figure is the mean over all pairs. It depends on these batches (a uniform guess gives ln of their size under
+    The pairs, each image with its first caption, are mixed once by a fixed rule (or a table that is sorted by class
+    would give batches of one class) and cut into batches of nearly equal size; the figure is the mean over all pairs.
+    It depends on these batches (a uniform guess gives ln of their size under
     InfoNCE), but not on the batch size, the augmentation, or the number of processes of a training.
 
     Args:
@@ -66,15 +68,19 @@ class ValidationLoss:
 
         Raises:
             BadImage: an image cannot be used.
+            DataError: none of the images can be used.
             ModelError: an embedding is not finite.
         """
         options: dict[str, Any] = {"store": self.store, "batch_size": self.batch_size}
         images = embed(model, self.images, workers=self.workers, on_bad=self.on_bad, **options)
         texts = embed(model, [self.texts[row] for row in images.rows], kind="text", **options)
         self.rejected, self.used = images.rejected, len(images.rows)
+        if not self.used:
+            raise DataError("none of the images can be used", where=self.rejected[0].where)
+        mixed = np.array(sorted(range(self.used), key=lambda i: hash64(0, images.rows[i])))
         scale = model.logit_scale.detach().float().cpu().exp()
         bias = None if model.logit_bias is None else model.logit_bias.detach().float().cpu()
-        parts = np.array_split(np.arange(self.used), self._batches())
+        parts = np.array_split(mixed, self._batches())
         sums = [_loss(images.vectors[rows], texts.vectors[rows], scale, bias) * len(rows) for rows in parts]
         return {f"{self.name}/loss": float(torch.stack(sums).sum() / self.used)}
 

@@ -1,10 +1,13 @@
-"""Which way a metric is good."""
+"""Which way is better: the one place that knows it of a metric by its key."""
 
 from __future__ import annotations
 
-_LOW = ("_rank", "loss")
+
+def lower_is_better(key: str) -> bool:
+    """Whether a metric is the better the lower it is: keys that end in ``loss`` or ``_rank``."""
+    return key.endswith(("loss", "_rank"))
 
 
 def worth(key: str, value: float) -> float:
-    """The metric with its sign turned where low values are good (keys that end in ``_rank`` or ``loss``)."""
-    return -value if key.endswith(_LOW) else value
+    """A metric's value with the sign that makes the higher one the better one."""
+    return -value if lower_is_better(key) else value

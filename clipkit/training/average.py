@@ -13,7 +13,7 @@ from clipkit.training.state import Tensors, require_names
 
 
 class Average:
-    """``average = d average + (1 - d) weights`` after each update, in fp32. A part of the run.
+    """``average = d average + (1 - d) weights`` after each update, in fp32 at least. A part of the run.
 
     With t updates so far d is at most (1 + t) / (10 + t), so that the first weights are soon forgotten (as in
     TensorFlow's ExponentialMovingAverage).
@@ -26,14 +26,14 @@ class Average:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
-        self.held = {name: each.detach().float().clone() for name, each in self.parameters.items()}
+        self.held = {name: _wide(each).clone() for name, each in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """After a step that was applied."""
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        now = [each.detach().float() for each in self.parameters.values()]
+        now = [_wide(each) for each in self.parameters.values()]
         torch._foreach_lerp_(list(self.held.values()), now, weight)
 
     @contextmanager
@@ -66,3 +66,7 @@ class Average:
         self.updates = facts["updates"]
         for name, each in self.held.items():
             each.copy_(tensors[name])
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

@@ -58,8 +58,9 @@ class TrainConfig:
         head_learning_rate: peak rate of weights that start at random: fresh heads of `from_towers`, LoRA.
         scale_learning_rate: of the logit scale and bias; None: `head_learning_rate` where the heads are fresh,
             else `learning_rate`. Adam moves them by at most this much a step.
-        layer_decay: factor of the rate from one block of a tower to the one before it, such as 0.75 (Clark et al.
-            2020, ELECTRA); None: all blocks alike.
+        layer_decay: factor of the rate from each block of a pretrained tower to the block before it, such as 0.75: the
+            last block learns at the full rate, what lies before the first one the slowest; see `layer_factors`. None:
+            all at one rate.
         weight_decay: decoupled; never on norms, biases, class tokens, embeddings of
             positions, logit scale and bias.
         betas, eps: of AdamW (Radford et al. 2021, table 18).

@@ -91,7 +91,7 @@ class Best:
         self.model, self.folder, self.key = model, folder, key
         self.name = "model"  # of the model's own folder
         self.value, self.step = -math.inf, 0
-        self.stale = 0  # evaluations since the best one
+        self.since = 0  # evaluations since the best one
         self.card = model.card
         self.trained = {name for name, each in model.named_parameters() if each.requires_grad}
         self.saved: Saved | None = None
@@ -110,9 +110,9 @@ class Best:
         value = worth(self.key, metrics[self.key])
         best = " (best so far)" if value > self.value else ""
         progress.note(f"step {step}: {self.key} {metrics[self.key]:.4f}{best}")
-        self.stale += 1
+        self.since += 1
         if value > self.value:
-            self.stale = 0
+            self.since = 0
             self.value, self.step, self.metrics, self.n = value, step, metrics, dict(n)
             self.weights = {name: each.detach().clone() for name, each in self._state()}
             self._save()
@@ -137,11 +137,11 @@ class Best:
 
     def facts(self) -> dict[str, Any]:
         value = self.value if self.weights else None
-        found = {"key": self.key, "value": value, "step": self.step, "stale": self.stale}
+        found = {"key": self.key, "value": value, "step": self.step, "since": self.since}
         return {**found, "metrics": self.metrics, "n": self.n}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.key, self.step, self.stale = facts["key"], facts["step"], facts["stale"]
+        self.key, self.step, self.since = facts["key"], facts["step"], facts["since"]
         self.metrics, self.n = facts["metrics"], facts["n"]
         self.value = -math.inf if facts["value"] is None else facts["value"]
         own = dict(self._state())

@@ -254,7 +254,7 @@ class Loop:
         return self.step >= self.total or self._stopped_early()
 
     def _stopped_early(self) -> bool:
-        return self.config.patience is not None and self.best.stale >= self.config.patience
+        return self.config.patience is not None and self.best.since >= self.config.patience
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's part of each global batch; an error on one rank is raised on all."""
@@ -284,7 +284,7 @@ class Loop:
         factor = schedule(self.step - 1, self.total, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        with explained(self.learner, batch, config, beside=0 if self.average is None else 1):
+        with explained(self.learner, batch, config, self.optimizer):
             loss = backward(
                 self.wrapped,
                 batch,
@@ -300,7 +300,7 @@ class Loop:
         if lost or skipped:
             self.nonfinite.refuse(self.step, float(loss.loss), norm, self.learner)
         else:
-            with explained(self.learner, batch, config, beside=0 if self.average is None else 1):
+            with explained(self.learner, batch, config, self.optimizer):
                 self.optimizer.step()
             with torch.no_grad():
                 self.model.logit_scale.clamp_(max=self.ceiling)
@@ -393,8 +393,6 @@ class Loop:
             self.log.write({"step": self.step, **metrics})
             self.accelerator.log(metrics, step=self.step)
             self.best.offer(self.step, metrics, self.trainer.counts(), progress)
-        if self._stopped_early():
-            progress.note(f"stopped early: the last {self.best.stale} evaluations were no better")
         self.clock.values["evaluated"] = True
         self.wrapped.train()
 
@@ -402,6 +400,12 @@ class Loop:
 
     def _finish(self, progress: Progress) -> TrainResult:
         self.save(keep=1)
+        early = self.step < self.total
+        if early and distributed.is_main():
+            logger.info(
+                "stopped early after step %d of %d: %d evaluations in a row gave no better %s than step %d did",
+                *(self.step, self.total, self.best.since, self.best.key, self.best.step),
+            )
         seconds = self._seconds()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
@@ -420,7 +424,6 @@ class Loop:
         if distributed.is_main():
             write_rejects(self.folder / "rejects.jsonl", lines)
             draw_curves(self.folder / "curves", self.log.lines)
-        early = self.step < self.total
         return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines, early, found)
 
     def _guard(self, progress: Progress) -> Forgetting | None:

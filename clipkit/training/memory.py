@@ -30,33 +30,38 @@ class Needs:
 
     Attributes:
         weights: of the model, with buffers.
-        training: gradients, AdamW's two moments, and averages of what is trained.
+        training: gradients and AdamW's two moments of what is trained.
+        held: what of `training` was there when memory ran out.
         sample: activations of one sample with all its views and captions, kept for the backward pass.
         checkpointed: the same with gradient checkpointing; None where the model cannot or does already.
-        free: there was before the step, beside the weights; None where the system does not tell.
+        free: there is without the step's activations and gradients; None where the system does not tell.
+        lora: whether the model is adapted already.
     """
 
     weights: int
     training: int
+    held: int
     sample: float
     checkpointed: float | None
     free: int | None
+    lora: bool = False
 
     def chunk(self, sample: float) -> int:
         """The largest power of two of samples that would fit; 0: none."""
-        room = 0 if self.free is None else 0.9 * self.free - self.training  # a tenth for what no one counts
+        # a tenth for what no one counts
+        room = 0 if self.free is None else 0.9 * self.free - (self.training - self.held)
         return 0 if room < sample else 1 << (int(room / sample).bit_length() - 1)
 
 
 @contextmanager
-def explained(learner: Learner, batch: Batch, config: TrainConfig, *, beside: int = 0) -> Iterator[None]:
+def explained(learner: Learner, batch: Batch, config: TrainConfig, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Turns running out of memory into a ResourceError that says what the step needed and what would fit.
 
     Args:
         learner: that is trained.
         batch: of the step.
         config: of the loop.
-        beside: copies of the trained weights that the run keeps beside them.
+        optimizer: of the run; holds its moments after the first step.
     """
     try:
         yield
@@ -69,7 +74,7 @@ def explained(learner: Learner, batch: Batch, config: TrainConfig, *, beside: in
     learner.zero_grad(set_to_none=True)
     if learner.model.device.type == "cuda":
         torch.cuda.empty_cache()
-    raise advice(_measured(learner, batch, beside), len(batch), config, message)
+    raise advice(_measured(learner, batch, optimizer), len(batch), config, message)
 
 
 def ran_out(error: BaseException) -> bool:
@@ -92,10 +97,10 @@ def advice(needs: Needs | None, rows: int, config: TrainConfig, cause: str) -> R
         f"the training step ran out of memory: beside {_gb(needs.weights)} of weights it needs about {_gb(total)} "
         f"({_gb(needs.training)} of gradients and optimizer, {chunk} samples of {_gb(needs.sample)}){free}"
     )
-    return ResourceError(message, where=cause, fix=_ways(needs, chunk, same))
+    return ResourceError(message, where=cause, fix=_ways(needs, chunk, same, config.precision))
 
 
-def _ways(needs: Needs, chunk: int, same: str) -> str:
+def _ways(needs: Needs, chunk: int, same: str, precision: str) -> str:
     ways = []
     fits = min(needs.chunk(needs.sample), chunk // 2)
     if fits:
@@ -107,17 +112,21 @@ def _ways(needs: Needs, chunk: int, same: str) -> str:
         fits = min(needs.chunk(needs.checkpointed), chunk)
         small = "" if fits >= chunk else f", and fits with micro_batch={fits}" if fits else ", which is still too much"
         ways.append(f"gradient checkpointing (model.gradient_checkpointing()): about {_gb(total)}{small}")
-    lean = replace(needs, training=needs.training // 100)
-    if fits := min(lean.chunk(needs.sample), chunk):
+    lean = replace(needs, training=needs.training // 100, held=needs.held // 100, free=(needs.free or 0) + needs.held)
+    if not needs.lora and (fits := min(lean.chunk(needs.sample), chunk)):
         with_chunk = "" if fits >= chunk else f" with micro_batch={fits}"
         ways.append(f"LoRA (model.add_lora()): hardly any gradients and moments, fits{with_chunk}")
+    if precision == "fp32":
+        ways.append("precision=bf16 on a device that has it: about half of the activations")
     return "; ".join(ways) or "nothing of micro_batch, gradient checkpointing and LoRA is enough: take a smaller model"
 
 
-def _measured(learner: Learner, batch: Batch, beside: int) -> Needs | None:
+def _measured(learner: Learner, batch: Batch, optimizer: torch.optim.Optimizer) -> Needs | None:
     """None where there is not even room to measure."""
     weights = sum(each.numel() * each.element_size() for each in [*learner.parameters(), *learner.buffers()])
     trained = sum(each.numel() * each.element_size() for each in learner.parameters() if each.requires_grad)
+    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    held = sum(each.numel() * each.element_size() for each in moments)
     free = _free(learner.model.device)
     with contextlib.suppress(Exception):  # this is advice: whatever fails in it must not hide what it is about
         sample, checkpointed = _sample(learner, batch), None
@@ -126,7 +135,7 @@ def _measured(learner: Learner, batch: Batch, beside: int) -> Needs | None:
             other.model.gradient_checkpointing()
             found = _sample(other, batch)
             checkpointed = found if found < 0.9 * sample else None
-        return Needs(weights, (3 + beside) * trained, sample, checkpointed, free)
+        return Needs(weights, 3 * trained, held, sample, checkpointed, free, learner.model.lora is not None)
     return None
 
 

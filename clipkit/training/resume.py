@@ -52,10 +52,15 @@ def run_identity(
     return dict(json.loads(json.dumps(found)))  # as it will be read again: tuples are lists
 
 
-def _evaluator(evaluator: Any) -> str:
+# Of evaluators, what changes a figure.
+_DECIDE = ("texts", "size", "ks", "groups", "labels", "class_names", "templates")
+
+
+def _evaluator(evaluator: Any) -> dict[str, Any]:
     name = str(getattr(evaluator, "name", None) or getattr(evaluator, "__name__", type(evaluator).__name__))
-    texts = getattr(evaluator, "texts", None)
-    return name if texts is None else f"{name}, texts {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]}"
+    found = {key: getattr(evaluator, key) for key in _DECIDE if hasattr(evaluator, key)}
+    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.items()}
+    return {"name": name, "set-up": hashlib.sha256(repr(plain).encode()).hexdigest()[:16]}
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

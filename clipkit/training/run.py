@@ -217,5 +217,7 @@ def save_result(
 ) -> None:
     """Write result.json: the metrics of the weights that were kept, and what they are to be compared with."""
     if distributed.is_main():
-        write_json(folder / "result.json", build_result(model, result.metrics, measured, seed, result.seconds))
+        early = result.stopped_early
+        found = build_result(model, result.metrics, measured, seed, result.seconds, stopped_early=early)
+        write_json(folder / "result.json", found)
         logger.info("%s: step %d of %d was kept", folder / "model", result.step, result.steps)

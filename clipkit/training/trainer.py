@@ -27,6 +27,7 @@ from clipkit.training.launch import make_accelerator
 from clipkit.training.learner import Learner
 from clipkit.training.lock import locked
 from clipkit.training.loop import Loop, TrainResult
+from clipkit.training.optim import layer_factors
 from clipkit.training.resume import run_identity
 from clipkit.training.signals import StopSignal
 from clipkit.training.step import Contrast, backward
@@ -82,6 +83,9 @@ class Trainer:
         self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
         self.folder = claim_folder(Path(config.output_dir), may_resume=config.resume == "auto")
+        if config.patience is not None and not evaluators:
+            message = "patience counts evaluations, and nothing is measured"
+            raise UsageError(message, where="patience", fix="evaluators=[RetrievalEvaluator(test)], or leave it out")
         if not self.similar:
             raise UsageError("nothing counts as similar", where="similar", fix="similar=Paired()")
         if config.batch_size < distributed.world_size():
@@ -98,6 +102,8 @@ class Trainer:
         self.learner = Learner(model, self.similar)
         self.loader = self._loader(pairs)
         self._refuse_batch_norm()
+        if config.layer_decay is not None:
+            layer_factors(model, config.layer_decay)  # or raises
         self.accelerator = make_accelerator(config)
         model.card = model.card.updated(
             {

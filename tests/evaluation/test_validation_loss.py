@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
+from clipkit.data.plan import hash64
 from clipkit.errors import DataError, UsageError
 from clipkit.evaluation.validation_loss import ValidationLoss
 
@@ -44,7 +45,8 @@ def test_batches_are_fixed_and_of_nearly_one_size(pairs):
     assert found(model) == ValidationLoss(pairs, size=12, batch_size=64)(model)
     assert found.n()["validation/batches"] == 3
     images, texts = model.encode_images(pairs["image"]), model.encode_texts([each[0] for each in pairs["texts"]])
-    logits = model.logit_scale.detach().exp() * images @ texts.T
+    order = sorted(range(32), key=lambda row: hash64(0, row))
+    logits = model.logit_scale.detach().exp() * images[order] @ texts[order].T
     parts = [logits[a:b, a:b] for a, b in ((0, 11), (11, 22), (22, 32))]
     losses = [
         (F.cross_entropy(x, torch.arange(len(x))) + F.cross_entropy(x.T, torch.arange(len(x)))) / 2 for x in parts
@@ -67,6 +69,25 @@ def test_broken_images_are_left_out_where_that_is_asked_for(pairs):
     found(make_model())
     assert [each.row for each in found.rejected] == [3]
     assert found.n()["validation/pairs"] == 31
+
+
+def test_sorted_tables_are_mixed(pairs):
+    by_colour = pairs.select(range(32))  # four pictures of each colour stand together
+    captions = [[f"a {colour} square"] for colour in by_colour["colour"]]
+    alike = by_colour.remove_columns("texts").add_column("texts", captions)
+    model = make_model()
+    model.logit_scale.data.fill_(4.6)
+    texts = ValidationLoss(alike, size=4)
+    assert texts(model)["validation/loss"] > math.log(4) + 0.5  # in batches of one caption it would be nearly ln 4
+
+
+def test_nothing_that_can_be_used(pairs):
+    rows = pairs.select([0, 1]).to_list()
+    for row in rows:
+        row["image"]["bytes"] = b"no image"
+    broken = type(pairs).from_list(rows, features=pairs.features)
+    with pytest.raises(DataError, match="none of the images can be used"):
+        ValidationLoss(broken, on_bad="skip")(make_model())
 
 
 def test_what_cannot_be_measured_is_refused(pairs):

@@ -2,6 +2,7 @@
 
 import re
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ GB = 2**30
 
 
 def test_the_advice_is_arithmetic():
-    needs = Needs(weights=2 * GB, training=6 * GB, sample=0.1 * GB, checkpointed=0.01 * GB, free=10 * GB)
+    needs = Needs(weights=2 * GB, training=6 * GB, held=0, sample=0.1 * GB, checkpointed=0.01 * GB, free=10 * GB)
     error = advice(needs, 256, TrainConfig("x", batch_size=512), "CUDA out of memory")
     assert "beside 2.00 GiB of weights it needs about 31.60 GiB (6.00 GiB of gradients and optimizer" in error.message
     assert "10.00 GiB were free" in error.message
@@ -26,7 +27,11 @@ def test_the_advice_is_arithmetic():
     assert "the 512 pairs of the global batch, stay what they are" in error.fix
     assert "gradient checkpointing (model.gradient_checkpointing()): about 8.56 GiB;" in error.fix
     assert "LoRA (model.add_lora()): hardly any gradients and moments, fits with micro_batch=64" in error.fix
-    nothing = Needs(2 * GB, 6 * GB, 0.1 * GB, None, 0)
+    later = replace(needs, held=4 * GB, free=6 * GB)  # the same room, after the moments have come to be
+    assert "micro_batch=32: about" in advice(later, 256, TrainConfig("x"), "x").fix  # (0.9 x 6 - 2) / 0.1 = 34
+    assert "LoRA" not in advice(replace(needs, lora=True), 256, TrainConfig("x"), "x").fix
+    assert "precision=bf16" in advice(needs, 256, TrainConfig("x", precision="fp32"), "x").fix
+    nothing = Needs(2 * GB, 6 * GB, 0, 0.1 * GB, None, 0)
     assert "take a smaller model" in advice(nothing, 256, TrainConfig("x"), "x").fix
     assert "micro_batch=128 or less" in advice(None, 256, TrainConfig("x"), "x").fix
 

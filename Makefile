@@ -1,22 +1,29 @@
 # Two commands set everything up on a machine with Python >= 3.11, pip and make:
 #   make quickstart   .venv, clipkit, and the main job on the embedded glyphs
 #   make test         the same with the development tools, then the tests
+#   make test-faults  a thousand kills: every one of them has to leave a run that goes on bit for bit
 #   make test-full    with the whole matrix of the training step: every loss, target, mode, precision and number of ranks
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check)
 
-.PHONY: quickstart test test-full check format clean
+# Test files are shared out over the cores; torch is held to one thread in each.
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+.PHONY: quickstart test test-full test-faults check format clean
 
 quickstart: .venv/installed
 	$(BIN)/clipkit quickstart --overwrite
 
 test: .venv/installed-dev
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-full: .venv/installed-dev
-	$(BIN)/pytest -m "full or not full"
+	$(PYTEST) -m "not faults"
+
+test-faults: .venv/installed-dev
+	$(BIN)/pytest -m faults tests/training
 
 check: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -323,7 +323,9 @@ def check_model_command(
     from clipkit.models.doctor import Report, examine
 
     found: Report | Comparison = (
-        compare_models(model, other) if other else examine(model, trust_remote_code=trust_remote_code)
+        compare_models(model, other, trust_remote_code=trust_remote_code)
+        if other
+        else examine(model, trust_remote_code=trust_remote_code)
     )
     if as_json:
         _print_json(found.as_dict())

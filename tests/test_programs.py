@@ -123,8 +123,11 @@ def test_gradient_parity(tmp_path):
 
 
 @pytest.mark.slow
-def test_loss_scaling(tmp_path):
+def test_loss_scaling(world, tmp_path):
     settings = ["--sizes", 128, 256, "--dim", 16, "--repeats", 1, "--to", tmp_path / "scaling.svg"]
+    settings += ["--step", world / "model", "--batch-size", 6, "--micro-batch", 2]
     out = start("python", "train/loss_scaling.py", *settings, folder=tmp_path)
     assert out.count("| info_nce, tiled |") == out.count("| open_clip SigLipLoss |") == 2
+    assert "| at once | 6 |" in out
+    assert "| cached, 3 chunks | 6 |" in out
     assert (tmp_path / "scaling.svg").read_text().count("<path") > 20

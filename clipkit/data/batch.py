@@ -15,7 +15,7 @@ from torch import Tensor
 from clipkit.data.augment import Augmentation, augment
 from clipkit.data.plan import Draw, hash64
 from clipkit.errors import BadImage, DataError
-from clipkit.images import load_image
+from clipkit.images import describe, load_image
 
 Side = Literal["image", "text"]
 ROW, VIEW = "row", "view"  # keys that every sample carries, and every image where there are views
@@ -158,10 +158,8 @@ class Assembly:
         everything = list(range(len(draws)))
         if "image" not in self.sides:
             return Pictures({}, everything, [], [], [])
-        if records and "image_features" in records[0]:  # of a locked tower, computed beforehand
-            features = np.asarray([record["image_features"] for record in records], dtype=np.float32)
-            hashes = [_hash(row.tobytes()) for row in features]
-            return Pictures({"image_features": torch.from_numpy(features)}, everything, hashes, [], [])
+        if records and "image_features" in records[0]:
+            return self._features(draws, records)
         images: list[list[Any]] = []
         hard: list[Any] = []
         kept, hashes, hard_hashes, rejected = [], [], [], []
@@ -170,9 +168,7 @@ class Assembly:
                 image = load_image(record["image"])
                 others = [load_image(each) for each in _listed(record.get("hard_images"), "hard_images")]
             except BadImage as error:
-                if self.on_bad == "error":
-                    raise
-                rejected.append({"row": draw.row, "path": error.where, "code": error.code, "message": error.message})
+                rejected.append(self._refused(draw, error))
                 continue
             images.append([augment(image, name, _seed(draw, view)) for view, name in self.views])
             hard += [augment(each, self.views[0][1], hash64(draw.seed, -1, j)) for j, each in enumerate(others)]
@@ -182,15 +178,47 @@ class Assembly:
                 hard_hashes += [_image_hash(each) for each in others]
             else:
                 hard_hashes += [-1] * len(others)
-        if not images:
-            where = rejected[0]["path"] if rejected else "the data"
-            raise DataError(
-                f"none of the {len(draws)} images of this process's part of a batch can be used",
-                where=where,
-                fix="`clipkit check data` lists what is broken",
-            )
+        _require_some(kept, draws, rejected)
         ordered = [views[v] for v in range(len(self.views)) for views in images] + hard
         return Pictures({"pixel_values": self.transform.images(ordered)}, kept, hashes, hard_hashes, rejected)
+
+    def _features(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> Pictures:
+        """What a locked tower made of the images beforehand: of each one vector, or several to draw from."""
+        cells, kept, hashes, rejected = [], [], [], []
+        for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
+            cell = record["image_features"]
+            if cell is None:  # it could not be used then
+                rejected.append(self._refused(draw, _why_bad(record["image"])))
+                continue
+            several = np.ndim(cell[0]) > 0
+            cells.append(np.asarray(cell[draw.seed % len(cell)] if several else cell, dtype=np.float32))
+            kept.append(i)
+            if "image" in self.content:  # the same whatever is drawn
+                hashes.append(_hash(np.asarray(cell[0] if several else cell, dtype=np.float32).tobytes()))
+        _require_some(kept, draws, rejected)
+        return Pictures({"image_features": torch.from_numpy(np.stack(cells))}, kept, hashes, [], rejected)
+
+    def _refused(self, draw: Draw, error: BadImage) -> dict[str, Any]:
+        if self.on_bad == "error":
+            raise error
+        return {"row": draw.row, "path": error.where, "code": error.code, "message": error.message}
+
+
+def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[str, Any]]) -> None:
+    if not kept:
+        raise DataError(
+            f"none of the {len(draws)} images of this process's part of a batch can be used",
+            where=rejected[0]["path"] if rejected else "the data",
+            fix="`clipkit check data` lists what is broken",
+        )
+
+
+def _why_bad(image: Any) -> BadImage:
+    try:
+        load_image(image)
+    except BadImage as error:
+        return error
+    return BadImage("CHANGED", "it could not be used when its features were computed", where=describe(image))
 
 
 def _seed(draw: Draw, view: int) -> int:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.data.keys import key_values
+from clipkit.data.identity import file_or_bytes, raw_cells
+from clipkit.data.keys import key_values, require_column
+from clipkit.data.map_style import as_table
 from clipkit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -45,40 +47,34 @@ def split_pairs(
     return pairs.select(np.flatnonzero(~is_test)), pairs.select(np.flatnonzero(is_test))
 
 
-def image_keys(pairs: Dataset) -> list[Hashable]:
+def image_keys(pairs: Any) -> list[Hashable]:
     """For each row a key that is equal where the encoded images are equal, byte by byte.
 
-    Only images of one size can be equal, so only those are read and hashed. A file that cannot be read is known by its
-    path.
+    Of the files only those of one size can be equal, so only these are read and hashed. A file that cannot be read is
+    known by its path, an image that was decoded already by its pixels.
     """
-    from datasets import Image
-
-    images = pairs.with_format(None).select_columns(["image"]).cast_column("image", Image(decode=False))
-    sizes: list[int | None] = []
-    paths: list[str | None] = []
-    for start in range(0, len(images), 1000):
-        for cell in images[start : start + 1000]["image"]:
-            data, path = cell["bytes"], cell["path"]
-            paths.append(None if data is not None else path)
-            sizes.append(len(data) if data is not None else _file_size(path))
-    distinct = {
-        (size, path) if path else (size, row) for row, (size, path) in enumerate(zip(sizes, paths, strict=True))
-    }
-    often = Counter(size for size, _ in distinct)
+    pairs = as_table(pairs)
+    require_column(pairs, "image")
+    kept: list[tuple[int | None, str | None, bytes]] = []  # size, path of a file, or the hash of what is no file
+    for cell in raw_cells(pairs, "image"):
+        data = None if cell is None else file_or_bytes(cell)
+        if data is None or isinstance(data, str):
+            kept.append((_file_size(data), data, b""))
+        else:
+            kept.append((len(data), None, hashlib.sha256(data).digest()))
+    often = Counter(size for size, _, _ in set(kept))
+    digests = {path: _digest(path) for size, path, _ in set(kept) if path and size is not None and often[size] > 1}
     return [
-        _key(images, row, size, path) if size is None or often[size] > 1 else size
-        for row, (size, path) in enumerate(zip(sizes, paths, strict=True))
+        digest or (digests.get(path, size) if path and size is not None else path or ("row", row))
+        for row, (size, path, digest) in enumerate(kept)
     ]
 
 
-def _key(images: Dataset, row: int, size: int | None, path: str | None) -> Hashable:
-    if size is None:
-        return path if path else ("row", row)
+def _digest(path: str) -> Hashable:
     try:
-        data = Path(path).read_bytes() if path else images[row]["image"]["bytes"]
+        return hashlib.sha256(Path(path).read_bytes()).digest()
     except OSError:
         return path
-    return hashlib.sha256(data).digest()
 
 
 def _file_size(path: str | None) -> int | None:

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from clipkit import distributed
+from clipkit.data.augment import Augmentation, augment
 from clipkit.data.map_style import as_table
+from clipkit.data.plan import hash64
 from clipkit.embedding.embed import batched, shown
+from clipkit.embedding.encode import evaluating
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
-from clipkit.errors import ModelError, UsageError
-from clipkit.images import bytes_of
+from clipkit.errors import BadImage, ModelError, UsageError
+from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.encode import image_chunks
 from clipkit.models.fingerprint import tower_hash
+from clipkit.models.processor import Processor
+
+Vector: TypeAlias = NDArray[np.float32]
+
+
+class Version(NamedTuple):
+    """One augmented version of one image; without augmentation there is only draw 0."""
+
+    row: int
+    draw: int
 
 
 def with_image_features(
@@ -25,79 +39,137 @@ def with_image_features(
     pairs: Any,
     *,
     store: EmbeddingStore | None = None,
+    augmentation: Augmentation = "none",
+    draws: int = 1,
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = False,
+    on_bad: Literal["error", "skip"] = "error",
 ) -> Any:
     """`pairs` with a column `image_features`, which `Trainer` takes in place of the images (LiT, Zhai et al. 2022).
 
-    The features are those of `model.vision_features`, before the projection, of the images as they are: training on
-    them is training without image augmentation.
+    The features are those of `model.vision_features`, before the projection. Under several processes every one must
+    call this; they share the work, and batches are the same however many share them.
 
     Args:
         model: its image tower must be frozen (``model.freeze("image")``); its heads may train on.
         pairs: a data set with a column `image`, as `Trainer` takes it.
-        store: keeps features by the image's content and the tower's fingerprint, for the next run.
+        store: keeps features by the image's content, its augmentation and the tower's fingerprint, for the next run.
+        augmentation: of the images, by name.
+        draws: with an augmentation, how many versions of each image there are. The plan draws one of them for each
+            batch. They depend on the image's content and their number alone, so that other runs find them again.
         batch_size, workers, progress: as for `embed`.
+        on_bad: ``skip`` leaves the cell of an image that cannot be used empty; `Trainer` then leaves the row out and
+            lists it, or stops, as it does with images.
 
     Raises:
         UsageError: the image tower is not frozen.
-        BadImage: an image cannot be used.
+        BadImage: an image cannot be used, and `on_bad` is ``error``.
         ModelError: a feature is not finite.
     """
+    _require_frozen(model)
+    pairs = as_table(pairs)
+    images: Sequence[Any] = pairs["image"]
+    hashed = store is not None or augmentation != "none"
+    contents = [_content(image, on_bad) if hashed else b"" for image in images]
+    numbers = range(1 if augmentation == "none" else draws)
+    versions = [Version(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
+    keys: dict[Version, Key] = {}
+    found: dict[Version, Vector] = {}
+    if store is not None:
+        tower = tower_hash(model.backend, model.processor)
+        kinds = ["image_features" if augmentation == "none" else f"image_features {augmentation} {n}" for n in numbers]
+        keys = {each: Key(contents[each.row] or b"", kinds[each.draw], tower) for each in versions}
+        stored = store.get(list(keys.values()))
+        found = {each: stored[key] for each, key in keys.items() if key in stored}
+    # of any process: another one may have put a row into the store a moment ago
+    missing = {
+        each for share in distributed.together(lambda: [v for v in versions if v not in found]) for each in share
+    }
+    batches = list(batched(sorted(missing), batch_size))[distributed.rank() :: distributed.world_size()]
+    source = _Versions(images, contents, model.processor, augmentation, on_bad)
+
+    def compute() -> dict[Version, Vector]:
+        done: dict[Version, Vector] = {}
+        loaded = DataLoader(source, batch_size=None, sampler=batches, num_workers=min(workers, len(batches)))
+        for part in shown(iter(loaded), len(batches), "image", progress):
+            if isinstance(part, BadImage):
+                raise part
+            fresh, pixels = part
+            if fresh:
+                vectors = _features(model, pixels, fresh)
+                if store is not None:
+                    store.put([keys[each] for each in fresh], vectors)
+                done.update(zip(fresh, vectors, strict=True))
+        return done
+
+    for share in distributed.together(compute):
+        found |= share
+    return pairs.add_column("image_features", [_cell(found, row, len(numbers)) for row in range(len(images))])
+
+
+def _require_frozen(model: DualEncoder) -> None:
     backend = model.backend
     trained = [n for n, p in backend.named_parameters() if p.requires_grad and backend.owns("image", n, head=False)]
     if trained:
         raise UsageError(
             "features can be kept only of a tower that stands still", where=trained[0], fix='model.freeze("image")'
         )
-    pairs = as_table(pairs)
-    images: Sequence[Any] = pairs["image"]
-    features: dict[int, NDArray[np.float32]] = {}
-    keys: list[Key] = []
-    if store is not None:
-        tower = tower_hash(backend, model.processor)
-        keys = [Key(content_hash(bytes_of(image)), "image_features", tower) for image in images]
-        found = store.get(keys)
-        features = {row: found[key] for row, key in enumerate(keys) if key in found}
-    # of any process: another one may have put a row into the store a moment ago
-    shares = distributed.together(lambda: [row for row in range(len(images)) if row not in features])
-    missing = sorted({row for share in shares for row in share})
-    mine = missing[distributed.rank() :: distributed.world_size()]
-
-    def compute() -> dict[int, NDArray[np.float32]]:
-        done: dict[int, NDArray[np.float32]] = {}
-        chunks = image_chunks(_Rows(images, mine), model.processor, batch_size, workers)
-        parts = list(batched(mine, batch_size))
-        for rows, inputs in shown(zip(parts, chunks, strict=True), len(parts), "image", progress):
-            vectors = _features(model, inputs["pixel_values"], rows)
-            if store is not None:
-                store.put([keys[row] for row in rows], vectors)
-            done.update(zip(rows, vectors, strict=True))
-        return done
-
-    for share in distributed.together(compute):
-        features |= share
-    return pairs.add_column("image_features", [features[row] for row in range(len(images))])
 
 
-def _features(model: DualEncoder, pixels: torch.Tensor, rows: list[int]) -> NDArray[np.float32]:
-    with torch.inference_mode():
-        vectors: NDArray[np.float32] = model.vision_features(pixels.to(model.device)).float().cpu().numpy()
+def _content(image: Any, on_bad: str) -> bytes | None:
+    """SHA-256 of an image; None if it cannot be read."""
+    try:
+        return content_hash(bytes_of(image))
+    except BadImage:
+        if on_bad == "error":
+            raise
+        return None
+
+
+def _cell(found: dict[Version, Vector], row: int, draws: int) -> Vector | list[Vector] | None:
+    cells = [found[each] for draw in range(draws) if (each := Version(row, draw)) in found]
+    return None if not cells else cells[0] if draws == 1 else cells
+
+
+def _features(model: DualEncoder, pixels: torch.Tensor, versions: list[Version]) -> Vector:
+    with evaluating(model):
+        vectors: Vector = model.vision_features(pixels.to(model.device)).float().cpu().numpy()
     if not np.isfinite(vectors).all():
-        bad = rows[int((~np.isfinite(vectors).all(axis=1)).argmax())]
+        bad = versions[int((~np.isfinite(vectors).all(axis=1)).argmax())].row
         raise ModelError("an image feature is not finite", where=f"row {bad}")
     return vectors
 
 
-class _Rows(Sequence[Any]):
-    def __init__(self, items: Sequence[Any], rows: list[int]) -> None:
-        self.items, self.rows = items, rows
+class _Versions(Dataset[Any]):
+    """Batches of versions to pixels. Goes to the workers, so it carries no weights; errors come back as values."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(
+        self,
+        images: Sequence[Any],
+        contents: list[bytes | None],
+        processor: Processor,
+        augmentation: Augmentation,
+        on_bad: str,
+    ) -> None:
+        self.images, self.contents, self.processor = images, contents, processor
+        self.augmentation, self.on_bad = augmentation, on_bad
 
-    def __getitem__(self, index: Any) -> Any:
-        return (
-            [self.items[row] for row in self.rows[index]] if isinstance(index, slice) else self.items[self.rows[index]]
-        )
+    def __getitem__(self, batch: list[Version]) -> tuple[list[Version], torch.Tensor] | BadImage:
+        opened = []
+        for each in batch:
+            try:
+                opened.append((each, self._open(each)))
+            except BadImage as error:
+                if self.on_bad == "error":
+                    return error
+        pixels = self.processor.images([image for _, image in opened]) if opened else torch.zeros(0)
+        return [each for each, _ in opened], pixels
+
+    def _open(self, version: Version) -> Image.Image:
+        image, content = self.images[version.row], self.contents[version.row]
+        if content and content_hash(bytes_of(image)) != content:
+            # a vector under the wrong content would be wrong for ever
+            raise BadImage("CHANGED", "the file changed while it was read", where=describe(image), fix="run again")
+        seed = hash64(int.from_bytes((content or b"")[:8], "little"), version.draw)
+        return augment(load_image(image), self.augmentation, seed)

@@ -12,7 +12,14 @@ Affinity = Callable[[Tensor, Tensor], Tensor]  # positions of rows (r,) and of c
 _ROWS = 1024  # at once
 
 
-def info_nce_floor(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> float:
+def info_nce_floor(
+    affinity: Affinity,
+    row_item: Tensor,
+    col_item: Tensor,
+    *,
+    smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> float:
     """The least that symmetric InfoNCE can be, in nats: the mean of the least of its two directions.
 
     Rows that are the same item share their logits, and so do columns. For one direction, with T the affinity
@@ -27,25 +34,31 @@ def info_nce_floor(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> fl
     Args:
         affinity: of rows and columns by their positions, in [0, 1]; -1 where two are not compared.
         row_item, col_item: (r,) and (c,), one number for each distinct image or text.
+        smoothing: the label smoothing of the loss.
+        weight: (r,) the scores of samples, where rows and columns are the same ones; None: all weigh the same.
     """
-    forth = _direction(affinity, row_item, col_item)
-    back = _direction(lambda rows, cols: affinity(cols, rows).T, col_item, row_item)
+    forth = _direction(affinity, row_item, col_item, smoothing, weight)
+    back = _direction(lambda rows, cols: affinity(cols, rows).T, col_item, row_item, smoothing, weight)
     return (forth + back) / 2
 
 
-def _direction(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> float:
-    total, count = 0.0, 0
+def _direction(
+    affinity: Affinity, row_item: Tensor, col_item: Tensor, smoothing: float, weight: Tensor | None
+) -> float:
+    total, count = 0.0, 0.0
     items, col = torch.unique(col_item, return_inverse=True)
     everyone = torch.arange(len(col_item))
     for rows in whole_items(row_item):
-        weight = affinity(rows, everyone)
-        compared = weight >= 0
-        target = weight.clamp(min=0).double()
-        kept = target.sum(1) > 0  # rows without a positive take no part
-        target = target[kept] / target[kept].sum(1, keepdim=True)
-        total += _bound(target, compared[kept], row_item[rows][kept], col, len(items))
-        count += len(target)
-    return total / max(1, count)
+        found = affinity(rows, everyone)
+        positive = found.clamp(min=0).double()
+        kept = positive.sum(1) > 0  # rows without a positive take no part
+        positive, compared = positive[kept], found[kept] >= 0
+        target = (1 - smoothing) * positive / positive.sum(1, keepdim=True)
+        target += smoothing * compared / compared.sum(1, keepdim=True)
+        target = target if weight is None else target * weight[rows][kept].double().unsqueeze(1)
+        total += _bound(target, compared, row_item[rows][kept], col, len(items))
+        count += float(target.sum())
+    return total / max(count, 1e-300)
 
 
 def _bound(target: Tensor, compared: Tensor, row_item: Tensor, col: Tensor, items: int) -> float:
@@ -56,11 +69,18 @@ def _bound(target: Tensor, compared: Tensor, row_item: Tensor, col: Tensor, item
         room = torch.bincount(col, minlength=items).double().expand_as(by_item)
     else:
         room = _sum_columns(compared.double(), col, items).clamp(min=1)
-    share = by_item / by_item.sum(1, keepdim=True)
+    share = (by_item / by_item.sum(1, keepdim=True)).nan_to_num()  # of a row that weighs nothing
     return float((torch.special.xlogy(by_item, room) - torch.special.xlogy(by_item, share)).sum())
 
 
-def sigmoid_floor(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> float:
+def sigmoid_floor(
+    affinity: Affinity,
+    row_item: Tensor,
+    col_item: Tensor,
+    *,
+    smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> float:
     """The least that the pairwise sigmoid loss can be, in nats: exact.
 
     Pairs of the same two items share one logit: with p of them called alike and q not, they cost at least
@@ -68,20 +88,23 @@ def sigmoid_floor(affinity: Affinity, row_item: Tensor, col_item: Tensor) -> flo
 
     Args:
         affinity: as in `info_nce_floor`, read as labels.
-        row_item, col_item: as in `info_nce_floor`.
+        row_item, col_item, smoothing, weight: as in `info_nce_floor`; a pair weighs the mean of its two samples.
     """
     total = 0.0
+    each = torch.ones(len(row_item), dtype=torch.float64) if weight is None else weight.double()
     items, col = torch.unique(col_item, return_inverse=True)
     everyone = torch.arange(len(col_item))
     for rows in whole_items(row_item):
-        label = affinity(rows, everyone)
+        found = affinity(rows, everyone)
+        pair = (each[rows].unsqueeze(1) + (each if weight is not None else 1)) / 2 * (found >= 0)
+        label = pair * (found.clamp(min=0).double() * (1 - smoothing) + smoothing / 2)
         _, row = torch.unique(row_item[rows], return_inverse=True)
         alike, all_pairs = torch.zeros(2, int(row.max()) + 1, len(items), dtype=torch.float64)
-        alike.index_add_(0, row, _sum_columns(label.clamp(min=0).double(), col, len(items)))
-        all_pairs.index_add_(0, row, _sum_columns((label >= 0).double(), col, len(items)))
+        alike.index_add_(0, row, _sum_columns(label, col, len(items)))
+        all_pairs.index_add_(0, row, _sum_columns(pair, col, len(items)))
         for part in (alike, all_pairs - alike):
-            total -= float(torch.special.xlogy(part, part / all_pairs.clamp(min=1)).sum())
-    return total / len(row_item)
+            total -= float(torch.special.xlogy(part, (part / all_pairs).nan_to_num()).sum())
+    return total / max(float(each.sum()), 1e-300)
 
 
 def whole_items(item: Tensor) -> Iterator[Tensor]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Tile, widest
+from clipkit.losses.tiles import Pairs, Take, Tile, widest
 
 
 @dataclass
 class SigmoidPairs(Pairs):
     """1/N sum_ij [softplus(z_ij) - y_ij z_ij], with the affinity as label y; N is the number of anchors."""
 
-    def measure(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    one_pass: ClassVar[bool] = True
+
+    def measure(
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, take: Take | None
+    ) -> tuple[Tensor, Tensor]:
         rows, cols = self.rows.weights(scale).sum(), self.cols.weights(scale).sum()
         anchors = (distributed.sum_over_ranks(rows) + cols) / 2
         self.factor = distributed.world_size() / anchors
@@ -27,6 +32,8 @@ class SigmoidPairs(Pairs):
             value += _sum(F.softplus(z) - label * z, weight)
             if self.similar.graded or self.smoothing:
                 floor += _sum(torch.special.entr(label) + torch.special.entr(1 - label), weight)
+            if take is not None:
+                take(tile, self.slope(tile, z, affinity))
         return (self.factor * value).to(scale), (self.factor * (value - floor)).to(scale)
 
     def slope(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ class Views(Similar):
 
 def same(rows: Tensor, cols: Tensor) -> Tensor:
     """(r,) and (c,) codes -> (r, c) bool: whether both are known (>= 0) and equal."""
-    return (rows.unsqueeze(1) == cols.unsqueeze(0)) & (rows >= 0).unsqueeze(1)
+    rows, cols = rows.where(rows >= 0, -1), cols.where(cols >= 0, -2)  # vectors, so that the matrix is made once
+    return rows.unsqueeze(1) == cols.unsqueeze(0)
 
 
 def target(similar: Similar, rows: Keys, cols: Keys, hard: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Tile, widest
+from clipkit.losses.tiles import Pairs, Take, Tile, widest
 
 _MASS, _PULL, _OWN, _Z, _COUNT = range(5)
 
@@ -53,7 +53,9 @@ class SoftmaxPairs(Pairs):
     One pass serves both directions: this rank's rows are complete, columns are summed over ranks.
     """
 
-    def measure(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def measure(
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, take: Take | None
+    ) -> tuple[Tensor, Tensor]:
         self.row, self.col = self._sum_up(a, b, scale, bias)
         self.col.lse = _logsumexp_over_ranks(self.col.lse)
         self.col.sums = distributed.sum_over_ranks(self.col.sums)

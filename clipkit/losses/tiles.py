@@ -8,9 +8,9 @@ its value and dz of a tile; gathers, tiles and the rest of the chain rule are wr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from clipkit import distributed
 from clipkit.losses.similar import ROW, Keys, Similar, target
 
 Tile = tuple[slice, slice]
+Take = Callable[[Tile, Tensor], None]  # of a tile and its dz
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Pairs(ABC):
         smoothing: part of the target that is spread over everything.
         tile: rows and columns that are looked at together; None: all.
         dtype: of the logits; afterwards of the affinity, if that is wider.
-        keep: whether logits and target are kept for the backward pass where all fit into one tile.
+        keep: whether there will be a backward pass; logits and target are kept for it where all fit into one tile.
     """
 
     rows: Known
@@ -62,16 +63,25 @@ class Pairs(ABC):
     dtype: torch.dtype
     keep: bool
 
+    one_pass: ClassVar[bool] = False
+    """Whether dz of a tile needs no sums over the others: gradients are then made beside the value."""
+
     def __post_init__(self) -> None:
         self._kept: tuple[Tensor, Tensor] | None = None
         self._start = distributed.rows_before(self.rows.count) if self.similar.alone else None
         one = _cut(self.cols.keys, slice(0, 1))
         self.dtype = torch.promote_types(target(self.similar, one, one).dtype, self.dtype)
-        self.ignores = False  # whether any pair is not to be compared; settled while `measure` goes through the tiles
+        self.ignores = False  # whether any pair is not to be compared; found out while `measure` goes through the tiles
+        self.settled = False  # whether it has gone through them
 
     @abstractmethod
-    def measure(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """This rank's share of the loss, and of what the loss lies above its floor."""
+    def measure(
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, take: Take | None
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of the loss, and of what the loss lies above its floor.
+
+        With `one_pass`, the dz of each tile is given to `take`, where there is one.
+        """
 
     @abstractmethod
     def slope(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:
@@ -93,8 +103,9 @@ class Pairs(ABC):
             logits = (scale * a[rows]) @ b[cols].T
             logits = logits if bias is None else logits.add_(bias)
             affinity = self.affinity(tile)
-            self.ignores = self.ignores or bool(affinity.min() < 0)
-            if self.keep and len(logits) == self.rows.count and logits.shape[1] == self.cols.count:
+            if not self.settled:
+                self.ignores = self.ignores or bool(affinity.min() < 0)
+            if self.keep and not self.one_pass and logits.shape == (self.rows.count, self.cols.count):
                 self._kept = logits, affinity
             yield tile, logits, affinity
 
@@ -133,6 +144,32 @@ def _cut(keys: Keys, part: slice) -> Keys:
     return {name: values[part] for name, values in keys.items()}
 
 
+class Gradients:
+    """What dz of all tiles adds up to."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self.a, self.b, self.scale, self.bias = a, b, scale, bias
+        self.da, self.db = torch.zeros_like(a), torch.zeros_like(b)
+        self.dbias = torch.zeros_like(scale, dtype=widest(scale))
+
+    def take(self, tile: Tile, dz: Tensor) -> None:
+        rows, cols = tile
+        self.da[rows].addmm_(dz, self.b[cols])
+        self.db[cols].addmm_(dz.T, self.a[rows])
+        if self.bias is not None:
+            self.dbias += dz.sum()
+
+    def finish(self, grad: Tensor, size: int) -> tuple[Tensor | None, ...]:
+        """Those of a, b, scale and bias, times `grad`; in place, so only once."""
+        dscale = torch.zeros_like(self.dbias)
+        for ours, theirs in zip(torch.split(self.a, size), torch.split(self.da, size), strict=True):
+            dscale += (ours * theirs).sum(dtype=dscale.dtype)
+        self.da.mul_(self.scale * grad)
+        self.db.mul_(self.scale * grad)
+        dbias = None if self.bias is None else (self.dbias * grad).to(self.bias)
+        return self.da, self.db, (dscale * grad).to(self.scale), dbias
+
+
 class PairLoss(torch.autograd.Function):
     """The value of a `Pairs`, and its gradients."""
 
@@ -142,25 +179,20 @@ class PairLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.pairs = pairs
         ctx.save_for_backward(a, b, scale, bias)
-        value, above = pairs.measure(a, b, scale, bias)
+        ctx.found = Gradients(a, b, scale, bias) if pairs.keep and pairs.one_pass else None
+        value, above = pairs.measure(a, b, scale, bias, None if ctx.found is None else ctx.found.take)
+        pairs.settled = True
         ctx.mark_non_differentiable(above)
         return value, above
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, scale, bias = ctx.saved_tensors
-        da, db = torch.zeros_like(a), torch.zeros_like(b)
-        dscale = dbias = torch.zeros_like(scale, dtype=widest(scale))
-        with torch.autocast(a.device.type, enabled=False):
-            for (rows, cols), logits, affinity in ctx.pairs.each(a, b, scale, bias):
-                dz = ctx.pairs.slope((rows, cols), logits, affinity)
-                da[rows].addmm_(dz, b[cols])
-                db[cols].addmm_(dz.T, a[rows])
-                dbias = dbias if bias is None else dbias + dz.sum()
-            for rows in {tile[0].start: tile[0] for tile in ctx.pairs.tiles()}.values():
-                dscale = dscale + (a[rows] * da[rows]).sum(dtype=dscale.dtype)
-        ctx.pairs.forget()
-        grad = grads[0]
-        da.mul_(scale * grad)
-        db.mul_(scale * grad)
-        return da, db, (dscale * grad).to(scale), None if bias is None else (dbias * grad).to(bias), None
+        pairs, found = ctx.pairs, ctx.found
+        ctx.found = None  # a second backward pass makes its own
+        if found is None:
+            found = Gradients(*ctx.saved_tensors)
+            with torch.autocast(found.a.device.type, enabled=False):
+                for tile, logits, affinity in pairs.each(*ctx.saved_tensors):
+                    found.take(tile, pairs.slope(tile, logits, affinity))
+        pairs.forget()
+        return *found.finish(grads[0], pairs.tile or len(found.a) or 1), None

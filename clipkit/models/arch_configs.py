@@ -116,7 +116,9 @@ def _shape(vision: Any) -> dict[str, Any]:
 def timm_shape(trunk: Any) -> dict[str, Any] | None:
     """What a SiglipVisionConfig says, of a ViT of timm; None if it is another kind of tower."""
     pool = getattr(trunk, "attn_pool", None)
-    if pool is None or getattr(trunk, "num_prefix_tokens", 1) != 0 or not hasattr(trunk, "blocks"):
+    if pool is None or getattr(trunk, "num_prefix_tokens", 1) != 0:
+        return None
+    if not hasattr(trunk, "blocks") or not hasattr(trunk, "patch_embed"):  # NaFlex has the first alone
         return None
     block = trunk.blocks[0]
     return {

@@ -25,10 +25,15 @@ _UNDO = (
 )
 
 
+_BY_VOCABULARY = ("ids", "case", "start_token", "end_token", "end_when_cut", "pad_token")
+
+
 def changes(body: dict[str, Any], now: Fingerprint) -> Iterator[Finding]:
-    saved = Fingerprint.from_dict(body.get("fingerprint") or {})
-    for key, before, after in saved.changes(now):
-        if key.endswith(".class"):
+    """In what the fingerprint differs from the saved one; without what another vocabulary entails."""
+    found = Fingerprint.from_dict(body.get("fingerprint") or {}).changes(now)
+    entailed = ["text." + name for name in _BY_VOCABULARY if any(key == "text.tokenizer" for key, *_ in found)]
+    for key, before, after in found:
+        if key.endswith(".class") or key in entailed:
             continue
         name = about(key)
         if name == "weights":

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipkit.errors import ClipkitError, ModelError
+from clipkit.errors import ClipkitError, CorruptArtefact
 from clipkit.models import artefact, lora
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import words
+from clipkit.models.folder_checks import damaged
 from clipkit.models.known_answers import about, why
-from clipkit.models.open_model import open_model
+from clipkit.models.open_model import OPEN_CLIP, open_model
 from clipkit.models.saving import golden, reference
 
 _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError)
@@ -37,12 +39,14 @@ class Comparison:
     """Largest difference of the whole way, from image and text to embedding; None if their lengths differ."""
     cosine: dict[str, float | None] = field(default_factory=dict)
     """The lowest cosine between the two models' embeddings of one input."""
+    damage: dict[str, dict[str, str]] = field(default_factory=dict)
+    """For `A` and `B`: the files that are not what was saved, with a sentence on each."""
 
     @property
     def ok(self) -> bool:
-        """Whether both give the same embeddings, and their logits the same scale."""
+        """Whether both give the same embeddings, their logits the same scale, and neither is damaged."""
         same = all(_within(value) for value in self.embeddings.values())
-        return same and not any(key.startswith("logit") for key, _, _ in self.differences)
+        return same and not self.damage and not any(key.startswith("logit") for key, _, _ in self.differences)
 
     @property
     def exit_code(self) -> int:
@@ -56,6 +60,7 @@ class Comparison:
             "a": self.names[0],
             "b": self.names[1],
             "ok": self.ok,
+            "damage": self.damage,
             "differences": differences,
             "same_inputs": self.same_inputs,
             "same_tensors_max_difference": self.weights,
@@ -67,14 +72,27 @@ class Comparison:
         return "\n".join(_lines(self))
 
 
-def compare_models(a: str | os.PathLike[str] | DualEncoder, b: str | os.PathLike[str] | DualEncoder) -> Comparison:
+def compare_models(
+    a: str | os.PathLike[str] | DualEncoder,
+    b: str | os.PathLike[str] | DualEncoder,
+    *,
+    trust_remote_code: bool = False,
+) -> Comparison:
     """Compare the fingerprints of two models, and their embeddings of the built-in images and texts step by step.
 
+    A folder with files that are not what was saved is compared as it is, and its damage is told.
+
+    Args:
+        a, b: names as `DualEncoder.from_pretrained` takes them, or models that are open.
+        trust_remote_code: whether a model may run Python code that it brings along.
+
     Raises:
-        ModelError: one of them cannot be opened.
+        ModelError: one of them does not exist.
+        CorruptArtefact: one of them is there, but cannot be opened.
     """
-    first, second = _opened(a), _opened(b)
+    first, second = (_opened(each, trust_remote_code) for each in (a, b))
     found = Comparison((first.name, second.name))
+    found.damage = {letter: files for letter, each in (("A", a), ("B", b)) if (files := _damaged(each))}
     found.differences = first.fingerprint().changes(second.fingerprint())
     _compare_inputs(found, first, second)
     _compare_weights(found, first, second)
@@ -86,15 +104,27 @@ def compare_models(a: str | os.PathLike[str] | DualEncoder, b: str | os.PathLike
     return found
 
 
-def _opened(model: str | os.PathLike[str] | DualEncoder) -> DualEncoder:
+def _opened(model: str | os.PathLike[str] | DualEncoder, trust_remote_code: bool) -> DualEncoder:
     if isinstance(model, DualEncoder):
         return reference(lora.merged(model))
     try:
-        backend, processor, _, _ = open_model(model, None, False, check=False)
+        backend, processor, _, _ = open_model(model, None, trust_remote_code, check=False)
     except ClipkitError as error:
+        if not _path(model).is_dir():
+            raise
         fix = f"clipkit check model {os.fspath(model)} tells more"
-        raise ModelError(f"the model does not open: {error.message}", where=os.fspath(model), fix=fix) from error
+        message = f"the model does not open: {error.message}"
+        files = "; ".join(_damaged(model).values())
+        raise CorruptArtefact(f"{message} ({files})" if files else message, where=_path(model), fix=fix) from error
     return DualEncoder(backend, processor, os.fspath(model)).eval()
+
+
+def _damaged(model: str | os.PathLike[str] | DualEncoder) -> dict[str, str]:
+    return {} if isinstance(model, DualEncoder) or not _path(model).is_dir() else damaged(_path(model))
+
+
+def _path(model: str | os.PathLike[str]) -> Path:
+    return Path(os.fspath(model).removeprefix(OPEN_CLIP)).expanduser()
 
 
 # ------------------------------------------------------------------------------------------------------ step by step
@@ -153,8 +183,12 @@ def _lines(found: Comparison) -> Iterator[str]:
     yield f"A  {found.names[0]}"
     yield f"B  {found.names[1]}"
     yield ""
+    for letter, files in found.damage.items():
+        yield from (f"{letter} is damaged: {what}" for what in files.values())
+        yield f"    clipkit check model {found.names['AB'.index(letter)]} tells more"
+        yield ""
     shown = [each for each in found.differences if not each[0].endswith(".class")]
-    yield f"{len(shown)} differences:" if shown else "no recorded fact differs"
+    yield f"{len(shown)} difference{'s' * (len(shown) > 1)}:" if shown else "no recorded fact differs"
     for key, a, b in shown:
         yield f"- {words(key)}: {a} in A, {b} in B"
         if not key.endswith(".weights"):
@@ -188,10 +222,12 @@ def _together(worst: float | None, cosine: float | None) -> str:
 def _verdict(found: Comparison) -> str:
     if found.ok:
         return "the same embeddings: either can stand in for the other"
+    damage = " and ".join(found.damage)
+    damage = f"{damage} is not what was saved: do not use it before that is mended. " if damage else ""
     causes = [f"{side}s: {_cause(found, side)}" for side in ("image", "text") if not _within(found.embeddings[side])]
     if any(key.startswith("logit") for key, _, _ in found.differences):
         causes.append("logits: scale or bias")
-    return "they disagree. Where: " + "; ".join(causes)
+    return damage + (f"they disagree. Where: {'; '.join(causes)}" if causes else "Their embeddings are the same")
 
 
 def _cause(found: Comparison, side: str) -> str:

@@ -122,7 +122,7 @@ def rename(weights: Weights, rules: Iterator[Rule], *, to_open_clip: bool) -> di
         missing = [name for name in names if name not in left]
         if missing:
             raise ModelError(f"it has no weight {missing[0]}, which the other library's architecture asks for")
-        tensors = turn(*(left.pop(name).detach().cpu() for name in names))
+        tensors = turn(*(left.pop(name) for name in names))
         found |= {name: tensor.contiguous().clone() for name, tensor in zip(others, tensors, strict=True)}
     if left:
         some = ", ".join(sorted(left)[:3])

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import ClipkitError
-from clipkit.models import artefact, image_facts, lora, text_facts
+from clipkit.models import artefact, image_facts, lora, text_facts, vocabulary
 from clipkit.models.backend import PARTS
 from clipkit.models.behaviour import behaviour, changes, golden_findings
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import Fingerprint
-from clipkit.models.folder_checks import file_findings, weight_findings
+from clipkit.models.folder_checks import damaged, file_findings, weight_findings
 from clipkit.models.known_answers import Finding, known_answers, why
 from clipkit.models.names import find_folder
 from clipkit.models.open_model import open_model
@@ -33,6 +33,8 @@ class Report:
     recorded: bool = False
     """Whether there is a clipkit.json to hold the model to."""
     findings: list[Finding] = field(default_factory=list)
+    effects: list[str] = field(default_factory=list)
+    """What the errors above do to embeddings, where they are known to be the cause."""
 
     @property
     def errors(self) -> int:
@@ -69,6 +71,7 @@ class Report:
             "about": self.about,
             "fingerprint": None if self.fingerprint is None else self.fingerprint.as_dict(),
             "findings": [finding.as_dict() for finding in self.findings],
+            "effects": self.effects,
         }
 
     def __str__(self) -> str:
@@ -91,15 +94,15 @@ def examine(model: str | os.PathLike[str] | DualEncoder, *, trust_remote_code: b
     """
     if isinstance(model, DualEncoder):
         report = Report(model.name)
-        _examine_opened(report, model, None)
+        _examine_opened(report, model, None, None)
         return report
     report, folder = Report(os.fspath(model)), _folder(model)
     if folder is not None:
         report.recorded = (folder / artefact.NAME).is_file()
         report.findings += [*file_findings(folder), *weight_findings(folder)]
-    opened, body = _open(report, model, trust_remote_code)
+    opened, body = _open(report, model, folder, trust_remote_code)
     if opened is not None:
-        _examine_opened(report, opened, body)
+        _examine_opened(report, opened, body, folder)
     return report
 
 
@@ -112,13 +115,18 @@ def _folder(name: str | os.PathLike[str]) -> Path | None:
 
 
 def _open(
-    report: Report, name: str | os.PathLike[str], trust_remote_code: bool
+    report: Report, name: str | os.PathLike[str], folder: Path | None, trust_remote_code: bool
 ) -> tuple[DualEncoder | None, dict[str, Any] | None]:
     try:
         backend, processor, body, _ = open_model(name, None, trust_remote_code, check=False)
     except Exception as error:  # a damaged folder fails in any way; what was found so far is to be told
+        if folder is None and isinstance(error, ClipkitError):
+            raise  # there is nothing to examine
+        foreign = [] if folder is None else list(vocabulary.of_folder(folder))
         finding = _unopened(error)
-        if report.ok or finding.about != "opening":
+        if foreign and finding.about in ("pooling", "opening"):
+            report.findings += foreign  # why its end of text, or its padding, is another
+        elif report.ok or finding.about != "opening":
             report.findings.append(finding)
         return None, None
     return DualEncoder(backend, processor, os.fspath(name)).eval(), body
@@ -144,22 +152,51 @@ _NAMED = {  # what an error at opening is about
 }
 
 
-def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | None) -> None:
+def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | None, folder: Path | None) -> None:
     model = reference(lora.merged(model))
     if body is not None and body.get("schema") != artefact.SCHEMA:
         body = None  # named already; its facts are not comparable
-    report.fingerprint = model.fingerprint()
+    report.findings += vocabulary.of_model(model)
+    try:
+        report.fingerprint = model.fingerprint()
+    except _FAILURES as error:
+        if report.ok:
+            report.findings.append(_no_embeddings(error))
+        return
     report.about = describe(model, report.fingerprint)
-    report.findings += changes(body, report.fingerprint) if body is not None else []
-    named = {finding.about for finding in report.findings}
-    report.findings += [f for f in known_answers(model, report.fingerprint) if f.about not in named]
+    if body is not None:
+        report.findings += [f for f in changes(body, report.fingerprint) if not _named(report, f, folder)]
+    report.findings += [f for f in known_answers(model, report.fingerprint) if not _named(report, f, folder)]
     try:
         found = golden(model)
-        report.findings += [*(golden_findings(body, found) if body is not None else ()), *behaviour(model, found)]
-    except (ClipkitError, RuntimeError, ValueError, IndexError) as error:
+        changed = [] if body is None else list(golden_findings(body, found))
+        if report.ok:
+            report.findings += changed
+        else:
+            report.effects += [finding.what for finding in changed]
+        report.findings += behaviour(model, found)
+    except _FAILURES as error:
         if not any(f.about in ("image size", "context length") for f in report.findings):
-            what = f"the model gives no embeddings: {str(error).splitlines()[0]}"
-            report.findings.append(Finding("error", "embeddings", what, "it cannot be used", "take another copy of it"))
+            report.findings.append(_no_embeddings(error))
+
+
+_FAILURES = (ClipkitError, RuntimeError, ValueError, IndexError)  # of a model that is run
+
+
+def _no_embeddings(error: Exception) -> Finding:
+    what = f"the model gives no embeddings: {str(error).splitlines()[0]}"
+    return Finding("error", "embeddings", what, "it cannot be used", "take another copy of it")
+
+
+def _named(report: Report, finding: Finding, folder: Path | None) -> bool:
+    """Whether the report has it already: by its own name, or as the damage to the file that it comes from."""
+    if finding.about == "weights" and folder is not None:
+        return any(name.endswith((".safetensors", ".bin")) for name in damaged(folder))
+    names = {each.about for each in report.findings}
+    return finding.about in names or ("vocabulary" in names and finding.about in _BY_VOCABULARY)
+
+
+_BY_VOCABULARY = ("token ids", "case", "start token", "end token (EOS)")
 
 
 # --------------------------------------------------------------------------------------------------------- report
@@ -192,18 +229,24 @@ def _lines(report: Report) -> Iterator[str]:
     yield report.name
     for name, text in report.about.items():
         yield f"  {name:<12} {text}"
-    yield f"  {'record':<12} " + (
-        "clipkit.json: files, fingerprint and golden embeddings were compared with it"
-        if report.recorded
-        else "none (no clipkit.json): unverified, checked by what is known of such models only"
-    )
+    yield f"  {'record':<12} {_record(report)}"
     for finding in report.findings:
         yield ""
         yield f"{finding.level}: {finding.about}"
         for name, text in (("what", finding.what), ("why", finding.why), ("mend", finding.fix)):
             yield f"  {name:<5} {text}"
     yield ""
+    for effect in report.effects:
+        yield f"effect: {effect}"
     yield report.verdict
+
+
+def _record(report: Report) -> str:
+    if not report.recorded:
+        return "none (no clipkit.json): unverified, checked by what is known of such models only"
+    if not report.about:
+        return "clipkit.json: files were compared with it; the model cannot be run, so its embeddings were not"
+    return "clipkit.json: files, fingerprint and golden embeddings were compared with it"
 
 
 def _count(n: int, noun: str) -> str:

@@ -98,10 +98,14 @@ def _to_open_clip(model: DualEncoder, folder: Path) -> list[str]:
         notes.append("the tokenizer of transformers lies beside the weights, and open_clip uses it")
     layers = (native.config.vision_config.num_hidden_layers, native.config.text_config.num_hidden_layers)
     rules = convert.clip_rules(*layers) if kind == "clip" else convert.siglip_rules(*layers)
-    save_file(convert.rename(native.state_dict(), rules, to_open_clip=True), folder / "open_clip_model.safetensors")
+    save_file(convert.rename(_weights(native), rules, to_open_clip=True), folder / "open_clip_model.safetensors")
     body = {"model_cfg": config, "preprocess_cfg": convert_inputs.open_clip_preprocess(images)}
     (folder / "open_clip_config.json").write_text(dump_json(body), encoding="utf-8")
     return notes
+
+
+def _weights(native: Any) -> dict[str, Tensor]:
+    return {name: each.detach().cpu() for name, each in native.state_dict().items()}
 
 
 def _transformers_parts(model: DualEncoder) -> tuple[Any, Any]:
@@ -133,7 +137,7 @@ def _to_transformers(model: DualEncoder, folder: Path) -> list[str]:
     images = convert_inputs.transformers_images(dict(native.visual.preprocess_cfg), siglip)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     config = arch_configs.transformers_siglip(native) if siglip else arch_configs.transformers_clip(native, ids)
-    weights = {name.removeprefix("text.") if not siglip else name: each for name, each in native.state_dict().items()}
+    weights = {name.removeprefix("text.") if not siglip else name: each for name, each in _weights(native).items()}
     layers = (config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
     rules = convert.siglip_rules(*layers) if siglip else convert.clip_rules(*layers)
     with torch.device("meta"):

@@ -18,14 +18,28 @@ _PREFIXES = ("module.", "_orig_mod.")
 _READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".bin")
 
 
+def damaged(folder: Path) -> dict[str, str]:
+    """The files that are missing or not what was saved, the card aside: their names, and a sentence on each."""
+    found = {}
+    for each in artefact.damages(folder):
+        name = each.path.relative_to(folder).as_posix()
+        short = each.message.removeprefix("a file of the model ")
+        if not each.prose:
+            found[name] = f"{name}: {short}" if short == each.message else f"{name} {short}"
+    return found
+
+
 def file_findings(folder: Path) -> Iterator[Finding]:
-    for damage in artefact.damages(folder):
-        name = damage.path.relative_to(folder).as_posix()
-        if damage.prose:
-            yield Finding("warning", "files", f"{name} was edited", "it does not change the model", "nothing to do")
-        else:
-            reason = "the file was damaged, cut or edited after the model was saved"
-            yield Finding("error", "files", f"{name}: {damage.message}", reason, "copy or download that file again")
+    found = damaged(folder)
+    if found:
+        several = len(found) > 1
+        reason = f"{'they were' if several else 'it was'} damaged, cut or edited after the model was saved"
+        what = "; ".join(found.values())
+        fix = f"copy or download {'these files' if several else 'that file'} again"
+        yield Finding("error", "files", what, reason, fix)
+    if any(each.prose for each in artefact.damages(folder)):
+        what = f"{artefact.CARD} was edited"
+        yield Finding("warning", "files", what, "it does not change the model", "nothing to do")
     body = recorded(folder)
     if body is None:
         return
@@ -53,7 +67,8 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def weight_findings(folder: Path) -> Iterator[Finding]:
-    """What can be said of weight files without building the model."""
+    """What can be said of weight files without building the model, damage aside that clipkit.json shows."""
+    named = damaged(folder)
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         try:
@@ -61,6 +76,8 @@ def weight_findings(folder: Path) -> Iterator[Finding]:
                 keys = list(file.keys())
                 bad = [key for key in keys if not _finite(file.get_tensor(key))]
         except (SafetensorError, OSError) as error:
+            if name in named:
+                continue
             yield Finding(
                 "error",
                 "weights",

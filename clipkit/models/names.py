@@ -41,6 +41,20 @@ def near(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {', '.join(close)}?" if close else ""
 
 
+def near_folders(name: str) -> str:
+    """A hint that names folders whose path differs in one part, or nothing: " Did you mean runs/birds/model?"."""
+    wanted = Path(name).expanduser()
+    # from the first part that is missing: what stands below it may be spelt rightly
+    missing = next((part for part in (*reversed(wanted.parents), wanted) if not part.is_dir()), wanted)
+    if not missing.parent.is_dir():
+        return ""
+    names = [path.name for path in missing.parent.iterdir() if path.is_dir()]
+    close = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.6)
+    found = [missing.parent / each / wanted.relative_to(missing) for each in close]
+    found = [path for path in found if path.is_dir()] or [missing.parent / each for each in close]
+    return f" Did you mean {', '.join(str(path) for path in found)}?" if found else ""
+
+
 def find_folder(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """The folder of a local or hub model. A local folder never touches the network.
 
@@ -55,9 +69,8 @@ def find_folder(name: str | os.PathLike[str], *, revision: str | None = None) ->
         fix = "pass the folder that holds config.json"
         raise ModelError("a model is a folder, not a single file", where=text, fix=fix)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
-        siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         kinds = "a folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER"
-        raise ModelError(f"no such model folder.{near(text, siblings)}", where=text, fix=f"a model's name is {kinds}")
+        raise ModelError(f"no such model folder.{near_folders(text)}", where=text, fix=f"a model's name is {kinds}")
     return download(text, revision)
 
 
@@ -87,7 +100,7 @@ def download(name: str, revision: str | None, library: Library = "transformers")
 
 
 def _near_known(name: str) -> str:
-    return near(name, [*cached_models(), *_WELL_KNOWN])
+    return near_folders(name) or near(name, [*cached_models(), *_WELL_KNOWN])
 
 
 def cached_models() -> list[str]:

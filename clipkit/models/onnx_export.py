@@ -69,9 +69,10 @@ def _write(model: DualEncoder, fresh: Path, folder: Path) -> ExportReport:
         "image": {"pixel_values": model.processor.images(golden_images()[:3])},
         "text": model.processor.texts(GOLDEN_TEXTS[:3]),
     }
+    tensors = {}
     for side, module in (("image", _Image(model)), ("text", _Text(model))):
         _trace(module.eval(), inputs[side], model, fresh / f"{side}.onnx")
-    tensors = {side: _check(model, side, fresh) for side in inputs}
+        tensors[side] = _check(model, side, fresh)
     notes = _save_processor(model, fresh)
     found = model.fingerprint()
     model.card = model.card.settled(model.name, found)

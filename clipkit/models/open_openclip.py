@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from clipkit.errors import ModelError
 from clipkit.models.configs import read_json, refuse_code
-from clipkit.models.names import near
+from clipkit.models.names import near, near_folders
 from clipkit.models.open_tower import holds_vocabulary
 from clipkit.models.openclip import CONFIG, TEXT_CONFIG, OpenClipBackend, unknown_architecture, wrap
 from clipkit.models.processor import Processor
@@ -34,7 +34,7 @@ def open_by_name(name: str, trust_remote_code: bool = False) -> tuple[OpenClipBa
     """`ARCH/TAG`, or `ARCH/FILE` with a checkpoint of open_clip's own training."""
     arch, _, tag = name.partition("/")
     if arch not in open_clip.list_models():
-        raise unknown_architecture(arch)
+        raise unknown_architecture(arch, near_folders(name))
     config = open_clip.get_model_config(arch)
     if tag and Path(tag).expanduser().is_file():
         return _create(name, arch, config, trust_remote_code, weights=Path(tag).expanduser())

@@ -246,7 +246,8 @@ def _settle_end_of_text(model: Any, texts: OpenClipTexts, config: dict[str, Any]
         config["text_cfg"] |= {"pool_type": "eos", "eos_id": end}
 
 
-def unknown_architecture(arch: str) -> ModelError:
-    known = open_clip.list_models()
+def unknown_architecture(arch: str, hint: str = "") -> ModelError:
+    """`hint` goes before the near names of architectures: folders, where a path may have been meant."""
+    hint = hint or near(arch, open_clip.list_models())
     fix = "open_clip:ARCH/TAG; open_clip.list_pretrained() lists them"
-    return ModelError(f"open_clip knows no architecture {arch!r}.{near(arch, known)}", fix=fix)
+    return ModelError(f"open_clip knows no architecture {arch!r}.{hint}", fix=fix)

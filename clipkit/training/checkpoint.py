@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ResourceError
-from clipkit.files import dump_json, nearest, publish, sha256_file
+from clipkit.files import dump_json, nearest, publish, resource_errors, sha256_file
 from clipkit.training.state import Part
 
 logger = logging.getLogger("clipkit")
@@ -83,11 +83,12 @@ class Checkpoints:
         """
         self.require_room(size_of(parts))
         path = self.folder / f"step_{step:08d}"
-        publish(path, lambda fresh: _write(fresh, step, parts), replace=True)
-        verify(path)
-        for old in self.paths()[:-keep]:
-            if old != path:
-                remove(old)
+        with resource_errors(path):
+            publish(path, lambda fresh: _write(fresh, step, parts), replace=True)
+            verify(path)
+            for old in self.paths()[:-keep]:
+                if old != path:
+                    remove(old)
         return path
 
     def require_room(self, needed: int) -> None:
@@ -165,10 +166,11 @@ def verify(path: Path) -> None:
         raise CorruptArtefact("a file is not in the manifest", where=path / min(odd))
     for name, expected in files.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != expected["size"]:
+        size, digest = (expected.get(key) if isinstance(expected, dict) else None for key in ("size", "sha256"))
+        if not file.is_file() or file.stat().st_size != size:
             found = f"{file.stat().st_size} bytes" if file.is_file() else "none"
-            raise CorruptArtefact(f"expected {expected['size']} bytes, found {found}", where=file)
-        if sha256_file(file) != expected["sha256"]:
+            raise CorruptArtefact(f"expected {size} bytes, found {found}", where=file)
+        if sha256_file(file) != digest:
             raise CorruptArtefact("the content is not what was saved (its SHA-256 differs)", where=file)
 
 

@@ -42,6 +42,12 @@ class TrainConfig:
         batch_size: pairs of a global batch, over all ranks: the negatives of the loss.
         micro_batch: samples that one device embeds at once; the gradients stay those of the whole batch (Gao et al.
             2021, GradCache), for one more forward pass. None: all.
+        distinct: what a global batch holds at most once: ``texts``, ``image``, or columns such as a product. Rows that
+            find no place are left out of the epoch, and their number is told.
+        balanced: column of the class: each is shown equally often, rare ones again and again.
+        grouped: column whose values come `group_size` rows at a time: hard negatives within the batch (PK sampling,
+            Hermans et al. 2017). Not together with `balanced`.
+        group_size: rows of a group in a batch.
         loss: ``info_nce``, ``sigmoid`` (needs a model with a bias), or ``auto``: sigmoid for models with a bias. The
             bias of fresh heads begins at -ln(batch_size - 1); one that was loaded stays.
         label_smoothing: part of each target that is spread over all that is compared.
@@ -52,11 +58,15 @@ class TrainConfig:
         head_learning_rate: peak rate of weights that start at random: fresh heads of `from_towers`, LoRA.
         scale_learning_rate: of the logit scale and bias; None: `head_learning_rate` where the heads are fresh,
             else `learning_rate`. Adam moves them by at most this much a step.
+        layer_decay: factor of the rate from one block of a tower to the one before it, such as 0.75 (Clark et al.
+            2020, ELECTRA); None: all blocks alike.
         weight_decay: decoupled; never on norms, biases, class tokens, embeddings of
             positions, logit scale and bias.
         betas, eps: of AdamW (Radford et al. 2021, table 18).
         warmup: part of the steps with a rising rate; then a half cosine down to zero.
         clip_grad_norm: norm to which gradients are clipped; None: never.
+        ema: decay of a moving average of the weights, such as 0.999, which is measured and kept in their place; None:
+            none.
         precision: ``auto`` is bf16 on devices that have it, else fp32.
         augmentation: of training images only: ``crop`` (90-100 % of the area), ``crop+flip``, ``affine``, ``simclr``,
             ``none``.
@@ -66,8 +76,9 @@ class TrainConfig:
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
         forget_budget: how much of the reference metric may be lost (0.01: one point of a hundred); after training the
             weights go back towards the start as far as that needs (see `Guardrail`). None: as far as it goes.
-        best: metric key that chooses the weights to keep, the highest (of ranks: the lowest); None: the first key
-            of the first evaluator.
+        best: metric key that chooses the weights to keep, the highest (of ranks and losses: the lowest); None: the
+            first key of the first evaluator.
+        patience: evaluations without a better one after which the run ends; None: it takes all its steps.
         log_every: steps between lines of metrics.jsonl.
         on_bad: ``skip`` leaves out rows and images that cannot be used and lists them in rejects.jsonl.
         max_bad: how many may be left out: a fraction of the rows (float) or a count (int).
@@ -85,6 +96,10 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 256
     micro_batch: int | None = None
+    distinct: tuple[str, ...] = ()
+    balanced: str | None = None
+    grouped: str | None = None
+    group_size: int = 4
     loss: Literal["auto", "info_nce", "sigmoid"] = "auto"
     label_smoothing: float = 0.0
     matryoshka: tuple[int, ...] = ()
@@ -92,11 +107,13 @@ class TrainConfig:
     learning_rate: float = 1e-5
     head_learning_rate: float = 5e-4
     scale_learning_rate: float | None = None
+    layer_decay: float | None = None
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     warmup: float = 0.1
     clip_grad_norm: float | None = 1.0
+    ema: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     augmentation: Augmentation = "crop"
     view_augmentation: Augmentation = "simclr"
@@ -105,6 +122,7 @@ class TrainConfig:
     evaluate_every: int | None = None
     forget_budget: float | None = None
     best: str | None = None
+    patience: int | None = None
     log_every: int = 10
     on_bad: Literal["error", "skip"] = "error"
     max_bad: int | float = 0.1
@@ -121,7 +139,7 @@ class TrainConfig:
         _positive(
             self, "epochs", "batch_size", "learning_rate", "head_learning_rate", "log_every", "eps", "save_minutes"
         )
-        optional = ("max_steps", "scale_learning_rate", "evaluate_every", "save_steps", "clip_grad_norm")
+        optional = ("max_steps", "scale_learning_rate", "evaluate_every", "save_steps", "clip_grad_norm", "patience")
         for name in (*optional, "micro_batch", "tile"):
             if getattr(self, name) is not None:
                 _positive(self, name)
@@ -129,10 +147,22 @@ class TrainConfig:
             raise ConfigError(f"warmup is a part of the steps, between 0 and 1; found {self.warmup}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing lies between 0 and 1, found {self.label_smoothing}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is a decay in [0, 1), found {self.ema}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay is a factor above 0 and at most 1, found {self.layer_decay}")
         if any(dim < 1 for dim in self.matryoshka):
             raise ConfigError(f"matryoshka lists numbers of dimensions, found {self.matryoshka}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
+        distinct: object = self.distinct
+        if isinstance(distinct, str):  # whose letters would be taken for columns
+            raise ConfigError(f"distinct lists columns, found {distinct!r}", fix=f'distinct=("{distinct}",)')
+        if self.balanced is not None and self.grouped is not None:
+            raise ConfigError("batches are either balanced or grouped", fix="leave out one of the two")
+        if self.grouped is not None and (self.group_size < 2 or self.batch_size % self.group_size):
+            found = f"batch_size={self.batch_size}, group_size={self.group_size}"
+            raise ConfigError(f"grouped batches are a multiple of group_size, at least 2; found {found}")
         if not math.isfinite(self.epochs):
             raise ConfigError(f"epochs must be finite, found {self.epochs}")
         if self.forget_budget is not None and not 0 <= self.forget_budget < math.inf:
@@ -181,6 +211,8 @@ class ModelConfig:
 
     Attributes:
         name: a folder, ``org/name``, ``open_clip:ARCH/TAG`` or ``open_clip:FOLDER``.
+        scratch: whether the weights are drawn at random: of `name` (also ``open_clip:ARCH``) only the architecture,
+            the transform and the tokenizer are taken.
         vision, text: two towers to join, folders or names of transformers models.
         tokenizer: of the text tower; None: from `text`.
         dim: of the shared space, where towers are joined.
@@ -195,6 +227,7 @@ class ModelConfig:
     """
 
     name: str | None = None
+    scratch: bool = False
     vision: str | None = None
     text: str | None = None
     tokenizer: str | None = None
@@ -218,6 +251,12 @@ class ModelConfig:
                 "a model is either `name`, or `vision` and `text`",
                 where="model",
                 fix="set model.name=openai/clip-vit-base-patch32, or model.vision=… and model.text=…",
+            )
+        if self.scratch and self.name is None:
+            raise ConfigError(
+                "scratch draws the weights of the model that `name` names; `vision` and `text` are pretrained",
+                where="model.scratch",
+                fix="set model.name=open_clip:ViT-B-32, or leave out model.scratch",
             )
 
     def _check_changes(self) -> None:
@@ -245,6 +284,12 @@ class DataConfig:
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
         templates: captions for class folders, e.g. ``a photo of a {}.``
+        features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each training
+            image, by the image's content, its augmentation and the tower; made where it is missing. The tower then
+            runs once, in this run or in an earlier one, and each step costs the text side alone. None: it runs in
+            every step. The text side is never kept.
+        feature_draws: with `features`, how many augmented versions of each image are kept, of which every step draws
+            one; ``augmentation: none`` has one.
     """
 
     train: str
@@ -255,8 +300,14 @@ class DataConfig:
     split_by: str = "image"
     split: str = "train"
     templates: str | tuple[str, ...] | None = None
+    features: str | None = None
+    feature_draws: int = 4
 
     __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        if self.feature_draws < 1:
+            raise ConfigError(f"feature_draws must be at least 1, found {self.feature_draws}", where="data")
 
 
 @dataclass(frozen=True)
@@ -346,6 +397,7 @@ class EvaluateConfig:
 
     Attributes:
         retrieval: recall both ways.
+        loss: the loss itself, in fixed batches (see `ValidationLoss`).
         group: column whose members all count as correct; None: an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
         templates: prompts of the classes.
@@ -354,6 +406,7 @@ class EvaluateConfig:
     """
 
     retrieval: bool = True
+    loss: bool = False
     group: str | None = None
     zero_shot: str | None = None
     templates: str | tuple[str, ...] = "a photo of a {}."
@@ -380,6 +433,9 @@ class RunConfig:
         if self.evaluate.reference is not None and self.train.forget_budget is None:
             message = "a reference is given, and nothing that it is for"
             raise ConfigError(message, where="evaluate.reference", fix="train.forget_budget=0.01, or leave it out")
+        if self.data.features is not None and "image" not in self.model.freeze:
+            message = "features can be kept only of an image tower that stands still"
+            raise ConfigError(message, where="data.features", fix="model.freeze=[image], or leave out data.features")
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -19,6 +19,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.files import write_json, write_text
+from clipkit.metrics.direction import worth
 from clipkit.models.card_forgetting import forgetting_lines
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import save
@@ -89,22 +90,18 @@ class Forgetting:
 
 
 def choose(domain: str, reference: str, baseline: float, budget: float, points: tuple[Point, ...]) -> Forgetting:
-    """The point that `Forgetting.chosen` describes. Of a key that ends in ``_rank`` the lowest value is the best."""
+    """The point that `Forgetting.chosen` describes. Of ranks and losses the lowest value is the best."""
     within = [p for p in points if loss(reference, baseline, p.reference) <= budget + _ROUNDING]
     if within:
-        chosen = max(within, key=lambda p: (_worth(domain, p.domain), -p.alpha))
+        chosen = max(within, key=lambda p: (worth(domain, p.domain), -p.alpha))
     else:
-        chosen = max(points, key=lambda p: (_worth(reference, p.reference), -p.alpha))
+        chosen = max(points, key=lambda p: (worth(reference, p.reference), -p.alpha))
     return Forgetting(domain, reference, baseline, budget, points, chosen, bool(within))
 
 
 def loss(key: str, before: float, now: float) -> float:
     """How much of a metric was lost; negative where it was gained."""
-    return _worth(key, before) - _worth(key, now)
-
-
-def _worth(key: str, value: float) -> float:
-    return -value if key.endswith("_rank") else value
+    return worth(key, before) - worth(key, now)
 
 
 class Guardrail:
@@ -198,7 +195,7 @@ class Guardrail:
     def _write(self, found: Forgetting) -> Any:
         write_json(self.folder / "forgetting.json", found.as_dict())
         curve = [(p.reference, p.domain) for p in found.points]
-        limit = found.baseline + (found.budget if found.reference.endswith("_rank") else -found.budget)
+        limit = found.baseline + worth(found.reference, -found.budget)
         marks = {"before": 0, f"chosen, alpha {found.alpha:g}": found.points.index(found.chosen), "fine-tuned": -1}
         drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
         write_text(self.folder / "curves" / "forgetting.svg", drawn)

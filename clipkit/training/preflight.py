@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipkit.data.keys import codes, number_values
 from clipkit.data.plan import Draw, Plan
-from clipkit.losses.floor import info_nce_floor, sigmoid_floor, whole_items
+from clipkit.losses.floor import Affinity, info_nce_floor, sigmoid_floor, whole_items
 from clipkit.losses.similar import ROW, Similar, key_columns, target
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config import TrainConfig
@@ -31,7 +31,8 @@ class Preflight:
     Attributes:
         batch_size: pairs of a global batch.
         batches: how many were looked at, spread over the first epoch, with the captions that the plan draws.
-        start: the first loss of a model that cannot tell anything apart, in nats: ln N for InfoNCE.
+        start: the first loss of a model that cannot tell anything apart, in nats: ln N for InfoNCE; several notions
+            add up.
         floor: what the loss cannot fall below, in nats, the mean over those batches.
         false_negatives: pairs of a batch that count as unlike though they share a ``caption``, a ``picture`` or a
             ``label``, as a mean over the batches.
@@ -88,7 +89,7 @@ def preflight(
         steps: of the whole run.
         sigmoid: whether the loss is the sigmoid one.
     """
-    looked = _Look(pairs, plan, notions)
+    looked = _Look(pairs, plan, notions, config.label_smoothing)
     found = [looked.batch(0, k, notions, sigmoid) for k in _spread(plan)]
     texts = [text for draws in looked.seen for text in draws][:_CAPTIONS]
     counts = model.processor.token_counts(texts)
@@ -97,7 +98,7 @@ def preflight(
     result = Preflight(
         batch_size=plan.batch_size,
         batches=len(found),
-        start=_start(plan.batch_size, model, sigmoid),
+        start=sum(each.weight * _start(each, plan.batch_size, model, sigmoid) for each in notions),
         floor=float(np.mean([floor for floor, _ in found])),
         false_negatives={key: float(np.mean([each[key] for _, each in found])) for key in found[0][1]},
         truncated=sum(count > model.processor.context_length for count in counts) / len(counts),
@@ -112,10 +113,10 @@ def _spread(plan: Plan) -> list[int]:
     return sorted({int(k) for k in np.linspace(0, plan.steps_per_epoch - 1, count)})
 
 
-def _start(n: int, model: DualEncoder, sigmoid: bool) -> float:
-    """The loss where every cosine is 0: ln N, or one positive and N - 1 negatives at the bias."""
-    if not sigmoid or model.logit_bias is None:
-        return math.log(n)
+def _start(similar: Similar, n: int, model: DualEncoder, sigmoid: bool) -> float:
+    """The loss where every cosine is 0: ln of what a row is compared with, or one positive and N - 1 negatives."""
+    if not sigmoid or model.logit_bias is None or similar.temperature is not None:
+        return math.log(max(1, n * max(1, similar.views) - similar.alone))
     bias = float(model.logit_bias.detach().float())
     return float(np.logaddexp(0, -bias) + (n - 1) * np.logaddexp(0, bias))
 
@@ -123,9 +124,9 @@ def _start(n: int, model: DualEncoder, sigmoid: bool) -> float:
 class _Look:
     """Keys of planned batches, without opening an image."""
 
-    def __init__(self, pairs: Any, plan: Plan, notions: Sequence[Similar]) -> None:
+    def __init__(self, pairs: Any, plan: Plan, notions: Sequence[Similar], smoothing: float) -> None:
         wanted, measured = key_columns(notions)
-        self.pairs, self.plan = pairs, plan
+        self.pairs, self.plan, self.smoothing = pairs, plan, smoothing
         self.keys: dict[str, Tensor] = {name: codes(pairs, name) for name in wanted if name not in ("texts", "image")}
         self.keys |= {name: number_values(pairs, name) for name in measured}
         labelled = "label" in (getattr(pairs, "column_names", None) or ())
@@ -138,20 +139,33 @@ class _Look:
         keys, items = self._keys(draws)
         total, unlike = 0.0, dict.fromkeys(items, 0.0)
         for each in notions:
-            if each.views:  # augmented: no two are equal
-                continue
 
             def affinity(rows: Tensor, cols: Tensor, each: Similar = each) -> Tensor:
-                ours, theirs = ({name: values[at] for name, values in keys.items()} for at in (rows, cols))
+                ours, theirs = ({name: values[at % len(draws)] for name, values in keys.items()} for at in (rows, cols))
                 found = target(each, ours, theirs)
                 return found.masked_fill(rows[:, None] == cols, -1) if each.alone else found
 
-            sides = [items["picture" if side == "image" else "caption"] for side in each.between]
-            bound = sigmoid_floor if sigmoid and each.temperature is None else info_nce_floor
-            total += each.weight * bound(affinity, *sides)
-            for what, item in items.items():
-                unlike[what] += _unlike(affinity, item) / len(notions)
+            total += each.weight * self._floor(each, affinity, keys, items, sigmoid)
+            if not each.views:
+                for what, item in items.items():
+                    unlike[what] += _unlike(affinity, item) / len(notions)
         return total, unlike
+
+    def _floor(
+        self,
+        similar: Similar,
+        affinity: Affinity,
+        keys: Mapping[str, Tensor],
+        items: Mapping[str, Tensor],
+        sigmoid: bool,
+    ) -> float:
+        if similar.views:  # augmented: no two are equal
+            sides = [torch.arange(similar.views * len(keys[ROW]))] * 2
+        else:
+            sides = [items["picture" if side == "image" else "caption"] for side in similar.between]
+        weight = None if similar.score is None else keys[similar.score].repeat(max(1, similar.views))
+        bound = sigmoid_floor if sigmoid and similar.temperature is None else info_nce_floor
+        return bound(affinity, sides[0], sides[1], smoothing=self.smoothing, weight=weight)
 
     def _keys(self, draws: list[Draw]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         rows = torch.tensor([draw.row for draw in draws])
@@ -196,10 +210,18 @@ def _warnings(found: Preflight, reach: float, fresh: bool, plan: Plan) -> list[s
     said = []
     room = found.start - found.floor
     if found.floor > 0.1 * found.start:
+        repeated = found.false_negatives["caption"] + found.false_negatives["picture"] > 0
+        why, advice = (
+            (
+                "captions or pictures repeat within a batch",
+                'Let equal things count as alike: SameGroup(column), or known={"texts": "positive"}',
+            )
+            if repeated
+            else ("targets are spread over several pairs (groups, grades, smoothing)", "Watch kl, whose floor is 0")
+        )
         said.append(
-            f"{100 * found.floor / found.start:.0f} % of the first loss can never be learnt away, because captions or "
-            f"pictures repeat within a batch: a loss that settles at {found.floor:.2f} is not stuck. Let equal things "
-            'count as alike: SameGroup(column), or known={"texts": "positive"}'
+            f"{100 * found.floor / found.start:.0f} % of the first loss can never be learnt away, because {why}: "
+            f"a loss that settles at {found.floor:.2f} is not stuck. {advice}"
         )
     each_row = {what: count / found.batch_size for what, count in found.false_negatives.items()}
     for what, count in each_row.items():

@@ -29,11 +29,12 @@ class Attempts:
 
     Args:
         folder: of the run.
+        config: of the training.
         topology: what the bits of a result depend on beside the config, as `topology` gives it.
     """
 
-    def __init__(self, folder: Path, topology: Mapping[str, Any]) -> None:
-        self.path, self.topology = folder / NAME, topology
+    def __init__(self, folder: Path, config: Mapping[str, Any], topology: Mapping[str, Any]) -> None:
+        self.path, self.config, self.topology = folder / NAME, config, topology
 
     def last(self) -> dict[str, Any]:
         """The topology of the attempt before this one; empty where there is none."""
@@ -48,8 +49,7 @@ class Attempts:
         return {}
 
     def begin(self, step: int) -> None:
-        """Args:
-        step: after which it goes on; 0 at the start."""
+        """An attempt goes on after `step`; 0 at the start."""
         self._write(
             {
                 "begins_after_step": step,
@@ -60,6 +60,7 @@ class Attempts:
                 "git": git_state(),
                 "versions": versions(),
                 "topology": dict(self.topology),
+                "config": dict(self.config),
             }
         )
 

@@ -33,6 +33,7 @@ def run_identity(
     The trained weights are not in it, for a checkpoint holds them; frozen ones are.
     """
     codes, numbers = key_columns(similar)
+    planned = [*config.distinct, *filter(None, (config.balanced, config.grouped))]
     model = learner.model
     trained = [(name, list(each.shape)) for name, each in learner.named_parameters() if each.requires_grad]
     frozen = {name: each for name, each in learner.named_parameters() if not each.requires_grad}
@@ -40,7 +41,7 @@ def run_identity(
     found = {
         "train": settings,
         "similar": [str(each) for each in similar],
-        "data": data_identity(pairs, [*codes, *numbers]),
+        "data": data_identity(pairs, [*codes, *numbers, *planned]),
         "evaluators": [_evaluator(each) for each in evaluators],
         "model": {
             "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],

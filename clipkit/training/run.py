@@ -13,9 +13,12 @@ import torch
 from clipkit import distributed
 from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
+from clipkit.embedding.features import with_image_features
+from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import UsageError
 from clipkit.evaluation.report import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
+from clipkit.evaluation.validation_loss import ValidationLoss
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
@@ -60,6 +63,8 @@ def run(config: RunConfig) -> Run:
 def _run(config: RunConfig, folder: Path) -> Run:
     model = open_model(config.model)
     train, test = open_data(config.data, config.train, folder)
+    if config.data.features is not None:
+        train = keep_features(model, train, config.data.features, config.data.feature_draws, config.train)
     trainer = Trainer(
         model,
         train,
@@ -108,7 +113,8 @@ def check_run_gradients(config: RunConfig) -> GradientCheck:
 def open_model(config: ModelConfig) -> DualEncoder:
     """The model that a config names, changed as it says."""
     if config.name is not None:
-        model = DualEncoder.from_pretrained(config.name)
+        opener = DualEncoder.from_config if config.scratch else DualEncoder.from_pretrained
+        model = opener(config.name)
     else:
         assert config.vision is not None  # ModelConfig checked both
         assert config.text is not None
@@ -166,12 +172,30 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
         )
 
 
+def keep_features(model: DualEncoder, train: Any, path: str, draws: int, loop: TrainConfig) -> Any:
+    """The training pairs with what the locked image tower makes of them, computed once and kept at `path`."""
+    model.to(distributed.start())
+    with EmbeddingStore(path) as store:
+        return with_image_features(
+            model,
+            train,
+            store=store,
+            augmentation=loop.augmentation,
+            draws=draws,
+            workers=loop.workers,
+            progress=loop.progress,
+            on_bad=loop.on_bad,
+        )
+
+
 def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Evaluator]:
     """What a config asks to be measured on the held-out pairs."""
     wanted: list[Evaluator] = []
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers}
     if config.retrieval:
         wanted.append(RetrievalEvaluator(test, group=config.group, **options))
+    if config.loss:
+        wanted.append(ValidationLoss(test, **options))
     if config.zero_shot:
         templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
         wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))

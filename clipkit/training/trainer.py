@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from clipkit import distributed
-from clipkit.data.keys import number_values, require_column
+from clipkit.data.keys import number_values
 from clipkit.data.loader import Loader
-from clipkit.data.map_style import as_table, caption_counts
-from clipkit.data.plan import Plan
+from clipkit.data.map_style import as_table
+from clipkit.data.planned import plan_of
 from clipkit.errors import DataError, UsageError
 from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similar import Paired, Similar, key_columns
@@ -89,9 +89,8 @@ class Trainer:
                 f"batch_size={config.batch_size} is global, and smaller than the {distributed.world_size()} processes",
                 fix="raise batch_size, or start fewer processes",
             )
-        require_column(pairs, "texts")
-        captions = caption_counts(pairs)
-        self.plan = Plan(captions, batch_size=config.batch_size, seed=config.seed)
+        named = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
+        self.plan = plan_of(pairs, **{name: getattr(config, name) for name in named})
         wanted = self.plan.steps_per_epoch * config.epochs
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
         self.contrast = self._contrast()
@@ -103,7 +102,7 @@ class Trainer:
         model.card = model.card.updated(
             {
                 "base_model": model.card.base_model or base_of(model.name),
-                "pairs": sum(captions),
+                "pairs": int(self.plan.captions.sum()),
                 "config": {**_flat(config), "similar": [str(each) for each in self.similar]},
             }
         )

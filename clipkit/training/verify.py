@@ -61,7 +61,10 @@ class GradientCheck:
         return all(each.same for each in self.groups)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "same": self.same}
+        groups = [asdict(each) for each in self.groups]
+        for each in groups:  # JSON knows no nan
+            each["cosine"] = None if math.isnan(each["cosine"]) else each["cosine"]
+        return {**asdict(self), "groups": groups, "same": self.same}
 
     def lines(self) -> list[str]:
         """For people."""

@@ -1,13 +1,17 @@
 """The identity of data: the same for the same, another for any change that training would read."""
 
+from itertools import count
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from clipkit import load_pairs
+from clipkit.data.augment import augment
 from clipkit.data.identity import data_identity
+from clipkit.data.planned import plan_of
 from clipkit.errors import UsageError
+from clipkit.images import load_image
 
 
 @pytest.fixture
@@ -83,6 +87,31 @@ def test_embedded_and_decoded_images_and_features_are_seen_as_they_are(table):
     features = rows.add_column("image_features", [[float(row), 1.0] for row in range(6)])
     changed = rows.add_column("image_features", [[float(row), 1.0 + (row == 4)] for row in range(6)])
     assert len({data_identity(each) for each in (rows, features, changed)}) == 3
+
+
+class Opening:
+    """Rows that open their images themselves, some of them as nobody asked them to: anew each time."""
+
+    def __init__(self, table, random):
+        self.rows, self.random = list(table), random
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, row):
+        image = load_image(self.rows[row]["image"])
+        return {**self.rows[row], "image": augment(image, "simclr", next(self.random)) if self.random else image}
+
+
+def test_images_that_rows_open_are_seen_unless_they_change_at_every_look(table):
+    pairs = load_pairs(table)
+    changed = pairs.select([0, 1, 2, 3, 5, 4]).remove_columns("texts").add_column("texts", pairs["texts"])
+    assert data_identity(Opening(pairs, None)) == data_identity(Opening(pairs, None))
+    assert data_identity(Opening(pairs, None)) != data_identity(Opening(changed, None))
+    assert data_identity(Opening(pairs, count())) == data_identity(Opening(pairs, count(100)))
+    with pytest.raises(UsageError, match="same at every look"):  # or ranks would plan other batches
+        plan_of(Opening(pairs, count()), batch_size=2, distinct=["image"])
+    assert plan_of(Opening(pairs, None), batch_size=2, distinct=["image"]).steps_per_epoch == 3
 
 
 def test_where_one_caption_ends_counts(table):

@@ -17,25 +17,39 @@ def tiles(affinity: Tensor) -> floor.Affinity:
     return lambda rows, cols: affinity[rows][:, cols]
 
 
-def best(affinity: Tensor, row_item: Tensor, col_item: Tensor, sigmoid: bool = False) -> float:
+def best(
+    affinity: Tensor,
+    row_item: Tensor,
+    col_item: Tensor,
+    sigmoid: bool = False,
+    smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> float:
     """The least loss over free logits of each two items."""
     free = torch.zeros(int(row_item.max()) + 1, int(col_item.max()) + 1, dtype=torch.float64, requires_grad=True)
     free_back = torch.zeros_like(free, requires_grad=True)  # the two directions have their own least
     optimizer = torch.optim.LBFGS([free, free_back], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
     value = torch.tensor(0.0)
 
+    scores = torch.ones(len(affinity)).double() if weight is None else weight
+
     def one(weights: Tensor, logits: Tensor) -> Tensor:
         kept = weights.clamp(min=0).sum(1) > 0
         target = weights.clamp(min=0)[kept] / weights.clamp(min=0)[kept].sum(1, keepdim=True)
-        return F.cross_entropy(logits.masked_fill(weights < 0, -1e9)[kept], target)
+        even = (weights >= 0)[kept] / (weights >= 0)[kept].sum(1, keepdim=True)
+        target = (1 - smoothing) * target + smoothing * even
+        each = F.cross_entropy(logits.masked_fill(weights < 0, -1e9)[kept], target, reduction="none")
+        return (scores[kept] * each).sum() / scores[kept].sum()
 
     def closure() -> Tensor:
         nonlocal value
         optimizer.zero_grad()
         z, back = free[row_item][:, col_item], free_back[row_item][:, col_item]
         if sigmoid:
-            each = F.binary_cross_entropy_with_logits(z, affinity.clamp(min=0), reduction="none")
-            value = each[affinity >= 0].sum() / len(affinity)
+            label = affinity.clamp(min=0) * (1 - smoothing) + smoothing / 2
+            each = F.binary_cross_entropy_with_logits(z, label, reduction="none")
+            each = each * (scores[:, None] + scores) / 2
+            value = each[affinity >= 0].sum() / scores.sum()
         else:
             value = (one(affinity, z) + one(affinity.T, back.T)) / 2
         value.backward()
@@ -74,6 +88,16 @@ def test_no_logits_do_better(kind: str) -> None:
     )
     assert info_nce_floor(tiles(affinity), images, texts) == pytest.approx(best(affinity, images, texts), abs=1e-5)
     assert sigmoid_floor(tiles(affinity), images, texts) == pytest.approx(best(affinity, images, texts, True), abs=1e-5)
+
+
+@pytest.mark.parametrize(("smoothing", "scored"), [(0.1, False), (0.0, True), (0.2, True)])
+def test_smoothing_and_scores_have_their_own_floor(smoothing: float, scored: bool) -> None:
+    torch.manual_seed(3)
+    images, texts, affinity = torch.arange(9), torch.randint(0, 5, (9,)), torch.eye(9).double()
+    weight = torch.rand(9).double() if scored else None
+    for floor_of, sigmoid in ((info_nce_floor, False), (sigmoid_floor, True)):
+        found = floor_of(tiles(affinity), images, texts, smoothing=smoothing, weight=weight)
+        assert found == pytest.approx(best(affinity, images, texts, sigmoid, smoothing, weight), abs=1e-5)
 
 
 def test_left_out_entries_give_a_bound() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.overrides import TorchFunctionMode
 
 from clipkit.models.dual_encoder import DualEncoder
 
@@ -350,3 +351,35 @@ def vision_tower() -> Callable[[str], Any]:
         return t.TimmWrapperModel(t.TimmWrapperConfig(architecture=kind, pretrained_cfg=settings, model_args=small))
 
     return make
+
+
+class WithoutNumbers(TorchFunctionMode):
+    """Weights on the meta device have no numbers: drawing them only takes time, minutes for all architectures."""
+
+    METHODS = ("normal_", "uniform_", "trunc_normal_", "erfinv_", "clamp_", "mul_", "add_", "fill_", "zero_")
+    INIT = (
+        "normal_",
+        "uniform_",
+        "trunc_normal_",
+        "kaiming_uniform_",
+        "xavier_uniform_",
+        "zeros_",
+        "ones_",
+        "constant_",
+    )
+    DRAWS = frozenset(
+        [getattr(torch.Tensor, name) for name in METHODS if hasattr(torch.Tensor, name)]
+        + [getattr(torch.nn.init, name) for name in INIT]
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.DRAWS:
+            drawn = args[0] if args else kwargs["tensor"]
+            if drawn.is_meta:
+                return drawn
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def without_numbers() -> type[WithoutNumbers]:
+    return WithoutNumbers

@@ -8,6 +8,8 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from clipkit.errors import ModelError
+from clipkit.models.doctor import examine
+from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.names import download
 
 CONFIGS = ["config.json", "tokenizer.json"]
@@ -84,6 +86,33 @@ def test_pickles_are_fetched_only_without_safetensors(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     folder = download("org/name", None, library)
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        ("runs/brids/model", "Did you mean runs/birds/model?"),
+        ("runs/brids", "Did you mean runs/birds?"),  # which could be a name of the hub
+        ("rnus/birds/model", "Did you mean runs/birds/model?"),
+        ("./runs/birds/modle/", "Did you mean runs/birds/model?"),
+        ("open_clip:runs/birds/modle", "Did you mean runs/birds/model?"),
+        ("open_clip:runs/brids", "Did you mean runs/birds?"),
+        ("runs/birds/some-other", None),
+        ("openai/clip-vit-base-patch33", "Did you mean openai/clip-vit-base-patch32"),
+    ],
+)
+def test_a_misspelt_path_brings_the_near_one(
+    asked: str, hint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "birds" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "cars" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for use in (DualEncoder.from_pretrained, examine):
+        with pytest.raises(ModelError) as refused:
+            use(asked)
+        assert (hint or ".") in refused.value.message
+        assert hint is not None or "Did you mean" not in refused.value.message
+        assert refused.value.exit_code == 2
 
 
 def test_what_is_not_in_the_cache_is_an_error_offline() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import tiny
 import torch
-from rank_program import Recording
+from rank_program import first_gradients
 
-from clipkit import RetrievalEvaluator, TrainConfig
+from clipkit import RetrievalEvaluator, TrainConfig, Trainer
 
 torch.set_num_threads(1)
 
@@ -19,12 +19,12 @@ def main(out):
         if ".lora_B." in name:  # as in the midst of training: at 0 the gradients of A are 0, too
             torch.nn.init.normal_(parameter, std=0.2)
     settings = TrainConfig(str(out / "run"), batch_size=9, max_steps=3, log_every=1, progress=False)
-    trainer = Recording(model, pairs, settings, evaluators=[RetrievalEvaluator(pairs)])
+    gradients = first_gradients()
+    trainer = Trainer(model, pairs, settings, evaluators=[RetrievalEvaluator(pairs)])
     result = trainer.train()
     if trainer.accelerator.is_main_process:
-        history = [{k: v for k, v in line.items() if "second" not in k} for line in result.history]
         world = trainer.accelerator.num_processes
-        torch.save({"gradients": trainer.gradients, "history": history, "world": world}, out / "seen.pt")
+        torch.save({"gradients": gradients, "history": result.history, "world": world}, out / "seen.pt")
 
 
 if __name__ == "__main__":

@@ -10,18 +10,22 @@ import tiny
 import torch
 
 from clipkit import RetrievalEvaluator, SameGroup, TrainConfig, Trainer
+from clipkit.training.loop import Loop
 
 torch.set_num_threads(1)
 
 
-class Recording(Trainer):
-    gradients = None
+def first_gradients():
+    """Filled at the first step that this process takes: the gradients, by name, before they are clipped."""
+    clip, seen = Loop._clip, {}
 
-    def _clip(self, model):
-        if self.gradients is None:
-            named = model.named_parameters()
-            self.gradients = {name: each.grad.clone() for name, each in named if each.grad is not None}
-        return super()._clip(model)
+    def remember(loop):
+        if not seen:
+            seen.update((n, each.grad.clone()) for n, each in loop.learner.named_parameters() if each.grad is not None)
+        return clip(loop)
+
+    Loop._clip = remember
+    return seen
 
 
 def main(out, micro_batch=None):
@@ -36,14 +40,14 @@ def main(out, micro_batch=None):
         log_every=1,
         progress=False,
     )
-    trainer = Recording(
+    gradients = first_gradients()
+    trainer = Trainer(
         tiny.make_model(), pairs, settings, similar=SameGroup("colour"), evaluators=[RetrievalEvaluator(pairs)]
     )
     result = trainer.train()
     if trainer.accelerator.is_main_process:
-        history = [{k: v for k, v in line.items() if "second" not in k} for line in result.history]
         torch.save(
-            {"gradients": trainer.gradients, "history": history, "world": trainer.accelerator.num_processes},
+            {"gradients": gradients, "history": result.history, "world": trainer.accelerator.num_processes},
             out / "seen.pt",
         )
 

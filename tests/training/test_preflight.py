@@ -11,15 +11,16 @@ import pytest
 import tiny
 from datasets import Dataset
 
-from clipkit import Paired, SameGroup, TrainConfig, Trainer
+from clipkit import Paired, SameGroup, TrainConfig, Trainer, Views
 from clipkit.data.plan import Plan
 from clipkit.training.preflight import Preflight, preflight
 
 
-def look(pairs: Any, *, model: Any = None, similar: Any = None, rate: float = 0.1) -> Preflight:
-    config = TrainConfig("unused", batch_size=16, scale_learning_rate=rate)
+def look(pairs: Any, *, model: Any = None, similar: Any = None, rate: float = 0.1, smoothing: float = 0.0) -> Preflight:
+    config = TrainConfig("unused", batch_size=16, scale_learning_rate=rate, label_smoothing=smoothing)
     plan = Plan([len(texts) for texts in pairs["texts"]], batch_size=16)
-    return preflight(model or tiny.make_model(), pairs, plan, [similar or Paired()], config, steps=100, sigmoid=False)
+    notions = similar if isinstance(similar, list) else [similar or Paired()]
+    return preflight(model or tiny.make_model(), pairs, plan, notions, config, steps=100, sigmoid=False)
 
 
 def same_captions(pairs: Any, every: int) -> Any:
@@ -49,10 +50,21 @@ def test_a_batch_of_one_caption_a_colour() -> None:
     assert "one batch is the whole epoch" in said
 
     grouped = look(pairs, similar=SameGroup("label"))
+    assert "targets are spread over several pairs" in grouped.warnings[0]
     assert grouped.floor == pytest.approx(math.log(4))  # the entropy of four positives
     assert grouped.false_negatives == {"caption": 0, "picture": 0, "label": 0}
     ignored = look(pairs, similar=Paired(known={"texts": "ignore"}))
     assert ignored.floor == 0
+
+
+def test_several_notions_and_label_smoothing_have_their_own_floor() -> None:
+    pairs = tiny.make_pairs()
+    both = look(pairs, similar=[Paired(), Views(views=3, weight=0.5)])
+    assert both.start == pytest.approx(math.log(16) + 0.5 * math.log(47))
+    assert both.floor == pytest.approx(0.5 * math.log(2))  # each view has two others of its picture
+    smooth = look(pairs, smoothing=0.1)
+    own, other = 0.9 + 0.1 / 16, 0.1 / 16
+    assert smooth.floor == pytest.approx(-own * math.log(own) - 15 * other * math.log(other))
 
 
 def test_training_ends_on_the_floor_and_not_below(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Real processes: torchrun on two uneven ranks gives what one process gives."""
+"""Real processes: two uneven ranks give what one process gives."""
 
 import functools
 import os
@@ -7,35 +7,47 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
+import tiny
 import torch
+
+from clipkit import TrainConfig, Trainer, distributed
+from clipkit.errors import UsageError
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, PROGRAM.parents[1:3])), "OMP_NUM_THREADS": "1"}
 
 
-def start(command, env=ENV):
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-
-
-def seen(folder, command, program, *options):
+def seen(folder, world, program, *options, launcher="forked"):
     folder.mkdir()
-    done = start([*command, str(PROGRAM.with_name(program)), str(folder), *options])
-    assert done.returncode == 0, done.stderr[-3000:]
+    program = PROGRAM.with_name(program)
+    if launcher == "forked":
+        ranks.started(program, world, folder, *options)
+    else:
+        command = [*TORCHRUN, str(world), str(program), str(folder), *options]
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "seen.pt")
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return functools.cache(lambda program: seen(tmp_path_factory.mktemp("ranks") / "one", [sys.executable], program))
+    return functools.cache(lambda program: seen(tmp_path_factory.mktemp("ranks") / "one", 1, program))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "program", [("rank_program.py",), ("rank_program.py", "4"), ("lora_program.py",)], ids=["plain", "cached", "lora"]
+    ("launcher", "program"),
+    [
+        ("torchrun", ("rank_program.py",)),
+        ("forked", ("rank_program.py", "4")),  # cached: of 5 and 4 rows, two chunks and one
+        ("forked", ("lora_program.py",)),
+    ],
+    ids=["plain", "cached", "lora"],
 )
-def test_two_ranks_give_the_one_process_result(tmp_path, one, program):  # cached: of 5 and 4 rows, two chunks and one
-    two = seen(tmp_path / "two", [*TORCHRUN, "2"], *program)
+def test_two_ranks_give_the_one_process_result(tmp_path, one, launcher, program):
+    two = seen(tmp_path / "two", 2, *program, launcher=launcher)
     one = one(program[0])
     assert (one["world"], two["world"]) == (1, 2)
     assert one["gradients"].keys() == two["gradients"].keys()
@@ -50,8 +62,11 @@ def test_two_ranks_give_the_one_process_result(tmp_path, one, program):  # cache
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
-def test_a_launcher_whose_processes_are_not_connected_is_refused():
-    # Accelerate set up by the program itself, in a way that makes every process believe that it is alone
-    code = "from accelerate import PartialState; PartialState(); from clipkit import distributed; distributed.start()"
-    done = start([sys.executable, "-c", code], {**ENV, "WORLD_SIZE": "2", "RANK": "0"})
-    assert "the launcher announced 2 processes (WORLD_SIZE), Accelerate joined 1" in done.stderr
+def test_a_launcher_whose_processes_are_not_connected_is_refused(tmp_path, monkeypatch):
+    distributed.start()  # Accelerate believes that it is alone, as it does where a program set it up by itself
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = r"the launcher announced 2 processes \(WORLD_SIZE\), Accelerate joined 1"
+    with pytest.raises(UsageError, match=said):
+        distributed.start()
+    with pytest.raises(UsageError, match=said):
+        Trainer(tiny.make_model(), tiny.make_pairs(), TrainConfig(str(tmp_path / "run"), batch_size=8))

@@ -11,12 +11,18 @@ from typing import Any
 
 import pytest
 import tiny
+from command import clipkit
+from step_matrix import sabotage
 
 from clipkit import Graded, Paired, SameGroup, TrainConfig, Trainer, Views
 from clipkit.losses import contrastive
-from clipkit.training import step
 from clipkit.training.verify import GradientCheck, check_gradients
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    # --cpu would start one process; several need --multi_gpu, also where there is none: clipkit then joins them by gloo
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"],
+}
 NOTIONS: dict[str, Any] = {
     "paired": Paired(),
     "group, equal captions ignored": SameGroup("colour", known={"texts": "ignore"}),
@@ -58,13 +64,15 @@ def test_sigmoid_scores_hard_negatives_and_matryoshka(tmp_path: Path) -> None:
     assert "logit bias" in {each.name for each in found.groups}
 
 
-def test_a_scale_that_is_counted_once_a_chunk_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = step._cut
-    monkeypatch.setattr(step, "_cut", lambda leaves, seen: [p | step._scalar_grads(leaves) for p in cut(leaves, seen)])
-    found = check(tmp_path, micro_batch=4)
+def test_a_scale_that_is_counted_once_a_chunk_is_seen(tmp_path: Path) -> None:
+    with sabotage("scale x K"):
+        found = check(tmp_path, micro_batch=4)
     assert [each.name for each in found.groups if not each.same] == ["logit scale"]
     assert not found.same
     assert any("NOT the big batch" in line for line in found.lines())
+    assert [each["cosine"] is None for each in found.as_dict()["groups"]] == [
+        each.parameters == 1 for each in found.groups
+    ]
 
 
 def test_a_loss_of_each_chunk_alone_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,41 +83,51 @@ def test_a_loss_of_each_chunk_alone_is_seen(tmp_path: Path, monkeypatch: pytest.
     assert {each.name for each in found.groups if not each.same} >= {"text tower", "text head"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_the_command_under_a_launcher(tmp_path: Path, launcher: str) -> None:
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos, their captions, a model, and run.yaml."""
+    folder = tmp_path_factory.mktemp("world")
     lines = []
     for colour in tiny.COLOURS:
         for place in tiny.PLACES:
-            (tmp_path / f"{colour}-{place}.png").write_bytes(tiny.square(colour, place))
+            (folder / f"{colour}-{place}.png").write_bytes(tiny.square(colour, place))
             lines.append({"image": f"{colour}-{place}.png", "captions": [f"a {colour} square {place}"]})
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    tiny.make_model().save_pretrained(tmp_path / "model")
-    start = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        "accelerate": ["accelerate.commands.launch", "--num_processes", "1", "--cpu"],
-    }[launcher]
-    settings = ["model.name=model", "data.train=captions.jsonl", "train.output_dir=unused", "train.batch_size=11"]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tiny.make_model().save_pretrained(folder / "model")
+    loop = {"output_dir": "unused", "batch_size": 11, "micro_batch": 3}
+    (folder / "run.yaml").write_text(
+        json.dumps({"model": {"name": "model"}, "data": {"train": "captions.jsonl"}, "train": loop})
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_command_under_a_launcher(config: Path, launcher: str) -> None:
+    program = Path(__file__).with_name("gradients_program.py")
+    paths = [str(program.parents[2]), str(program.parents[1])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *start,
-            "-m",
-            "clipkit",
-            "check",
-            "gradients",
-            *settings,
-            "train.micro_batch=3",
-            "--json",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(program), "run.yaml", "--json"],
+        cwd=config,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert (found["same"], found["ranks"], found["micro_batch"]) == (True, 2 if launcher == "torchrun" else 1, 3)
-    assert not (tmp_path / "unused").exists()
+    right, broken = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert (right["same"], right["ranks"], right["micro_batch"]) == (True, 2, 3), done.stderr[-3000:]
+    assert (broken["same"], broken["ranks"]) == (False, 2)
+    assert done.returncode != 0
+    assert not (config / "unused").exists()
+
+
+def test_the_command_says_by_its_exit_code(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(config)
+    right = clipkit("check", "gradients", "run.yaml")
+    assert right.code == 0, right.err
+    assert "these are the gradients of the big batch" in right.out
+    with sabotage("scale x K"):
+        broken = clipkit("check", "gradients", "run.yaml")
+    assert broken.code == 1
+    assert [line.split("  ")[0] for line in broken.out.splitlines() if "NOT the big batch" in line] == ["logit scale"]

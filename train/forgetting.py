@@ -89,22 +89,14 @@ def one_seed(args, photos, emoji, seed, device):
         for step in range(11)
         for between in [interpolate(before, plain, step / 10)]
     ]
-    differences = {
-        name: {
-            "guardrail - plain": interval(each["guardrail"] - each["plain"], seed),
-            "guardrail - before": interval(each["guardrail"] - each["before"], seed),
-            "plain - before": interval(each["plain"] - each["before"], seed),
-        }
-        for name, each in hits.items()
-    }
     return {
         "seed": seed,
         "alpha": alpha,
         "images": {name: len(each["plain"]) for name, each in hits.items()},
         "chance": {name: recall.chance() for name, recall in recalls.items()},
         "recall": {name: {who: float(own.mean()) for who, own in each.items()} for name, each in hits.items()},
-        "difference": differences,
         "curve": curve,
+        "hits": {name: {who: own.tolist() for who, own in each.items()} for name, each in hits.items()},
     }
 
 
@@ -136,11 +128,16 @@ class Recall:
         return chance(self.relevance, K)
 
 
-def interval(differences, seed, draws=10_000):
-    """Mean and 95 % bootstrap interval of paired differences; images are drawn, with all of their texts."""
-    random = np.random.default_rng(seed)
-    means = [differences[random.integers(len(differences), size=len(differences))].mean() for _ in range(draws)]
-    return [float(differences.mean()), *map(float, np.quantile(means, [0.025, 0.975]))]
+def interval(found, name, one, other, draws=10_000):
+    """Mean and 95 % bootstrap interval of what one model has over another; images are drawn, with all of their texts.
+
+    Of several seeds it is the mean over them, each drawn from by itself.
+    """
+    random = np.random.default_rng(0)
+    each = [np.subtract(seed["hits"][name][one], seed["hits"][name][other]) for seed in found]
+    means = np.mean([own[random.integers(len(own), size=(draws, len(own)))].mean(axis=1) for own in each], axis=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return f"{np.mean([own.mean() for own in each]):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def table(found, budget):
@@ -153,20 +150,13 @@ def table(found, budget):
             lost = photos["before"] - photos[who]
             lines.append(f"| {one['seed']} | {name} | {emoji[who]:.3f} | {photos[who]:.3f} | {lost:+.3f} |")
         lines.append(f"| {one['seed']} | chance | {one['chance']['emoji']:.3f} | {one['chance']['photos']:.3f} | |")
-    lines += ["", "Paired differences with 95 % intervals, over images:", ""]
+    lines += ["", f"Paired differences with 95 % intervals, over images; the budget is {budget:g} of the photos:", ""]
     lines += ["| seed | difference | emoji | photos |", "|---|---|---|---|"]
-    for one in found:
-        for what in ("guardrail - plain", "guardrail - before", "plain - before"):
-            cells = [
-                "{:+.3f} [{:+.3f}, {:+.3f}]".format(*one["difference"][name][what]) for name in ("emoji", "photos")
-            ]
-            lines.append(f"| {one['seed']} | {what} | {cells[0]} | {cells[1]} |")
-    losses = {
-        who: np.mean([one["recall"]["photos"]["before"] - one["recall"]["photos"][who] for one in found])
-        for who in ("guardrail", "plain")
-    }
-    held = ", ".join(f"{who} {lost:+.3f}" for who, lost in losses.items())
-    return [*lines, "", f"Lost of the photos, mean over seeds, with a budget of {budget:g}: {held}."]
+    for name, seeds in [*((one["seed"], [one]) for one in found), ("mean", found)]:
+        for one, other in (("guardrail", "plain"), ("guardrail", "before"), ("plain", "before")):
+            cells = [interval(seeds, what, one, other) for what in ("emoji", "photos")]
+            lines.append(f"| {name} | {one} - {other} | {cells[0]} | {cells[1]} |")
+    return lines
 
 
 def draw(found, budget, path):
@@ -216,6 +206,7 @@ def settings_of(folder, args, seed, epochs):
         "augmentation": "none",  # features are of the images as they are
         "evaluate_every": 10**9,  # the last weights alone are measured
         "seed": seed,
+        "resume": "auto",
     }
 
 

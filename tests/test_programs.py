@@ -79,6 +79,22 @@ def test_locked_image(world, tmp_path, launcher):
 
 
 @pytest.mark.slow
+def test_forgetting(world, tmp_path):
+    settings = ["--held-photos", 8, "--held-emoji", 8, "--photo-epochs", 1, "--emoji-epochs", 1, "--batch-size", 8]
+    files = ["--output", tmp_path / "run", "--features", tmp_path / "features.sqlite", "--figure", tmp_path / "a.svg"]
+    start_it = [world, world, "--vision", world / "tower", *settings, *files, "--seeds", 3]
+    out = start("torchrun", "train/forgetting.py", *start_it, folder=tmp_path)
+    assert out.count("| 3 | plain fine-tuning |") == 1  # one process speaks
+    (found,) = json.loads((tmp_path / "run" / "result.json").read_text())["seeds"]
+    assert found["images"] == {"emoji": 4, "photos": 4}
+    assert len(found["curve"]) == 11
+    ends = {name: [found["curve"][i][name] for i in (0, -1)] for name in ("emoji", "photos")}
+    assert ends == {name: [own["before"], own["plain"]] for name, own in found["recall"].items()}
+    assert (tmp_path / "run/seed3/emoji/model/README.md").read_text().count("| chosen |") <= 1
+    assert "<path" in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.slow
 def test_evaluation_programs(world, tmp_path):
     ask = ["--model", world / "model", "--to"]
     one = start("python", "eval/retrieval.py", world / "captions.jsonl", *ask, tmp_path / "one.json", folder=tmp_path)

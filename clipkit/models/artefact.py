@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def golden_images() -> list[Image.Image]:
 
     Stripes, a disc on a ramp, noise, and noise larger than any model's input, where antialias and filter show.
     """
+    return [image.copy() for image in _drawn()]
+
+
+@cache
+def _drawn() -> tuple[Image.Image, ...]:
     images = []
     for kind, (width, height) in enumerate(((97, 61), (53, 89), (301, 223), (1021, 767))):
         y, x = np.mgrid[0:height, 0:width]
@@ -58,7 +64,7 @@ def golden_images() -> list[Image.Image]:
         if kind == 1:
             blue = ((x - width // 2) ** 2 + (y - height // 2) ** 2 < 400) * 255
         images.append(Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8)))
-    return images
+    return tuple(images)
 
 
 def write(folder: Path, *, form: str, settings: Mapping[str, Any], about: Mapping[str, Any], golden: Goldens) -> None:

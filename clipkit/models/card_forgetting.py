@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from clipkit.metrics.direction import worth
+
 
 def forgetting_lines(found: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown.
@@ -31,8 +33,8 @@ def _nothing_kept(found: Mapping[str, Any]) -> str:
 
 
 def _lost(found: Mapping[str, Any], point: Mapping[str, Any]) -> float:
-    sign = -1 if str(found["reference"]).endswith("_rank") else 1  # a low rank is a good one
-    return float(sign * (found["baseline"] - point["reference"]))
+    key = str(found["reference"])
+    return worth(key, float(found["baseline"])) - worth(key, float(point["reference"]))
 
 
 def _verdict(found: Mapping[str, Any]) -> str:

@@ -58,11 +58,15 @@ class TrainConfig:
         head_learning_rate: peak rate of weights that start at random: fresh heads of `from_towers`, LoRA.
         scale_learning_rate: of the logit scale and bias; None: `head_learning_rate` where the heads are fresh,
             else `learning_rate`. Adam moves them by at most this much a step.
+        layer_decay: factor of the rate from one block of a tower to the one before it, such as 0.75 (Clark et al.
+            2020, ELECTRA); None: all blocks alike.
         weight_decay: decoupled; never on norms, biases, class tokens, embeddings of
             positions, logit scale and bias.
         betas, eps: of AdamW (Radford et al. 2021, table 18).
         warmup: part of the steps with a rising rate; then a half cosine down to zero.
         clip_grad_norm: norm to which gradients are clipped; None: never.
+        ema: decay of a moving average of the weights, such as 0.999, which is measured and kept in their place; None:
+            none.
         precision: ``auto`` is bf16 on devices that have it, else fp32.
         augmentation: of training images only: ``crop`` (90-100 % of the area), ``crop+flip``, ``affine``, ``simclr``,
             ``none``.
@@ -72,8 +76,9 @@ class TrainConfig:
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
         forget_budget: how much of the reference metric may be lost (0.01: one point of a hundred); after training the
             weights go back towards the start as far as that needs (see `Guardrail`). None: as far as it goes.
-        best: metric key that chooses the weights to keep, the highest (of ranks: the lowest); None: the first key
-            of the first evaluator.
+        best: metric key that chooses the weights to keep, the highest (of ranks and losses: the lowest); None: the
+            first key of the first evaluator.
+        patience: evaluations without a better one after which the run ends; None: it takes all its steps.
         log_every: steps between lines of metrics.jsonl.
         on_bad: ``skip`` leaves out rows and images that cannot be used and lists them in rejects.jsonl.
         max_bad: how many may be left out: a fraction of the rows (float) or a count (int).
@@ -102,11 +107,13 @@ class TrainConfig:
     learning_rate: float = 1e-5
     head_learning_rate: float = 5e-4
     scale_learning_rate: float | None = None
+    layer_decay: float | None = None
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     warmup: float = 0.1
     clip_grad_norm: float | None = 1.0
+    ema: float | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     augmentation: Augmentation = "crop"
     view_augmentation: Augmentation = "simclr"
@@ -115,6 +122,7 @@ class TrainConfig:
     evaluate_every: int | None = None
     forget_budget: float | None = None
     best: str | None = None
+    patience: int | None = None
     log_every: int = 10
     on_bad: Literal["error", "skip"] = "error"
     max_bad: int | float = 0.1
@@ -131,7 +139,7 @@ class TrainConfig:
         _positive(
             self, "epochs", "batch_size", "learning_rate", "head_learning_rate", "log_every", "eps", "save_minutes"
         )
-        optional = ("max_steps", "scale_learning_rate", "evaluate_every", "save_steps", "clip_grad_norm")
+        optional = ("max_steps", "scale_learning_rate", "evaluate_every", "save_steps", "clip_grad_norm", "patience")
         for name in (*optional, "micro_batch", "tile"):
             if getattr(self, name) is not None:
                 _positive(self, name)
@@ -139,6 +147,10 @@ class TrainConfig:
             raise ConfigError(f"warmup is a part of the steps, between 0 and 1; found {self.warmup}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing lies between 0 and 1, found {self.label_smoothing}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ConfigError(f"ema is a decay in [0, 1), found {self.ema}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"layer_decay is a factor above 0 and at most 1, found {self.layer_decay}")
         if any(dim < 1 for dim in self.matryoshka):
             raise ConfigError(f"matryoshka lists numbers of dimensions, found {self.matryoshka}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -385,6 +397,7 @@ class EvaluateConfig:
 
     Attributes:
         retrieval: recall both ways.
+        loss: the loss itself, in fixed batches (see `ValidationLoss`).
         group: column whose members all count as correct; None: an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
         templates: prompts of the classes.
@@ -393,6 +406,7 @@ class EvaluateConfig:
     """
 
     retrieval: bool = True
+    loss: bool = False
     group: str | None = None
     zero_shot: str | None = None
     templates: str | tuple[str, ...] = "a photo of a {}."

@@ -18,6 +18,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.errors import CorruptArtefact, UsageError
 from clipkit.files import resource_errors, write_text
+from clipkit.metrics.direction import worth
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import Saved, check_saved, save
 from clipkit.training import resume
@@ -90,6 +91,7 @@ class Best:
         self.model, self.folder, self.key = model, folder, key
         self.name = "model"  # of the model's own folder
         self.value, self.step = -math.inf, 0
+        self.stale = 0  # evaluations since the best one
         self.card = model.card
         self.trained = {name for name, each in model.named_parameters() if each.requires_grad}
         self.saved: Saved | None = None
@@ -105,10 +107,12 @@ class Best:
             raise UsageError(
                 f"no evaluator gives the metric {self.key!r} that `best` names", fix=f"one of: {', '.join(metrics)}"
             )
-        value = -metrics[self.key] if self.key.endswith("_rank") else metrics[self.key]  # a low rank is a good one
+        value = worth(self.key, metrics[self.key])
         best = " (best so far)" if value > self.value else ""
         progress.note(f"step {step}: {self.key} {metrics[self.key]:.4f}{best}")
+        self.stale += 1
         if value > self.value:
+            self.stale = 0
             self.value, self.step, self.metrics, self.n = value, step, metrics, dict(n)
             self.weights = {name: each.detach().clone() for name, each in self._state()}
             self._save()
@@ -133,10 +137,12 @@ class Best:
 
     def facts(self) -> dict[str, Any]:
         value = self.value if self.weights else None
-        return {"key": self.key, "value": value, "step": self.step, "metrics": self.metrics, "n": self.n}
+        found = {"key": self.key, "value": value, "step": self.step, "stale": self.stale}
+        return {**found, "metrics": self.metrics, "n": self.n}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.key, self.step, self.metrics, self.n = facts["key"], facts["step"], facts["metrics"], facts["n"]
+        self.key, self.step, self.stale = facts["key"], facts["step"], facts["stale"]
+        self.metrics, self.n = facts["metrics"], facts["n"]
         self.value = -math.inf if facts["value"] is None else facts["value"]
         own = dict(self._state())
         if tensors:

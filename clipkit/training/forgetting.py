@@ -19,6 +19,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.files import write_json, write_text
+from clipkit.metrics.direction import worth
 from clipkit.models.card_forgetting import forgetting_lines
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import save
@@ -89,22 +90,18 @@ class Forgetting:
 
 
 def choose(domain: str, reference: str, baseline: float, budget: float, points: tuple[Point, ...]) -> Forgetting:
-    """The point that `Forgetting.chosen` describes. Of a key that ends in ``_rank`` the lowest value is the best."""
+    """The point that `Forgetting.chosen` describes. Of ranks and losses the lowest value is the best."""
     within = [p for p in points if loss(reference, baseline, p.reference) <= budget + _ROUNDING]
     if within:
-        chosen = max(within, key=lambda p: (_worth(domain, p.domain), -p.alpha))
+        chosen = max(within, key=lambda p: (worth(domain, p.domain), -p.alpha))
     else:
-        chosen = max(points, key=lambda p: (_worth(reference, p.reference), -p.alpha))
+        chosen = max(points, key=lambda p: (worth(reference, p.reference), -p.alpha))
     return Forgetting(domain, reference, baseline, budget, points, chosen, bool(within))
 
 
 def loss(key: str, before: float, now: float) -> float:
     """How much of a metric was lost; negative where it was gained."""
-    return _worth(key, before) - _worth(key, now)
-
-
-def _worth(key: str, value: float) -> float:
-    return -value if key.endswith("_rank") else value
+    return worth(key, before) - worth(key, now)
 
 
 class Guardrail:
@@ -117,7 +114,7 @@ class Guardrail:
         reference: an evaluator of what is not to be forgotten; None: `SimilarityReference`.
 
     Raises:
-        UsageError: all that is trained began at random.
+        UsageError: all that is trained began at random, or some of it and there is no reference but the built-in one.
     """
 
     def __init__(self, model: DualEncoder, folder: Path, budget: float, reference: Measure | None) -> None:
@@ -125,6 +122,12 @@ class Guardrail:
         self.reference: Any = reference or SimilarityReference()
         self.line = Line(model, folder / "start.safetensors")
         self.baseline: dict[str, float] = {}
+        if reference is None and self.line.fresh:
+            raise UsageError(
+                "what a model finds alike through weights that began at random is nothing to be kept",
+                where=self.line.fresh[0],
+                fix="reference=an evaluator of what is not to be forgotten, or train the heads in a run of their own",
+            )
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         """The reference metrics under keys that begin with ``reference/``; on every process.
@@ -192,7 +195,7 @@ class Guardrail:
     def _write(self, found: Forgetting) -> Any:
         write_json(self.folder / "forgetting.json", found.as_dict())
         curve = [(p.reference, p.domain) for p in found.points]
-        limit = found.baseline + (found.budget if found.reference.endswith("_rank") else -found.budget)
+        limit = found.baseline + worth(found.reference, -found.budget)
         marks = {"before": 0, f"chosen, alpha {found.alpha:g}": found.points.index(found.chosen), "fine-tuned": -1}
         drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
         write_text(self.folder / "curves" / "forgetting.svg", drawn)

@@ -15,7 +15,7 @@ from clipkit.errors import CorruptArtefact, UsageError
 from clipkit.files import publish, sha256_file
 from clipkit.models.arithmetic import weighted_sum
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.lora import UPDATE
+from clipkit.models.lora import MARK, UPDATE
 
 
 class Line:
@@ -41,6 +41,7 @@ class Line:
         self.sha256: str | None = None
         trained = {name for name, each in model.named_parameters() if each.requires_grad}
         self.names = sorted(name for name in trained if name not in model.fresh or UPDATE in name)
+        self.fresh = sorted(name for name in trained & model.fresh if MARK not in name)  # that is not on the line
         if not self.names:
             raise UsageError(
                 "all that is trained began at random, so there is nothing that could be forgotten",
@@ -85,7 +86,8 @@ class Line:
         start: list[Mapping[str, Tensor]] = []
         distributed.together(lambda: start.append(self._read()))
         tuned = {name: each.detach().cpu().clone() for name, each in self._own().items()}
-        self.ends = {name: start[0][name] for name in self.names}, tuned
+        moved = [name for name, each in tuned.items() if not each.equal(start[0][name])]
+        self.ends = {name: start[0][name] for name in moved}, {name: tuned[name] for name in moved}
 
     def go(self, alpha: float) -> None:
         """Make the model the one at `alpha`: from 0, the start, to 1, the tuned one; at both ends to the bit."""
@@ -93,9 +95,10 @@ class Line:
         start, tuned = self.ends
         ends = {0.0: start, 1.0: tuned}
         with torch.no_grad():
-            for name, each in self._own().items():
+            own = self._own()
+            for name in start:
                 pair = [start[name], tuned[name]]
-                each.copy_(ends[alpha][name] if alpha in ends else weighted_sum(pair, [1 - alpha, alpha]))
+                own[name].copy_(ends[alpha][name] if alpha in ends else weighted_sum(pair, [1 - alpha, alpha]))
 
     def _own(self) -> dict[str, Tensor]:
         found = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}

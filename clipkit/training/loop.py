@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,11 @@ from clipkit.errors import ClipkitError, CorruptArtefact, Interrupted, TooManyRe
 from clipkit.files import write_json
 from clipkit.losses.contrastive import Loss
 from clipkit.training import resume
+from clipkit.training.average import Average
 from clipkit.training.checkpoint import Checkpoints, Snapshot, read, size_of
 from clipkit.training.folder import Best, Log, clean_up, what_stands, write_rejects, write_timing
 from clipkit.training.forgetting import Forgetting
+from clipkit.training.memory import explained
 from clipkit.training.nonfinite import NonFinite
 from clipkit.training.optim import build_optimizer, schedule
 from clipkit.training.preflight import preflight
@@ -48,6 +50,7 @@ class TrainResult:
         seconds: of wall clock, evaluations included, of all attempts.
         history: every line of metrics.jsonl.
         rejected: rows left out because their image could not be used.
+        stopped_early: whether `patience` ended it.
         forgetting: what the guardrail found and chose, where there is a `forget_budget`.
     """
 
@@ -57,6 +60,7 @@ class TrainResult:
     seconds: float
     history: list[dict[str, Any]] = field(repr=False)
     rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    stopped_early: bool = False
     forgetting: Forgetting | None = None
 
 
@@ -80,6 +84,7 @@ class Loop:
         self.identity = trainer.identity()
         # before: what the loss never reaches is part of the model all the same
         weights, self.best = Weights(self.learner), Best(self.model, self.folder, self.config.best)
+        self.average = None if self.config.ema is None else Average(self.learner, self.config.ema)
         self.guardrail = trainer.guardrail
         if self.guardrail is not None:
             self.best.name = "last"  # `model` is what the guardrail chooses
@@ -102,6 +107,8 @@ class Loop:
             "nonfinite": self.nonfinite,
             "clock": self.clock,
         }
+        if self.average is not None:
+            self.parts["average"] = self.average
         if self.guardrail is not None:
             self.parts["forgetting"] = self.guardrail
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
@@ -181,7 +188,7 @@ class Loop:
         """Refuse a disk that cannot hold what will be saved: two checkpoints with best weights, one in the making."""
         weights = size_of({"weights": self.parts["weights"]})
         moments = 2 * sum(each.numel() * 4 for each in self.learner.parameters() if each.requires_grad)
-        one = 2 * weights + moments
+        one = 2 * weights + moments + size_of({} if self.average is None else {"average": self.average})
         have = len(self.checkpoints.paths())
         self.checkpoints.require_room(max(1, 3 - have) * one)
 
@@ -220,10 +227,10 @@ class Loop:
 
     def _steps(self, progress: Progress) -> None:
         self.wrapped.train()
+        if self._over():  # a run that was done, or stopped early
+            return
         with closing(self._batches()) as batches:
             for batch in batches:
-                if self._over():
-                    return
                 loss, norm = self._step(batch)
                 self._write(loss, norm, progress)
                 stop, due = self._agree(self.stop.wanted is not None, self._is_due())
@@ -232,6 +239,8 @@ class Loop:
                 if stop:
                     raise self._interrupted("a checkpoint was saved")
                 self._catch_up(progress)
+                if self._over():
+                    return
 
     def _interrupted(self, state: str) -> Interrupted:
         by = self.stop.wanted.name if self.stop.wanted else "another rank"
@@ -242,7 +251,10 @@ class Loop:
         )
 
     def _over(self) -> bool:
-        return self.step >= self.total
+        return self.step >= self.total or self._stopped_early()
+
+    def _stopped_early(self) -> bool:
+        return self.config.patience is not None and self.best.stale >= self.config.patience
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's part of each global batch; an error on one rank is raised on all."""
@@ -272,14 +284,15 @@ class Loop:
         factor = schedule(self.step - 1, self.total, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        loss = backward(
-            self.wrapped,
-            batch,
-            trainer.similar,
-            trainer.contrast,
-            micro_batch=config.micro_batch,
-            send=self.accelerator.backward,
-        )
+        with explained(self.learner, batch, config, beside=0 if self.average is None else 1):
+            loss = backward(
+                self.wrapped,
+                batch,
+                trainer.similar,
+                trainer.contrast,
+                micro_batch=config.micro_batch,
+                send=self.accelerator.backward,
+            )
         norm = self._clip()
         # gradients are summed over ranks before this, so that all ranks see the same norm; a loss is a rank's own
         (lost,) = self._agree(not math.isfinite(float(loss.loss)))
@@ -287,10 +300,13 @@ class Loop:
         if lost or skipped:
             self.nonfinite.refuse(self.step, float(loss.loss), norm, self.learner)
         else:
-            self.optimizer.step()
+            with explained(self.learner, batch, config, beside=0 if self.average is None else 1):
+                self.optimizer.step()
+            with torch.no_grad():
+                self.model.logit_scale.clamp_(max=self.ceiling)
+            if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
+                self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(max=self.ceiling)
         return loss, norm
 
     def _clip(self) -> float:
@@ -372,10 +388,13 @@ class Loop:
         due = self.step and (self.step % self.every == 0 or self.step == self.total)
         if not self.trainer.evaluators or not due or self.clock.values["evaluated"]:
             return
-        metrics = self.trainer.evaluate()
-        self.log.write({"step": self.step, **metrics})
-        self.accelerator.log(metrics, step=self.step)
-        self.best.offer(self.step, metrics, self.trainer.counts(), progress)
+        with nullcontext() if self.average is None else self.average.applied():
+            metrics = self.trainer.evaluate()
+            self.log.write({"step": self.step, **metrics})
+            self.accelerator.log(metrics, step=self.step)
+            self.best.offer(self.step, metrics, self.trainer.counts(), progress)
+        if self._stopped_early():
+            progress.note(f"stopped early: the last {self.best.stale} evaluations were no better")
         self.clock.values["evaluated"] = True
         self.wrapped.train()
 
@@ -386,6 +405,8 @@ class Loop:
         seconds = self._seconds()
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+        if self.average is not None and not self.best.weights:
+            self.average.settle()
         metrics, step = self.best.settle(self.step)
         found = self._guard(progress)
         metrics = metrics if found is None else found.chosen.metrics
@@ -399,7 +420,8 @@ class Loop:
         if distributed.is_main():
             write_rejects(self.folder / "rejects.jsonl", lines)
             draw_curves(self.folder / "curves", self.log.lines)
-        return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines, found)
+        early = self.step < self.total
+        return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines, early, found)
 
     def _guard(self, progress: Progress) -> Forgetting | None:
         """Walk back as far as the budget asks; a walk that is interrupted is done again by the next attempt."""

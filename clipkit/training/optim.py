@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from clipkit.errors import ModelError, UsageError
+from clipkit.models.backend import PARTS
+from clipkit.models.blocks import layers
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.lora import MARK
 from clipkit.training.config import TrainConfig
@@ -26,12 +29,14 @@ def parameter_groups(
     """
     scalars = {id(model.logit_scale), id(model.logit_bias)}
     of_scale = scale_rate(model, config)
+    depth = {} if config.layer_decay is None else layer_factors(model, config.layer_decay)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
     beside = [] if heads is None else [(None, each) for each in heads.parameters()]
     for name, parameter in [*model.named_parameters(), *beside]:
         if not parameter.requires_grad:
             continue
-        rate = config.head_learning_rate if name is None or name in model.fresh else config.learning_rate
+        fresh = name is None or name in model.fresh
+        rate = config.head_learning_rate if fresh else config.learning_rate * depth.get(name or "", 1.0)
         rate = of_scale if id(parameter) in scalars else rate
         plain = parameter.ndim < 2 or any(part in (name or "") for part in _NOT_DECAYED)
         groups[rate, 0.0 if plain else config.weight_decay].append(parameter)
@@ -39,6 +44,30 @@ def parameter_groups(
         {"params": parameters, "lr": rate, "peak": rate, "weight_decay": decay}
         for (rate, decay), parameters in groups.items()
     ]
+
+
+def layer_factors(model: DualEncoder, decay: float) -> dict[str, float]:
+    """Factor of the learning rate of each weight of a tower, by name: layer-wise decay (Clark et al. 2020, ELECTRA).
+
+    As BEiT counts (Bao et al. 2021): of n blocks the last has ``decay``, the first ``decay ** n``, and what lies before
+    it ``decay ** (n + 1)``; what lies after the last block, and the heads, learn at the full rate.
+
+    Raises:
+        UsageError: a trained tower has no blocks that could be told apart.
+    """
+    found: dict[str, float] = {}
+    backend = model.backend
+    for part in PARTS:
+        if not any(p.requires_grad and backend.owns(part, n, head=False) for n, p in backend.named_parameters()):
+            continue
+        try:
+            tower = layers(backend, model.processor, part)
+        except ModelError as error:
+            raise UsageError(error.message, where="layer_decay", fix="leave out layer_decay") from error
+        steps = len(tower.blocks)
+        for i, names in enumerate([tower.before, *tower.blocks]):
+            found |= {f"backend.{name}": decay ** (steps + 1 - i) for name in names}
+    return found
 
 
 def scale_rate(model: DualEncoder, config: TrainConfig) -> float:

@@ -18,6 +18,7 @@ from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import UsageError
 from clipkit.evaluation.report import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
+from clipkit.evaluation.validation_loss import ValidationLoss
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
@@ -193,6 +194,8 @@ def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Eva
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers}
     if config.retrieval:
         wanted.append(RetrievalEvaluator(test, group=config.group, **options))
+    if config.loss:
+        wanted.append(ValidationLoss(test, **options))
     if config.zero_shot:
         templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
         wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))

@@ -10,32 +10,6 @@ import torch
 
 from clipkit import RetrievalEvaluator, SameGroup, TrainConfig, Trainer
 from clipkit.errors import CorruptArtefact, UsageError
-from clipkit.training.checkpoint import Checkpoints
-
-
-class CutError(Exception):
-    pass
-
-
-@pytest.fixture
-def cut(monkeypatch):
-    """Ends a run right after the checkpoint of a step, as a kill would; the next run goes on."""
-
-    def at(folder, step, **changes):
-        whole = Checkpoints.save
-
-        def save(self, now, parts, **options):
-            path = whole(self, now, parts, **options)
-            if now == step:
-                raise CutError
-            return path
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Checkpoints, "save", save)
-            with pytest.raises(CutError):
-                runs.train(folder, **changes)
-
-    return at
 
 
 @pytest.fixture(scope="module")

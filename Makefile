@@ -2,6 +2,7 @@
 #   make quickstart   .venv, clipkit, and the main job on the embedded glyphs
 #   make test         the same with the development tools, then the tests
 #   make test-faults  a thousand kills: every one of them has to leave a run that goes on bit for bit
+#   make test-gpu     on a machine with a CUDA device: bf16, golden embeddings and resume there
 #   make test-full    with the whole matrix of the training step: every loss, target, mode, precision and number of ranks
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ PIP := $(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python
 # Test files are shared out over the cores; torch is held to one thread in each.
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: quickstart test test-full test-faults check format clean
+.PHONY: quickstart test test-full test-faults test-gpu check format clean
 
 quickstart: .venv/installed
 	$(BIN)/clipkit quickstart --overwrite
@@ -20,7 +21,10 @@ test: .venv/installed-dev
 	$(PYTEST)
 
 test-full: .venv/installed-dev
-	$(PYTEST) -m "not faults"
+	$(PYTEST) -m "not faults and not gpu"
+
+test-gpu: .venv/installed-dev
+	$(BIN)/pytest -m gpu -rs tests/gpu
 
 test-faults: .venv/installed-dev
 	$(BIN)/pytest -m faults tests/training

@@ -131,3 +131,20 @@ def test_loss_scaling(world, tmp_path):
     assert "| at once | 6 |" in out
     assert "| cached, 3 chunks | 6 |" in out
     assert (tmp_path / "scaling.svg").read_text().count("<path") > 20
+
+
+@pytest.mark.slow
+def test_step_speed(tmp_path):
+    size = ["--steps", 12, "--warmup", 2, "--batch-size", 8, "--width", 32, "--layers", 1]
+    out = start("python", "train/step_speed.py", *size, "--to", tmp_path / "speed.json", folder=tmp_path)
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["loops"].keys() == {"clipkit Trainer", "bare step", "open_clip_train"}
+    for name, each in found["loops"].items():
+        assert f"| {name} | {each['images_per_second']:.1f} |" in out
+        low, high = each["trainer_speed_of_this_95"]
+        assert 0 < low <= each["trainer_speed_of_this"] <= high
+    saved = found["checkpoint"]
+    assert saved["saves"] == 2  # at steps 4 and 8; the last one is measured, too, and not counted
+    assert saved["bytes"] > 16 * found["model"]["parameters"]  # weights, best weights, two moments
+    assert saved["seconds"] > 0
+    assert f"{saved['bytes'] / 1e6:.1f} MB" in out

@@ -29,8 +29,9 @@ from clipkit.losses.similar import SameGroup
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.quickstart_report import Job, page, plain_name
 from clipkit.search.index import EmbeddingIndex
-from clipkit.training.config import TrainConfig, dump_yaml
+from clipkit.training.config import TrainConfig
 from clipkit.training.trainer import Trainer
+from clipkit.training.yaml_file import dump_yaml
 
 RECIPE = TrainConfig(
     output_dir="runs/quickstart",

@@ -91,6 +91,18 @@ class Checkpoints:
                     remove(old)
         return path
 
+    def foresee(self, parts: Mapping[str, Part], later: int) -> None:
+        """Refuse a disk that cannot hold what will be saved: those that are kept, and one in the making.
+
+        Args:
+            parts: of the run.
+            later: bytes that they will come to hold beside what they hold now: moments and best weights.
+
+        Raises:
+            ResourceError: as `require_room`.
+        """
+        self.require_room(max(1, KEPT + 1 - len(self.paths())) * (size_of(parts) + later))
+
     def require_room(self, needed: int) -> None:
         """Foresee a full disk.
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from clipkit.data.augment import Augmentation
@@ -27,6 +25,7 @@ from clipkit.errors import ConfigError, UsageError
 from clipkit.losses.contrastive import TILE
 from clipkit.losses.graded import Graded
 from clipkit.losses.similar import Head, Paired, SameGroup, Side, Similar, Treat, Views
+from clipkit.training.yaml_file import dump_yaml, read_yaml, set_value
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -445,9 +444,9 @@ class RunConfig:
         Raises:
             ConfigError: no such file, an unknown key (with the near ones), a value of the wrong type.
         """
-        values = {} if path is None else _read(Path(path))
+        values = {} if path is None else read_yaml(Path(path))
         for override in overrides:
-            _set(values, override)
+            set_value(values, override)
         return cls.parse(values, where=path or "overrides")
 
     @classmethod
@@ -461,78 +460,6 @@ class RunConfig:
     def dump(self) -> str:
         """YAML that `load` reads back to an equal config."""
         return dump_yaml(dataclasses.asdict(self))
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text of nested mappings, tuples as lists, in their own order."""
-    return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where people trip: `1e-5` is a number, `no` is a word, a key stands once."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"the key `{key}` stands twice", where=f"line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str, where: object) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}", where=where) from None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError("no such config file", where=path, fix="give the path of a YAML file, or overrides alone")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"not UTF-8: {error.reason} at byte {error.start}", where=path, fix="save it as UTF-8"
-        ) from None
-    values = _parse_yaml(text, path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"expected sections such as `model:` and `data:`, found {type(values).__name__}", where=path)
-    return values
-
-
-def _set(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"expected key=value, found {override!r}", fix="e.g. train.epochs=3")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{parent!r} is a value, not a section", where=override)
-    values[leaf] = _parse_yaml(text, override) if text else None
 
 
 def _config_error(error: ValidationError, where: object) -> ConfigError:

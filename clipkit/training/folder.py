@@ -1,13 +1,11 @@
-"""The folder of a run: claimed before, written while, and left whole after."""
+"""What a run writes into its folder: the best model, the log, the rejects."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,67 +15,14 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import CorruptArtefact, UsageError
-from clipkit.files import resource_errors, write_text
+from clipkit.files import write_text
 from clipkit.metrics.direction import worth
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import Saved, check_saved, save
-from clipkit.training import resume
 from clipkit.training.progress import Progress
 from clipkit.training.state import require_names
 
 logger = logging.getLogger("clipkit")
-
-
-def what_stands(folder: Path) -> list[str]:
-    """What a run has left in a folder that is worth keeping."""
-    return [name for name in ("metrics.jsonl", "model", "checkpoints") if (folder / name).exists()]
-
-
-def claim_folder(folder: Path, *, may_resume: bool = False) -> Path:
-    """Create the folder of a run, on every process of a launcher.
-
-    Args:
-        folder: the run's `output_dir`.
-        may_resume: whether a run that stands there already may go on.
-
-    Raises:
-        UsageError: another run, another model, or a file stands there.
-        ResourceError: it cannot be written.
-    """
-    distributed.on_main(lambda: _claim(folder, may_resume))
-    return folder
-
-
-def _claim(folder: Path, may_resume: bool) -> None:
-    taken = what_stands(folder)
-    if folder.is_file():
-        raise UsageError("the output folder is a file", where=folder, fix="choose another output_dir")
-    if taken and not may_resume:
-        raise UsageError(
-            "the output folder holds another run",
-            where=folder / taken[0],
-            fix='choose another output_dir, or remove it; resume="auto" (--resume auto) goes on with that run',
-        )
-    if taken and not (folder / resume.NAME).is_file():
-        raise UsageError(
-            f"what the output folder holds cannot be resumed: it has no {resume.NAME}",
-            where=folder / taken[0],
-            fix="choose another output_dir, or remove it",
-        )
-    with resource_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-
-
-def clean_up(folder: Path) -> None:
-    """Remove what a killed process left half written in a run folder; a model that was being replaced comes back."""
-    for place in (folder, folder / "checkpoints"):
-        for room in [*place.glob(".*.tmp"), *place.glob(".*.trash")]:
-            target = place / room.name[1:].rpartition(".")[0].rpartition(".")[0]
-            if (room / "old").exists() and not target.exists():
-                (room / "old").rename(target)
-            shutil.rmtree(room, ignore_errors=True)
 
 
 class Best:

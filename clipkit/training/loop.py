@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +15,13 @@ import torch
 from clipkit import distributed
 from clipkit.data.batch import Batch
 from clipkit.data.plan import hash64
-from clipkit.errors import ClipkitError, CorruptArtefact, Interrupted, TooManyRejected
+from clipkit.errors import ClipkitError, Interrupted, TooManyRejected
 from clipkit.files import write_json
 from clipkit.losses.contrastive import Loss
 from clipkit.training import resume
 from clipkit.training.average import Average
 from clipkit.training.checkpoint import Checkpoints, Snapshot, read, size_of
-from clipkit.training.folder import Best, Log, clean_up, what_stands, write_rejects, write_timing
+from clipkit.training.folder import Best, Log, write_rejects, write_timing
 from clipkit.training.forgetting import Forgetting
 from clipkit.training.memory import explained
 from clipkit.training.nonfinite import NonFinite
@@ -29,6 +29,7 @@ from clipkit.training.optim import build_optimizer, schedule
 from clipkit.training.preflight import preflight
 from clipkit.training.progress import Progress
 from clipkit.training.record import Attempts, draw_curves, topology
+from clipkit.training.result import TrainResult
 from clipkit.training.signals import StopSignal
 from clipkit.training.state import Adam, Facts, Part, Weights
 from clipkit.training.step import backward
@@ -37,31 +38,6 @@ if TYPE_CHECKING:
     from clipkit.training.trainer import Trainer
 
 logger = logging.getLogger("clipkit")
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training gave.
-
-    Attributes:
-        metrics: of the weights that were kept.
-        step: after which these weights stood, from 1.
-        steps: taken in all.
-        seconds: of wall clock, evaluations included, of all attempts.
-        history: every line of metrics.jsonl.
-        rejected: rows left out because their image could not be used.
-        stopped_early: whether `patience` ended it.
-        forgetting: what the guardrail found and chose, where there is a `forget_budget`.
-    """
-
-    metrics: dict[str, float]
-    step: int
-    steps: int
-    seconds: float
-    history: list[dict[str, Any]] = field(repr=False)
-    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
-    stopped_early: bool = False
-    forgetting: Forgetting | None = None
 
 
 class Loop:
@@ -125,7 +101,8 @@ class Loop:
             ClipkitError: see `Trainer`.
         """
         self._resume()
-        distributed.on_main(self._foresee)
+        later = 0 if self.step else 3 * size_of({"weights": self.parts["weights"]})  # two moments, the best weights
+        distributed.on_main(lambda: self.checkpoints.foresee(self.parts, later))
         self.attempts.begin(self.step)
         self.start = self.saved = time.monotonic()
         self.before = self.clock.values["seconds"]
@@ -150,7 +127,7 @@ class Loop:
     def _resume(self) -> None:
         """Take up the folder's run, if there is one."""
         resume.check_same_on_ranks(self.identity)
-        path = distributed.on_main(self._find)
+        path = distributed.on_main(lambda: resume.find_checkpoint(self.folder, self.checkpoints, self.identity))
         if path is None:
             return
         found: list[Snapshot] = []
@@ -168,30 +145,6 @@ class Loop:
                     "; ".join(changed),
                 )
 
-    def _find(self) -> Any:
-        """The checkpoint to go on from; what else there is to do with the folder. On rank 0."""
-        clean_up(self.folder)
-        if not what_stands(self.folder):
-            resume.write_identity(self.folder, self.identity)
-            return None
-        resume.check_same_run(self.folder, self.identity)
-        found = self.checkpoints.newest()
-        if found is None and (damaged := self.checkpoints.damaged()):
-            raise CorruptArtefact(
-                f"none of the run's checkpoints can be used; {len(damaged)} were set aside as damaged",
-                where=self.checkpoints.folder,
-                fix="restore one from a copy, or remove the run folder to start again",
-            )
-        return found
-
-    def _foresee(self) -> None:
-        """Refuse a disk that cannot hold what will be saved: two checkpoints with best weights, one in the making."""
-        weights = size_of({"weights": self.parts["weights"]})
-        moments = 2 * sum(each.numel() * 4 for each in self.learner.parameters() if each.requires_grad)
-        one = 2 * weights + moments + size_of({} if self.average is None else {"average": self.average})
-        have = len(self.checkpoints.paths())
-        self.checkpoints.require_room(max(1, 3 - have) * one)
-
     def _settle(self) -> None:
         """Let DDP find its buckets before the first step.
 
@@ -202,7 +155,14 @@ class Loop:
             return
         with closing(self.trainer.loader.batches(0, 1)) as batches:
             batch = next(iter(batches)).to(self.accelerator.device)
-        backward(self.wrapped, batch, self.trainer.similar, self.trainer.contrast, send=self.accelerator.backward)
+        backward(
+            self.wrapped,
+            batch,
+            self.trainer.similar,
+            self.trainer.contrast,
+            micro_batch=self.config.micro_batch,
+            send=self.accelerator.backward,
+        )
         self.optimizer.zero_grad(set_to_none=True)
 
     def _say_first(self, progress: Progress) -> None:

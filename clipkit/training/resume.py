@@ -15,10 +15,11 @@ from clipkit.errors import CorruptArtefact, UsageError
 from clipkit.files import write_json
 from clipkit.losses.similar import Similar, key_columns
 from clipkit.models.fingerprint import hash_weights
+from clipkit.training.checkpoint import Checkpoints
+from clipkit.training.claim import IDENTITY, clean_up, what_stands
 from clipkit.training.config import TrainConfig
 from clipkit.training.learner import Learner
 
-NAME = "identity.json"
 # May change between the attempts of one run: where it runs and how it is shown, not what it computes.
 FREE = frozenset(
     {"output_dir", "resume", "save_minutes", "save_steps", "workers", "micro_batch", "tile", "trackers", "progress"}
@@ -87,7 +88,7 @@ def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:
         UsageError: something changed; lists all of it.
         CorruptArtefact: the record cannot be read.
     """
-    path = folder / NAME
+    path = folder / IDENTITY
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -100,9 +101,26 @@ def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:
         )
 
 
-def write_identity(folder: Path, now: Mapping[str, Any]) -> None:
-    """On rank 0, before the first step."""
-    write_json(folder / NAME, now)
+def find_checkpoint(folder: Path, checkpoints: Checkpoints, now: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that a run goes on from; None where it begins, which then is the folder's run. On rank 0.
+
+    Raises:
+        UsageError: the folder's run is another one.
+        CorruptArtefact: there were checkpoints, and none of them is whole.
+    """
+    clean_up(folder)
+    if not what_stands(folder):
+        write_json(folder / IDENTITY, now)
+        return None
+    check_same_run(folder, now)
+    found = checkpoints.newest()
+    if found is None and (damaged := checkpoints.damaged()):
+        raise CorruptArtefact(
+            f"none of the run's checkpoints can be used; {len(damaged)} were set aside as damaged",
+            where=checkpoints.folder,
+            fix="restore one from a copy, or remove the run folder to start again",
+        )
+    return found
 
 
 def check_same_on_ranks(now: Mapping[str, Any]) -> None:

@@ -22,10 +22,10 @@ from clipkit.evaluation.validation_loss import ValidationLoss
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.training.claim import claim_folder, what_stands
 from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
-from clipkit.training.folder import claim_folder, what_stands
 from clipkit.training.lock import locked
-from clipkit.training.loop import TrainResult
+from clipkit.training.result import TrainResult
 from clipkit.training.resume import FREE, differences
 from clipkit.training.trainer import Evaluator, Trainer
 from clipkit.training.verify import GradientCheck, check_gradients

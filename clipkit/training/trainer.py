@@ -20,14 +20,15 @@ from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similar import Paired, Similar, key_columns
 from clipkit.models.card import base_of
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.training.claim import claim_folder
 from clipkit.training.config import TrainConfig
-from clipkit.training.folder import claim_folder
 from clipkit.training.forgetting import Guardrail
 from clipkit.training.launch import make_accelerator
 from clipkit.training.learner import Learner
 from clipkit.training.lock import locked
-from clipkit.training.loop import Loop, TrainResult
+from clipkit.training.loop import Loop
 from clipkit.training.optim import layer_factors
+from clipkit.training.result import TrainResult
 from clipkit.training.resume import run_identity
 from clipkit.training.signals import StopSignal
 from clipkit.training.step import Contrast, backward

@@ -188,7 +188,7 @@ class Assembly:
         for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
             cell = record["image_features"]
             if cell is None:  # it could not be used then
-                rejected.append(self._refused(draw, _why_bad(record["image"])))
+                rejected.append(self._refused(draw, why_bad(record["image"])))
                 continue
             several = np.ndim(cell[0]) > 0
             cells.append(np.asarray(cell[draw.seed % len(cell)] if several else cell, dtype=np.float32))
@@ -213,7 +213,8 @@ def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[st
         )
 
 
-def _why_bad(image: Any) -> BadImage:
+def why_bad(image: Any) -> BadImage:
+    """Why features of an image are missing."""
     try:
         load_image(image)
     except BadImage as error:

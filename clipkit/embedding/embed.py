@@ -46,6 +46,7 @@ def embed(
     *,
     kind: Kind = "image",
     store: EmbeddingStore | None = None,
+    features: EmbeddingStore | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = False,
@@ -62,6 +63,8 @@ def embed(
         kind: which tower.
         store: keeps embeddings by content; what is there is not computed again, and every batch is committed as soon
             as it is done, so that a killed run goes on where it was. Without one nothing is hashed.
+        features: while the image tower is locked, images are embedded from its features, which this store keeps by
+            content and tower (`with_image_features`), and nothing is kept of their embeddings; else it is not read.
         batch_size: items at once.
         workers: processes that decode images; 0 decodes here.
         progress: a progress bar on the main process.
@@ -72,6 +75,12 @@ def embed(
         ModelError: an embedding is NaN or infinite; names the item.
     """
     _check_options(items, kind, batch_size, on_bad)
+    if features is not None and kind == "image":
+        from clipkit.embedding import features as locked
+
+        if locked.is_locked(model):
+            options: dict[str, Any] = {"workers": workers, "progress": progress, "on_bad": on_bad}
+            return locked.embed_locked(model, items, features, batch_size=batch_size, **options)
     work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip")
     keys = [Key(content, kind, _tower(model, kind)) for content in work.content] if store is not None else []
     vectors = torch.zeros(len(work.first), model.dim)

@@ -13,10 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipkit import distributed
 from clipkit.data.augment import Augmentation, augment
+from clipkit.data.batch import why_bad
 from clipkit.data.map_style import as_table
 from clipkit.data.plan import hash64
-from clipkit.embedding.embed import batched, shown
-from clipkit.embedding.encode import evaluating
+from clipkit.embedding.embed import Embedded, batched, shown
+from clipkit.embedding.encode import evaluating, reject
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
 from clipkit.errors import BadImage, ModelError, UsageError
 from clipkit.images import bytes_of, describe, load_image
@@ -67,12 +68,64 @@ def with_image_features(
         BadImage: an image cannot be used, and `on_bad` is ``error``.
         ModelError: a feature is not finite.
     """
-    _require_frozen(model)
+    if trained := _trained(model):
+        raise UsageError(
+            "features can be kept only of a tower that stands still", where=trained[0], fix='model.freeze("image")'
+        )
     pairs = as_table(pairs)
-    images: Sequence[Any] = pairs["image"]
+    draws = 1 if augmentation == "none" else draws
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress, "on_bad": on_bad}
+    return pairs.add_column("image_features", _cells(model, pairs["image"], store, augmentation, draws, **options))
+
+
+def is_locked(model: DualEncoder) -> bool:
+    """Whether the whole image tower stands still; its head may train."""
+    return not _trained(model)
+
+
+def embed_locked(
+    model: DualEncoder,
+    images: Sequence[Any],
+    store: EmbeddingStore,
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+    on_bad: Literal["error", "skip"],
+) -> Embedded:
+    """What `embed` gives of images, by way of the features of a locked tower."""
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress, "on_bad": on_bad}
+    cells = _cells(model, images, store, "none", 1, **options)
+    rows = [row for row, cell in enumerate(cells) if cell is not None]
+    vectors = torch.zeros(len(rows), model.dim)
+    with evaluating(model):
+        for part in batched(range(len(rows)), batch_size):
+            found = torch.from_numpy(np.asarray([cells[rows[each]] for each in part], dtype=np.float32))
+            embedded = model(image_features=found.to(model.device)).image
+            vectors[part] = embedded.float().cpu()
+    if not vectors.isfinite().all():
+        bad = rows[int((~vectors.isfinite().all(dim=1)).int().argmax())]
+        raise ModelError("an image embedding is not finite", where=f"row {bad}", fix="check the model's weights")
+    refused = [reject(row, images[row], why_bad(images[row])) for row, cell in enumerate(cells) if cell is None]
+    return Embedded(vectors, rows, refused, [])
+
+
+def _cells(
+    model: DualEncoder,
+    images: Sequence[Any],
+    store: EmbeddingStore | None,
+    augmentation: Augmentation,
+    draws: int,
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+    on_bad: str,
+) -> list[Vector | list[Vector] | None]:
+    """The features of each image, or of each of several versions of it; None of one that cannot be used."""
     hashed = store is not None or augmentation != "none"
     contents = [_content(image, on_bad) if hashed else b"" for image in images]
-    numbers = range(1 if augmentation == "none" else draws)
+    numbers = range(draws)
     versions = [Version(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
     keys: dict[Version, Key] = {}
     found: dict[Version, Vector] = {}
@@ -105,16 +158,13 @@ def with_image_features(
 
     for share in distributed.together(compute):
         found |= share
-    return pairs.add_column("image_features", [_cell(found, row, len(numbers)) for row in range(len(images))])
+    return [_cell(found, row, draws) for row in range(len(images))]
 
 
-def _require_frozen(model: DualEncoder) -> None:
+def _trained(model: DualEncoder) -> list[str]:
+    """Names of the parameters of the image tower that learn, its head's left out."""
     backend = model.backend
-    trained = [n for n, p in backend.named_parameters() if p.requires_grad and backend.owns("image", n, head=False)]
-    if trained:
-        raise UsageError(
-            "features can be kept only of a tower that stands still", where=trained[0], fix='model.freeze("image")'
-        )
+    return [n for n, p in backend.named_parameters() if p.requires_grad and backend.owns("image", n, head=False)]
 
 
 def _content(image: Any, on_bad: str) -> bytes | None:

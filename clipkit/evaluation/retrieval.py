@@ -81,7 +81,7 @@ class RetrievalEvaluator:
         ks: the k of recall@k.
         group: a column of numbers or strings; None for pairs.
         store: keeps the embeddings by content, for the next evaluation of the same weights.
-        batch_size, workers, progress: as for `embed`.
+        features, batch_size, workers, progress: as for `embed`.
         on_bad: "skip" leaves an image that cannot be used out, with its captions, and lists it in ``rejected``.
 
     Raises:
@@ -100,6 +100,7 @@ class RetrievalEvaluator:
         ks: Sequence[int] = (1, 5, 10),
         group: str | None = None,
         store: EmbeddingStore | None = None,
+        features: EmbeddingStore | None = None,
         batch_size: int = 64,
         workers: int = 0,
         progress: bool = False,
@@ -108,7 +109,7 @@ class RetrievalEvaluator:
         require_columns(pairs, ["image", "texts", *([group] if group else [])])
         if not ks or min(ks) < 1:
             raise UsageError(f"ks must be numbers from 1, found {list(ks)}")
-        self.name, self.ks, self.store = name, tuple(ks), store
+        self.name, self.ks, self.store, self.features = name, tuple(ks), store, features
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
         self.texts, self.image_of_text = _captions(pairs["texts"])
@@ -185,6 +186,7 @@ class RetrievalEvaluator:
             items,
             kind=kind,
             store=self.store,
+            features=self.features,
             batch_size=self.batch_size,
             workers=self.workers,
             progress=self.progress,

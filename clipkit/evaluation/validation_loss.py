@@ -32,7 +32,7 @@ class ValidationLoss:
         pairs: a data set with `image` and `texts`.
         name: the key is ``{name}/loss``.
         size: pairs of a batch, about; fewer where there are fewer pairs.
-        store, batch_size, workers, on_bad: as for `embed`.
+        store, features, batch_size, workers, on_bad: as for `embed`.
 
     Raises:
         UsageError: fewer than two pairs in a batch; no such columns.
@@ -46,6 +46,7 @@ class ValidationLoss:
         name: str = "validation",
         size: int = 256,
         store: EmbeddingStore | None = None,
+        features: EmbeddingStore | None = None,
         batch_size: int = 64,
         workers: int = 0,
         on_bad: Literal["error", "skip"] = "error",
@@ -54,7 +55,7 @@ class ValidationLoss:
         require_column(pairs, "texts")
         if size < 2:
             raise UsageError(f"a batch needs at least 2 pairs to have a negative, found size={size}")
-        self.name, self.size, self.store = name, size, store
+        self.name, self.size, self.store, self.features = name, size, store, features
         self.batch_size, self.workers, self.on_bad = batch_size, workers, on_bad
         self.images: Sequence[Any] = pairs["image"]
         self.texts = [_first(texts, row) for row, texts in enumerate(pairs["texts"])]
@@ -72,7 +73,7 @@ class ValidationLoss:
             ModelError: an embedding is not finite.
         """
         options: dict[str, Any] = {"store": self.store, "batch_size": self.batch_size}
-        images = embed(model, self.images, workers=self.workers, on_bad=self.on_bad, **options)
+        images = embed(model, self.images, features=self.features, workers=self.workers, on_bad=self.on_bad, **options)
         texts = embed(model, [self.texts[row] for row in images.rows], kind="text", **options)
         self.rejected, self.used = images.rejected, len(images.rows)
         if not self.used:

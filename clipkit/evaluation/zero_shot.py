@@ -71,7 +71,7 @@ class ZeroShotEvaluator:
         label: the column of labels.
         name: the prefix of the metric keys.
         store: keeps the embeddings by content, for the next evaluation of the same weights.
-        batch_size, workers, progress: as for `embed`.
+        features, batch_size, workers, progress: as for `embed`.
         on_bad: "skip" leaves an image that cannot be used out and lists it in ``rejected``.
 
     Raises:
@@ -91,6 +91,7 @@ class ZeroShotEvaluator:
         label: str = "label",
         name: str = "zero_shot",
         store: EmbeddingStore | None = None,
+        features: EmbeddingStore | None = None,
         batch_size: int = 64,
         workers: int = 0,
         progress: bool = False,
@@ -100,7 +101,7 @@ class ZeroShotEvaluator:
         own_names = getattr(pairs.features[label], "names", None)
         self.class_names, self.labels = _align(list(pairs[label]), own_names, class_names, label)
         prompts(self.class_names, templates)  # wrong names and templates are told now, not after an hour of training
-        self.name, self.templates, self.store = name, templates, store
+        self.name, self.templates, self.store, self.features = name, templates, store, features
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
         self.last: ZeroShotResult | None = None
@@ -119,6 +120,7 @@ class ZeroShotEvaluator:
             model,
             self.images,
             store=self.store,
+            features=self.features,
             batch_size=self.batch_size,
             workers=self.workers,
             progress=self.progress,

@@ -284,12 +284,12 @@ class DataConfig:
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
         templates: captions for class folders, e.g. ``a photo of a {}.``
-        features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each training
-            image, by the image's content, its augmentation and the tower; made where it is missing. The tower then
-            runs once, in this run or in an earlier one, and each step costs the text side alone. None: it runs in
-            every step. The text side is never kept.
-        feature_draws: with `features`, how many augmented versions of each image are kept, of which every step draws
-            one; ``augmentation: none`` has one.
+        features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each image, by
+            the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
+            this run or in an earlier one, and steps and evaluations cost the text side alone. None: it runs in each.
+            What a locked text tower makes of texts is not kept.
+        feature_draws: with `features`, how many augmented versions of each training image are kept, of which every
+            step draws one; ``augmentation: none`` has one.
     """
 
     train: str

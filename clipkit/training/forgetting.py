@@ -187,6 +187,8 @@ class Guardrail:
             points.append(Point(alpha, metrics[key], metrics[reference], metrics))
         found = choose(key, reference, self.baseline[reference], self.budget, tuple(points))
         self.line.go(found.alpha)
+        if not found.held and distributed.is_main():
+            logger.warning("%s", found.lines()[0])
         facts = {"metrics": found.chosen.metrics, "n": dict(n), "forgetting": found.as_dict()}
         self.model.card = self.model.card.updated(facts)
         self.model.card = distributed.on_main(lambda: self._write(found))

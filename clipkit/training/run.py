@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,18 +64,20 @@ def run(config: RunConfig) -> Run:
 def _run(config: RunConfig, folder: Path) -> Run:
     model = open_model(config.model)
     train, test = open_data(config.data, config.train, folder)
-    if config.data.features is not None:
-        train = keep_features(model, train, config.data.features, config.data.feature_draws, config.train)
-    trainer = Trainer(
-        model,
-        train,
-        config.train,
-        similar=[each.build() for each in config.similar],
-        evaluators=evaluators(config.evaluate, test, config.train),
-        reference=reference(config.evaluate, config.train, folder),
-    )
-    model.card = model.card.updated({"data": config.data.train, "config": asdict(config)})
-    result = trainer.train()
+    path = config.data.features
+    with nullcontext() if path is None else EmbeddingStore(path) as features:
+        if features is not None:
+            train = keep_features(model, train, features, config.data.feature_draws, config.train)
+        trainer = Trainer(
+            model,
+            train,
+            config.train,
+            similar=[each.build() for each in config.similar],
+            evaluators=evaluators(config.evaluate, test, config.train, features),
+            reference=reference(config.evaluate, config.train, folder),
+        )
+        model.card = model.card.updated({"data": config.data.train, "config": asdict(config)})
+        result = trainer.train()
     save_result(folder, model, result, trainer.measured(), config.train.seed)
     return Run(model, result, folder)
 
@@ -172,26 +175,27 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
         )
 
 
-def keep_features(model: DualEncoder, train: Any, path: str, draws: int, loop: TrainConfig) -> Any:
-    """The training pairs with what the locked image tower makes of them, computed once and kept at `path`."""
+def keep_features(model: DualEncoder, train: Any, store: EmbeddingStore, draws: int, loop: TrainConfig) -> Any:
+    """The training pairs with what the locked image tower makes of them, as far as `store` has it not yet."""
     model.to(distributed.start())
-    with EmbeddingStore(path) as store:
-        return with_image_features(
-            model,
-            train,
-            store=store,
-            augmentation=loop.augmentation,
-            draws=draws,
-            workers=loop.workers,
-            progress=loop.progress,
-            on_bad=loop.on_bad,
-        )
+    return with_image_features(
+        model,
+        train,
+        store=store,
+        augmentation=loop.augmentation,
+        draws=draws,
+        workers=loop.workers,
+        progress=loop.progress,
+        on_bad=loop.on_bad,
+    )
 
 
-def evaluators(config: EvaluateConfig, test: Any, loop: TrainConfig) -> list[Evaluator]:
+def evaluators(
+    config: EvaluateConfig, test: Any, loop: TrainConfig, features: EmbeddingStore | None = None
+) -> list[Evaluator]:
     """What a config asks to be measured on the held-out pairs."""
     wanted: list[Evaluator] = []
-    options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers}
+    options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "features": features}
     if config.retrieval:
         wanted.append(RetrievalEvaluator(test, group=config.group, **options))
     if config.loss:

@@ -157,7 +157,7 @@ def test_lora_is_scaled(tmp_path):
         trained(tmp_path / "c", 0.1, model, reference=reference, **settings)
 
 
-def test_what_began_at_random_stays_as_it_was_trained(tmp_path):
+def test_what_began_at_random_stays_as_it_was_trained(tmp_path, caplog):
     model = tiny.make_model()  # with fresh heads
     begin = copy.deepcopy(model)
     words = "backend.text.embeddings.word_embeddings.weight"
@@ -170,6 +170,9 @@ def test_what_began_at_random_stays_as_it_was_trained(tmp_path):
     last = DualEncoder.from_pretrained(tmp_path / "run/last")
     for name, each in model.named_parameters():
         assert each.equal((last if name in model.fresh else begin).get_parameter(name)), name
+    _, result = trained(tmp_path / "heads", 0.0, tiny.make_model(), reference=Moved(sign=-1.0))  # of a fresh head
+    assert (result.forgetting.alpha, result.forgetting.held) == (0, False)
+    assert "No alpha is within that: 0, which lost least, was chosen, and the budget is not held." in caplog.text
     model.fresh = frozenset(name for name, _ in model.named_parameters())
     with pytest.raises(UsageError, match="nothing that could be forgotten"):
         trained(tmp_path / "b", 0.1, model)

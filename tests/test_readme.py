@@ -42,8 +42,15 @@ def desk(tmp_path_factory):
                     path = folder / "photos" / f"{colour}_{place}_{number}.png"
                     path.write_bytes(tiny.square(colour, place) + bytes([number]))
                     rows.writerow([f"photos/{path.name}", f"a {colour} square {place}", colour])
+    (folder / "photos.csv").write_bytes((folder / "birds.csv").read_bytes())
     tiny.make_model().save_pretrained(folder / "tiny-clip")
     return folder
+
+
+@pytest.fixture(scope="module")
+def names():
+    """What a block defines, the next one may use."""
+    return {}
 
 
 def runnable(text, folder):
@@ -58,13 +65,13 @@ def test_there_are_blocks_of_each_kind():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "block", [text for kind, text in BLOCKS if kind == "python"], ids=["search", "train", "models"]
+    "block", [text for kind, text in BLOCKS if kind == "python"], ids=["search", "train", "keep", "models"]
 )
-def test_python_blocks(block, desk, monkeypatch):
+def test_python_blocks(block, desk, names, monkeypatch):
     monkeypatch.chdir(desk)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        exec(compile(runnable(block, desk), "README.md", "exec"), {})
+        exec(compile(runnable(block, desk), "README.md", "exec"), names)
     assert out.getvalue()
 
 

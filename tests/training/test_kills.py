@@ -62,6 +62,10 @@ def kill_one_of_two(tmp_path, draw, wanted, length):
 
     victim = draw.randrange(2)
     children = runs.ranks(2, work, log)
+    end = time.monotonic() + 60
+    while not (folder / "attempts.jsonl").exists():  # before they have met, none can know of the other's end
+        assert time.monotonic() < end
+        time.sleep(0.002)
     if runs.killed_after(children[victim], draw.uniform(0, length)):
         begin = time.monotonic()
         code = runs.wait(children[1 - victim], 40)

@@ -15,7 +15,8 @@ from models.conftest import LAYERS, _xlm_roberta_tokenizer, write_clip, write_si
 from open_clip.push_to_hf_hub import save_for_hf
 
 from clipkit import DualEncoder
-from clipkit.training.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig, _Loader
+from clipkit.training.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+from clipkit.training.yaml_file import _Loader
 
 FOLDER = Path(__file__).parents[2] / "train" / "recipes"
 RECIPES = ["full", "lit", "lora", "multilingual", "scratch", "siglip", "small_gpu"]

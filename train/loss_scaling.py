@@ -113,6 +113,7 @@ def in_own_process(function: Callable[..., dict[str, float]], *arguments: Any) -
 def draw(found: dict[str, dict[int, dict[str, float]]], to: Path) -> None:
     """Two curves over N, both logarithmic: GB and seconds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for axes, (key, unit, factor) in zip(
@@ -125,6 +126,8 @@ def draw(found: dict[str, dict[int, dict[str, float]]], to: Path) -> None:
             colour = "tab:orange" if "igmoid" in kind or "SigLip" in kind else "tab:blue"
             axes.plot(list(sizes), [each[key] * factor for each in sizes.values()], style, color=colour, label=kind)
         axes.set(xscale="log", yscale="log", xlabel="rows of the batch", ylabel=unit)
+        axes.set_xticks(list(sizes), [f"{n:,}" for n in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(to)

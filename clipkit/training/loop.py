@@ -340,7 +340,11 @@ class Loop:
         took, self.saved = time.monotonic() - begin, time.monotonic()
         if distributed.is_main():
             size = sum(each.stat().st_size for each in path.iterdir())
-            logger.info("%s: %.1f MB in %.2f s", path, size / 1e6, took)
+            share = took / (60 * self.config.save_minutes)
+            advice = "" if share < 0.02 else f"; save_minutes={math.ceil(took / 1.2)} would make it 2 %"
+            logger.info(
+                "%s: %.1f MB in %.2f s, %.1f %% of the time between two%s", path, size / 1e6, took, 100 * share, advice
+            )
 
     def _seconds(self) -> float:
         return float(self.before + time.monotonic() - self.start)

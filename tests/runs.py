@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -36,6 +37,10 @@ def fork(work: Callable[[], Any], log: Path | None = None) -> int:
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of forking beside threads
         child = os.fork()
     if child:
+        with contextlib.suppress(
+            ProcessLookupError, PermissionError
+        ):  # here as well: it may be killed before it begins
+            os.setpgid(child, child)
         return child
     code = 70
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -129,7 +131,7 @@ class Assembly:
             BadImage: an image cannot be used, and `on_bad` is ``error``.
             DataError: none of the images can be used.
         """
-        records = _records(self.source, [draw.row for draw in draws])
+        records = _records(self.source, draws)
         images = self._images(draws, records)
         kept = [(draws[i], records[i]) for i in images.kept]
         texts = [record["texts"][draw.caption] for draw, record in kept]
@@ -209,7 +211,7 @@ def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[st
         raise DataError(
             f"none of the {len(draws)} images of this process's part of a batch can be used",
             where=rejected[0]["path"] if rejected else "the data",
-            fix="`clipkit check data` lists what is broken",
+            fix="`clipkit check data` lists what is broken; a larger batch_size, or fewer processes, leave some",
         )
 
 
@@ -258,6 +260,28 @@ def _image_hash(image: Image.Image) -> int:
     return _hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
 
 
-def _records(source: Any, rows: list[int]) -> list[dict[str, Any]]:
+def _records(source: Any, draws: Sequence[Draw]) -> list[dict[str, Any]]:
     fetch = getattr(source, "__getitems__", None)  # datasets: one Arrow look-up instead of n
-    return list(fetch(rows)) if fetch else [source[row] for row in rows]
+    if fetch is not None:
+        with _drawn(hash64(*(draw.seed for draw in draws))):
+            return list(fetch([draw.row for draw in draws]))
+    records = []
+    for draw in draws:
+        with _drawn(draw.seed):
+            records.append(source[draw.row])
+    return records
+
+
+@contextmanager
+def _drawn(seed: int) -> Iterator[None]:
+    """Random numbers of the plan for a data set that draws some of its own, as torchvision's transforms do."""
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed >> 1)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])

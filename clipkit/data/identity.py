@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +42,9 @@ def data_identity(source: Any, columns: Sequence[str] = ()) -> str:
     """
     source = as_table(source)
     wanted = [name for name in dict.fromkeys([*_READ, *columns]) if name in columns or name in source.column_names]
-    wanted = [name for name in wanted if name not in ("row", "view")]  # made by the loader
+    made = {"row", "view"}  # by the loader; features of images that are here by a locked tower, to the last bit or two
+    made |= {"image_features"} if "image" in wanted else set()
+    wanted = [name for name in wanted if name not in made]
     whole = hashlib.sha256(_VERSION + b" %d" % len(source))
     for name in wanted:
         require_column(source, name)
@@ -52,6 +54,12 @@ def data_identity(source: Any, columns: Sequence[str] = ()) -> str:
             column.update(_cell(name, cell, seen))
         whole.update(column.digest())
     return whole.hexdigest()
+
+
+def images_identity(images: Iterable[Any]) -> str:
+    """sha256 of images alone, in their order."""
+    seen: dict[str, bytes] = {}
+    return hashlib.sha256(b"".join(_image(each, seen) for each in images)).hexdigest()
 
 
 def raw_cells(source: Any, column: str) -> Iterator[Any]:

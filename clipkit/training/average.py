@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,13 +19,13 @@ class Average:
     TensorFlow's ExponentialMovingAverage).
 
     Args:
-        module: its trained parameters are averaged.
+        module, names: whose parameters of these names are averaged.
         decay: d, in [0, 1).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: nn.Module, names: Sequence[str], decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.parameters = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self.parameters = {name: module.get_parameter(name) for name in names}
         self.held = {name: _wide(each).clone() for name, each in self.parameters.items()}
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import CorruptArtefact, UsageError
-from clipkit.files import write_text
+from clipkit.files import resource_errors, write_text
 from clipkit.metrics.direction import worth
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import Saved, check_saved, save
@@ -86,7 +86,15 @@ class Best:
         return {**found, "metrics": self.metrics, "n": self.n}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self.key, self.step, self.since = facts["key"], facts["step"], facts["since"]
+        if facts["value"] is not None:
+            if self.key not in (None, facts["key"]):
+                raise UsageError(
+                    f"the best weights so far were chosen by {facts['key']!r}, not by {self.key!r}",
+                    where="best",
+                    fix="leave `best` as it was, or choose another output_dir",
+                )
+            self.key = facts["key"]
+        self.step, self.since = facts["step"], facts["since"]
         self.metrics, self.n = facts["metrics"], facts["n"]
         self.value = -math.inf if facts["value"] is None else facts["value"]
         own = dict(self._state())
@@ -135,7 +143,8 @@ class Log:
             return
         if self.file is None:  # not before: a run that stops on its first batch is no run
             self.file = self.path.open("a", encoding="utf-8", buffering=1)
-        self.file.write(json.dumps(line, allow_nan=False) + "\n")
+        with resource_errors(self.path):
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -148,7 +157,7 @@ class Log:
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         size = facts["bytes"]
-        kept = self.path.read_bytes()[:size] if size else b""
+        kept = self.path.read_bytes()[:size] if size and self.path.is_file() else b""
         if len(kept) < size:
             raise CorruptArtefact(
                 f"expected at least the {size} bytes that it had at the checkpoint, found {len(kept)}",
@@ -165,7 +174,7 @@ def write_timing(folder: Path, step: int, seconds: float, batch_size: int) -> No
     """timing.jsonl: how fast it went; apart from metrics.jsonl, which is the same however often a run was killed."""
     if distributed.is_main():
         line = {"step": step, "seconds": round(seconds, 3), "pairs_per_second": round(step * batch_size / seconds, 2)}
-        with (folder / "timing.jsonl").open("a", encoding="utf-8") as file:
+        with resource_errors(folder), (folder / "timing.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 

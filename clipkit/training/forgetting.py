@@ -162,7 +162,7 @@ class Guardrail:
         if self.baseline:
             return None
         self.line.keep()
-        self.baseline = self(self.model)
+        self.baseline = distributed.broadcast_object(self(self.model))
         return self.baseline
 
     def settle(

@@ -60,13 +60,14 @@ class Loop:
         self.identity = trainer.identity()
         # before: what the loss never reaches is part of the model all the same
         weights, self.best = Weights(self.learner), Best(self.model, self.folder, self.config.best)
-        self.average = None if self.config.ema is None else Average(self.learner, self.config.ema)
         self.guardrail = trainer.guardrail
         if self.guardrail is not None:
             self.best.name = "last"  # `model` is what the guardrail chooses
         trainer.leave_out_unused()
         optimizer = build_optimizer(self.model, self.config, heads=self.learner.heads)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, optimizer)
+        # after: DDP has made the weights of all ranks those of rank 0
+        self.average = None if self.config.ema is None else Average(self.learner, weights.names, self.config.ema)
         self.ceiling = max(math.log(100), float(self.model.logit_scale.detach()))  # what was loaded may lie above 100
 
         self.log = Log(self.folder / "metrics.jsonl")
@@ -89,6 +90,7 @@ class Loop:
             self.parts["forgetting"] = self.guardrail
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.step = 0  # that was taken last
+        self.evaluation = 0.0  # seconds that the last one took
         self.every = self.config.evaluate_every or trainer.plan.steps_per_epoch
         here = topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
         self.attempts = Attempts(self.folder, asdict(self.config), here)
@@ -153,11 +155,9 @@ class Loop:
         """
         if distributed.world_size() < 3:
             return
-        with closing(self.trainer.loader.batches(0, 1)) as batches:
-            batch = next(iter(batches)).to(self.accelerator.device)
         backward(
             self.wrapped,
-            batch,
+            self.trainer.first_batch().to(self.accelerator.device),
             self.trainer.similar,
             self.trainer.contrast,
             micro_batch=self.config.micro_batch,
@@ -259,9 +259,12 @@ class Loop:
         norm = self._clip()
         # gradients are summed over ranks before this, so that all ranks see the same norm; a loss is a rank's own
         (lost,) = self._agree(not math.isfinite(float(loss.loss)))
-        skipped = not math.isfinite(norm) and self.accelerator.mixed_precision != "fp16"  # its scaler skips by itself
-        if lost or skipped:
+        scaler = getattr(self.accelerator, "scaler", None)
+        lowering = scaler is not None and scaler.get_scale() >= 1  # fp16: too large a scale is halved until it fits
+        if lost or (not math.isfinite(norm) and not lowering):
             self.nonfinite.refuse(self.step, float(loss.loss), norm, self.learner)
+            if scaler is not None:
+                scaler.update()
         else:
             with explained(self.learner, batch, config, self.optimizer):
                 self.optimizer.step()
@@ -325,11 +328,18 @@ class Loop:
     # -- between the steps
 
     def _is_due(self) -> bool:
-        """By rank 0's clock."""
+        """Whether a checkpoint is, after this step; an evaluation that is to follow counts as long as the last one."""
         steps = self.config.save_steps
         if steps is not None and self.step % steps == 0:
             return True
-        return distributed.is_main() and time.monotonic() - self.saved >= 60 * self.config.save_minutes
+        return self._is_late(self.evaluation if self._is_measured() else 0.0)
+
+    def _is_late(self, ahead: float = 0.0) -> bool:
+        """Whether more than `save_minutes` could be lost in so many seconds, by rank 0's clock."""
+        return distributed.is_main() and time.monotonic() - self.saved + ahead >= 60 * self.config.save_minutes
+
+    def _is_measured(self) -> bool:
+        return bool(self.trainer.evaluators) and (self.step % self.every == 0 or self.step == self.total)
 
     def save(self, *, keep: int | None = None) -> None:
         """A checkpoint of this moment."""
@@ -351,15 +361,19 @@ class Loop:
 
     def _catch_up(self, progress: Progress) -> None:
         """The evaluation that is due after this step, unless it is done."""
-        due = self.step and (self.step % self.every == 0 or self.step == self.total)
-        if not self.trainer.evaluators or not due or self.clock.values["evaluated"]:
+        if not self.step or not self._is_measured() or self.clock.values["evaluated"]:
             return
+        begin = time.monotonic()
         with nullcontext() if self.average is None else self.average.applied():
             metrics = self.trainer.evaluate()
             self.log.write({"step": self.step, **metrics})
             self.accelerator.log(metrics, step=self.step)
             self.best.offer(self.step, metrics, self.trainer.counts(), progress)
         self.clock.values["evaluated"] = True
+        self.evaluation = time.monotonic() - begin
+        (late,) = self._agree(self._is_late())
+        if late and not self._over():
+            self.save()
         self.wrapped.train()
 
     # -- after the last step

@@ -13,6 +13,7 @@ import torch
 from clipkit import distributed
 from clipkit.data.plan import Plan
 from clipkit.errors import ClipkitError
+from clipkit.files import resource_errors
 from clipkit.training.state import Facts
 
 logger = logging.getLogger("clipkit")
@@ -52,7 +53,7 @@ class NonFinite(Facts):
             "rows": [{"row": draw.row, "caption": draw.caption} for draw in self.plan.batch(epoch, k)],
         }
         if distributed.is_main():
-            with (self.folder / NAME).open("a", encoding="utf-8") as file:
+            with resource_errors(self.folder), (self.folder / NAME).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         count = self.values["steps"]
         if count > self.allowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -65,7 +66,8 @@ class Attempts:
         )
 
     def end(self, step: int, how: str) -> None:
-        self._write({"ends_after_step": step, "time": _now(), "how": how})
+        with contextlib.suppress(OSError):  # of a full disk, say, which the run has told of already
+            self._write({"ends_after_step": step, "time": _now(), "how": how})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if distributed.is_main():

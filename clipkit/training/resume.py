@@ -6,11 +6,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from clipkit import distributed
-from clipkit.data.identity import data_identity
+from clipkit.data.identity import data_identity, images_identity
 from clipkit.errors import CorruptArtefact, UsageError
 from clipkit.files import write_json
 from clipkit.losses.similar import Similar, key_columns
@@ -21,9 +22,19 @@ from clipkit.training.config import TrainConfig
 from clipkit.training.learner import Learner
 
 # May change between the attempts of one run: where it runs and how it is shown, not what it computes.
-FREE = frozenset(
-    {"output_dir", "resume", "save_minutes", "save_steps", "workers", "micro_batch", "tile", "trackers", "progress"}
+# What an error advises to change (skip_nonfinite, max_bad, best) may change, too.
+_PLACE = (
+    "output_dir",
+    "resume",
+    "save_minutes",
+    "save_steps",
+    "workers",
+    "micro_batch",
+    "tile",
+    "trackers",
+    "progress",
 )
+FREE = frozenset((*_PLACE, "skip_nonfinite", "max_bad", "best"))
 
 
 def run_identity(
@@ -54,14 +65,22 @@ def run_identity(
 
 
 # Of evaluators, what changes a figure.
-_DECIDE = ("texts", "size", "ks", "groups", "labels", "class_names", "templates")
+_DECIDE = ("texts", "image_of_text", "size", "ks", "groups", "labels", "class_names", "templates")
 
 
 def _evaluator(evaluator: Any) -> dict[str, Any]:
     name = str(getattr(evaluator, "name", None) or getattr(evaluator, "__name__", type(evaluator).__name__))
     found = {key: getattr(evaluator, key) for key in _DECIDE if hasattr(evaluator, key)}
-    plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in found.items()}
-    return {"name": name, "set-up": hashlib.sha256(repr(plain).encode()).hexdigest()[:16]}
+    about = json.dumps(found, default=_listed, sort_keys=True).encode()
+    images = getattr(evaluator, "images", None)
+    about += b"" if images is None else images_identity(images).encode()
+    return {"name": name, "set-up": hashlib.sha256(about).hexdigest()[:16]}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
@@ -73,12 +92,20 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
             for key in keys
             for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
         ]
-    return [] if before == now else [f"{name}: {_short(before)} before, {_short(now)} now"]
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = enumerate(zip_longest(before, now))
+        return [line for i, (one, other) in pairs for line in differences(one, other, f"{name}[{i}]")]
+    if before == now:
+        return []
+    one, other = (json.dumps(each, ensure_ascii=False) for each in (before, now))
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return [f"{name}: {_short(one, same)} before, {_short(other, same)} now"]
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
+def _short(text: str, same: int) -> str:
+    """About 60 characters of it, those around number `same` among them."""
+    start = max(0, same - 30) if len(text) > 60 else 0
+    return ("…" if start else "") + text[start : start + 60] + ("…" if len(text) > start + 60 else "")
 
 
 def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:

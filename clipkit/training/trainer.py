@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from clipkit import distributed
+from clipkit.data.batch import Batch
 from clipkit.data.keys import number_values
 from clipkit.data.loader import Loader
 from clipkit.data.map_style import as_table
 from clipkit.data.planned import plan_of
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import ClipkitError, DataError, UsageError
 from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similar import Paired, Similar, key_columns
 from clipkit.models.card import base_of
@@ -192,12 +194,23 @@ class Trainer:
                     fix='freeze the tower (model.freeze("image")), take one without it, or leave out micro_batch',
                 )
 
+    def first_batch(self) -> Batch:
+        """This rank's part of the first global batch; an error on one rank is raised on all."""
+        found: list[Batch] = []
+
+        def fetch() -> None:
+            with closing(self.loader.batches(0, 1)) as batches:
+                found.append(next(batches))
+
+        distributed.together(fetch)
+        return found[0]
+
     def leave_out_unused(self) -> None:
         """DDP waits for every trained parameter; those that the loss never reaches stand still."""
         if distributed.world_size() == 1:
             return
         learner = self.learner
-        batch = next(iter(self.loader.batches(0, 1))).to(self.model.device)
+        batch = self.first_batch().to(self.model.device)
         learner.eval()
         backward(learner, batch, self.similar, self.contrast, micro_batch=self.config.micro_batch)
         unused = [name for name, each in learner.named_parameters() if each.requires_grad and each.grad is None]
@@ -229,16 +242,22 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """All evaluators' metrics and the reference's, of the model as it stands.
 
+        They are rank 0's, on every process: what is decided by them must be decided alike.
+
         Raises:
-            UsageError: two evaluators give the same key.
+            UsageError: two evaluators give the same key, one gives none, or something that is no number.
+            ClipkitError: a metric is not finite.
         """
         metrics: dict[str, float] = {}
         for evaluator in self.measured():
-            found = dict(evaluator(self.model))
+            found = {key: _number(key, value) for key, value in evaluator(self.model).items()}
+            if not found:
+                name = getattr(evaluator, "name", type(evaluator).__name__)
+                raise UsageError("an evaluator gives no metric", where=name)
             if both := metrics.keys() & found.keys():
                 raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
             metrics |= found
-        return metrics
+        return distributed.broadcast_object(metrics)
 
     def measured(self) -> list[Any]:
         """The evaluators, the guardrail's reference last: it decides about the best model only if `best` names it."""
@@ -247,6 +266,16 @@ class Trainer:
     def counts(self) -> dict[str, int]:
         """How many images, texts and classes the metrics rest on."""
         return {key: count for each in self.measured() for key, count in getattr(each, "n", dict)().items()}
+
+
+def _number(key: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"a metric is a number, found {value!r}", where=key, fix="mend the evaluator") from None
+    if not math.isfinite(number):
+        raise ClipkitError(f"a metric must be finite, found {number}", where=key, fix="see what the model gives there")
+    return number
 
 
 def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:

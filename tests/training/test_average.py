@@ -12,7 +12,7 @@ from clipkit.training.average import Average
 def test_the_formula():
     module = torch.nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(1.0)
-    average, wanted = Average(module, 0.5), 1.0
+    average, wanted = Average(module, ["weight"], 0.5), 1.0
     for step, value in enumerate([3.0, -2.0, 8.0, 1.0, 0.5, 2.0, 2.5, 7.0, 3.0, 3.0], start=1):
         module.weight.data.fill_(value)
         average.update()

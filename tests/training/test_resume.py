@@ -1,6 +1,7 @@
 """A run that was interrupted and goes on is the run that was not."""
 
 import json
+import random
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from clipkit import RetrievalEvaluator, SameGroup, TrainConfig, Trainer
 from clipkit.errors import CorruptArtefact, UsageError
+from clipkit.training.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_what_changed_is_listed(tmp_path, cut, pairs, make_model):
     changed[7]["texts"][0] += "!"
     with pytest.raises(UsageError, match=r"data: .* before, .* now"):
         train(type(pairs).from_list(changed, features=pairs.features))
-    with pytest.raises(UsageError, match=r"similar: .*Paired.* before, .*SameGroup"):
+    with pytest.raises(UsageError, match=r"similar\[0\]: .*Paired.* before, .*SameGroup"):
         train(similar=SameGroup("colour"))
     with pytest.raises(UsageError, match="evaluators"):
         train(evaluators=[])
@@ -155,3 +157,81 @@ def test_attempts_and_curves(tmp_path, cut):
     }
     timing = [json.loads(line)["step"] for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
     assert timing == list(range(1, 13))
+
+
+def test_what_an_error_advises_to_change_may_change(tmp_path, cut):
+    cut(tmp_path / "run", 2)  # before the first evaluation
+    runs.train(tmp_path / "run", skip_nonfinite=3, max_bad=5, best="retrieval/image_to_text_recall@1")
+    with pytest.raises(UsageError, match=r"chosen by 'retrieval/image_to_text_recall@1', not by 'retrieval/text"):
+        runs.train(tmp_path / "run", best="retrieval/text_to_image_recall@1")
+
+
+def test_a_log_that_is_gone_is_named(tmp_path, cut):
+    cut(tmp_path / "run", 5)
+    (tmp_path / "run/metrics.jsonl").unlink()
+    with pytest.raises(CorruptArtefact, match=r"bytes that it had at the checkpoint, found 0(?s:.)*metrics.jsonl"):
+        runs.train(tmp_path / "run")
+
+
+def test_other_test_images_are_noticed(pairs):
+    from clipkit.training.resume import _evaluator
+
+    turned = pairs.select([1, 0, *range(2, 32)])
+    mixed = turned.remove_columns("texts").add_column("texts", pairs["texts"])
+    one, other = (_evaluator(RetrievalEvaluator(each)) for each in (pairs, mixed))
+    assert one["name"] == other["name"]
+    assert one["set-up"] != other["set-up"]
+    assert one == _evaluator(RetrievalEvaluator(tiny.make_pairs()))
+
+
+def test_differences_show_where_texts_part():
+    from clipkit.training.resume import differences
+
+    long = "x" * 200
+    (line,) = differences({"a": [1, {"b": long + "1"}]}, {"a": [1, {"b": long + "2"}]})
+    assert line.startswith("a[1].b: …xxx")
+    assert '1" before' in line
+    assert '2" now' in line
+    assert differences({"a": [1]}, {"a": [1, 2]}) == ["a[1]: null before, 2 now"]
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Draws random numbers of its own, as torchvision's transforms do."""
+
+    def __init__(self):
+        self.pairs = tiny.make_pairs()
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, row):
+        shift = int(torch.randint(4, ())) + random.randrange(2)
+        return {**self.pairs[(row + shift) % 32], "texts": self.pairs[row]["texts"]}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_set_with_random_numbers_of_its_own_resumes_bit_for_bit(tmp_path, make_model, workers):
+    def train(name):
+        config = TrainConfig(
+            str(tmp_path / name), epochs=3, max_steps=8, batch_size=8, save_steps=1, resume="auto", progress=False,
+            learning_rate=1e-3, log_every=1, workers=workers,
+        )  # fmt: skip
+        return Trainer(make_model(dropout=0.1), Noisy(), config).train()
+
+    train("whole")
+    whole = Checkpoints.save
+
+    def save(self, now, parts, **options):
+        path = whole(self, now, parts, **options)
+        if now == 3:
+            raise ZeroDivisionError
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        with pytest.raises(ZeroDivisionError):
+            train("run")
+    random.seed(99)
+    torch.manual_seed(99)
+    train("run")
+    assert runs.outcome(tmp_path / "run") == runs.outcome(tmp_path / "whole")

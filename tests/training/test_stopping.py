@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -272,15 +273,56 @@ def test_one_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_broken_image_on_one_rank_ends_all_with_its_message(tmp_path):
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_broken_image_on_one_rank_ends_all_with_its_message(tmp_path, batch):
     def work():
         pairs = tiny.make_pairs()
-        rows = pairs.to_list()
-        rows[3]["image"]["bytes"] = b"no image"
-        broken = type(pairs).from_list(rows, features=pairs.features)
         settings = TrainConfig(str(tmp_path / "run"), batch_size=16, epochs=2, progress=False)
+        plan = Trainer(tiny.make_model(), pairs, settings).plan
+        rows = pairs.to_list()
+        rows[plan.batch(0, batch)[-1].row]["image"]["bytes"] = b"no image"
+        broken = type(pairs).from_list(rows, features=pairs.features)
         Trainer(tiny.make_model(), broken, settings).train()
 
     assert [runs.wait(child) for child in runs.ranks(2, work, tmp_path / "log")] == [3, 3]
     for rank in range(2):
         assert "NOT_IMAGE" in (tmp_path / f"log.{rank}").read_text()
+
+
+@pytest.mark.slow
+def test_metrics_that_differ_between_ranks_are_those_of_rank_0(tmp_path):
+    def work():
+        from clipkit import distributed
+
+        def evaluator(model):
+            count[0] += 1
+            return {"score": count[0] * (1.0 if distributed.is_main() else -1.0)}
+
+        count = [0]
+        settings = TrainConfig(str(tmp_path / "run"), batch_size=8, epochs=1, evaluate_every=1, progress=False)
+        trainer = Trainer(tiny.make_model(), tiny.make_pairs(), settings, evaluators=[evaluator])
+        assert trainer.train().metrics == {"score": 4.0}
+
+    codes = [runs.wait(child) for child in runs.ranks(2, work, tmp_path / "log")]
+    assert codes == [0, 0], (tmp_path / "log.1").read_text()
+
+
+def test_a_long_evaluation_is_followed_by_a_checkpoint(tmp_path, make_model, pairs, monkeypatch):
+    from clipkit.training.loop import Loop
+
+    now, saved = [0.0], []
+    monkeypatch.setattr("clipkit.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def save(self, **_):
+        saved.append(self.step)
+        self.saved = now[0]
+
+    def slow(model):
+        now[0] += 60 * 6
+        return {"score": 1.0}
+
+    monkeypatch.setattr(Loop, "save", save)
+    monkeypatch.setattr("clipkit.training.loop.write_timing", lambda *_: None)
+    settings = TrainConfig(str(tmp_path / "run"), batch_size=8, max_steps=5, epochs=2, evaluate_every=2, progress=False)
+    Trainer(make_model(), pairs, settings, evaluators=[slow]).train()
+    assert saved == [2, 4, 4, 5, 5]  # after the first; before and after the second; before the last, and at the end

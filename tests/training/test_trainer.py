@@ -237,3 +237,23 @@ def test_sharding_that_is_asked_for_and_not_active_is_an_error(tmp_path, pairs, 
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(UsageError, match=name if name == "FSDP" else "(?i)deepspeed"):
         Trainer(make_model(), pairs, config(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"score": math.nan}, r"a metric must be finite, found nan(?s:.)*score"),
+        ({"score": "good"}, r"a metric is a number, found 'good'(?s:.)*score"),
+        ({}, "an evaluator gives no metric"),
+    ],
+)
+def test_what_is_no_metric_is_refused_by_name(tmp_path, pairs, make_model, given, message):
+    trainer = Trainer(make_model(), pairs, config(tmp_path / "run", max_steps=1), evaluators=[lambda _: given])
+    with pytest.raises(ClipkitError, match=message):
+        trainer.train()
+
+
+def test_numbers_of_other_kinds_are_metrics(tmp_path, pairs, make_model):
+    given = {"a": torch.tensor(0.5), "b": torch.tensor(0.25).numpy()}
+    trainer = Trainer(make_model(), pairs, config(tmp_path / "run", max_steps=1), evaluators=[lambda _: given])
+    assert trainer.train().metrics == {"a": 0.5, "b": 0.25}

@@ -33,9 +33,10 @@ trap 'again=1; kill -USR1 "$job"' USR1
 trap 'again=1' TERM
 
 # One process a task: its rank is its task's number. With --gpus-per-task each sees one GPU, which is its number 0.
-# --kill-on-bad-exit=0: or srun would end the other processes when the first of them is done with saving.
+# --kill-on-bad-exit=0: or srun would end the other processes when the first of them is done with saving. --wait=25: but
+# none goes on for longer than that when one of them is gone.
 # shellcheck disable=SC2016  # the variables are those of the task
-srun --kill-on-bad-exit=0 bash -c '
+srun --wait=25 --kill-on-bad-exit=0 bash -c '
     export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=0
     exec clipkit train "$@" --resume auto
 ' clipkit "$@" &

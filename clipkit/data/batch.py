@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -15,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.data.augment import Augmentation, augment
+from clipkit.data.map_style import drawn
 from clipkit.data.plan import Draw, hash64
 from clipkit.errors import BadImage, DataError
 from clipkit.images import describe, load_image
@@ -263,25 +262,10 @@ def _image_hash(image: Image.Image) -> int:
 def _records(source: Any, draws: Sequence[Draw]) -> list[dict[str, Any]]:
     fetch = getattr(source, "__getitems__", None)  # datasets: one Arrow look-up instead of n
     if fetch is not None:
-        with _drawn(hash64(*(draw.seed for draw in draws))):
+        with drawn(hash64(*(draw.seed for draw in draws))):
             return list(fetch([draw.row for draw in draws]))
     records = []
     for draw in draws:
-        with _drawn(draw.seed):
+        with drawn(draw.seed):
             records.append(source[draw.row])
     return records
-
-
-@contextmanager
-def _drawn(seed: int) -> Iterator[None]:
-    """Random numbers of the plan for a data set that draws some of its own, as torchvision's transforms do."""
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed >> 1)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+import torch
 
 from clipkit.errors import DataError, UsageError
 
@@ -138,3 +143,18 @@ def _refuse_streams(source: Any) -> None:
             f"expected rows: source[0], source[1] …; found {type(source).__name__} with {found}",
             fix="datasets.Dataset.from_dict(columns), or one split of it",
         )
+
+
+@contextmanager
+def drawn(seed: int) -> Iterator[None]:
+    """Random numbers of the plan for a data set that draws some of its own, as torchvision's transforms do."""
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed >> 1)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])

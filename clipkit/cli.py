@@ -17,6 +17,7 @@ from clipkit.errors import UsageError, exit_with_message
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
     from clipkit.training.config import RunConfig
+    from clipkit.training.result import TrainResult
 
 app = typer.Typer(
     help="Train, measure and use text-image dual encoders.",
@@ -77,9 +78,13 @@ def train(
             min=0,
         ),
     ] = None,
+    on_bad: Annotated[
+        Literal["error", "skip"] | None,
+        typer.Option(help="skip: leave out what cannot be used, and list it; the same as train.on_bad=skip."),
+    ] = None,
 ) -> None:
     """Train a model on pairs, from a config."""
-    options = {"resume": resume, "forget_budget": forget_budget}
+    options = {"resume": resume, "forget_budget": forget_budget, "on_bad": on_bad}
     given = [f"train.{name}={value}" for name, value in options.items() if value is not None]
     config = _run_config([*settings, *given])
     if print_config:
@@ -90,9 +95,22 @@ def train(
 
     done = run(config)
     if distributed.is_main():
-        _print_metrics(done.result.metrics)
-        _say(f"model:   {done.folder / 'model'}   (step {done.result.step} of {done.result.steps})")
+        result = done.result
+        written = json.loads((done.folder / "result.json").read_text(encoding="utf-8"))
+        _print_metrics(result.metrics, written["chance"])
+        _say(f"model:   {done.folder / 'model'}   ({_which(result)})")
+        if result.forgetting is not None:
+            _say(f"         {done.folder / 'last'}   (step {result.step} of {result.steps}, as it was trained)")
         _say(f"results: {done.folder / 'result.json'}")
+
+
+def _which(result: TrainResult) -> str:
+    step = f"step {result.step} of {result.steps}"
+    if result.forgetting is None:
+        return step
+    if result.forgetting.alpha == 0:
+        return "the weights before training: nothing else is within forget_budget"
+    return f"{result.forgetting.alpha:g} of the way from the start to {step}"
 
 
 @app.command(epilog="Example: clipkit evaluate birds.csv --model runs/birds/model --image file --text caption")

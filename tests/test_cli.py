@@ -173,3 +173,51 @@ def test_export_says_how_close_the_two_are(tmp_path, model):
     assert done.code == 2
     assert "joined of two towers" in done.err
     assert not (tmp_path / "there").exists()
+
+
+def test_train_without_held_out_pairs_and_with_bad_rows_left_out(tmp_path, table, model):
+    with table.open("a", newline="") as file:
+        csv.writer(file).writerow(["squares/none.png", "a picture that is not there", "red"])
+    settings = [f"model.name={model}", f"data.train={table}", "data.test=0", "train.batch_size=8", "train.max_steps=1"]
+    settings += ["train.progress=false", f"train.output_dir={tmp_path / 'run'}"]
+    assert clipkit("train", *settings).code == 3
+    done = clipkit("train", *settings, "--on-bad", "skip")
+    assert done.code == 0, done.err
+    assert "step 1 of 1" in done.out
+    assert json.loads((tmp_path / "run/result.json").read_text())["metrics"] == {}
+
+
+def test_train_says_which_weights_it_kept(tmp_path, table, model):
+    settings = [f"model.name={model}", f"data.train={table}", "data.test=0.25", "train.batch_size=8"]
+    settings += ["train.max_steps=2", "train.learning_rate=1e-2", "train.progress=false"]
+    done = clipkit("train", *settings, f"train.output_dir={tmp_path / 'run'}", "--forget-budget", 0)
+    assert done.code == 0, done.err
+    alpha = json.loads((tmp_path / "run/result.json").read_text())["alpha"]
+    assert ("before training" if alpha == 0 else f"{alpha:g} of the way from the start to step") in done.out
+    assert f"{tmp_path / 'run/last'}   (step" in done.out
+    assert "chance" in done.out
+
+
+@pytest.mark.parametrize(
+    ("left_out", "fix"),
+    [
+        ("model.name", "model.name=FOLDER"),
+        ("data.train", "data.train=FILE"),
+        ("train.output_dir", "train.output_dir=runs"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_mend(tmp_path, left_out, fix):
+    given = {"model.name": "x", "data.train": "y.csv", "train.output_dir": tmp_path / "run"}
+    done = clipkit("train", *(f"{key}={value}" for key, value in given.items() if key != left_out), "--print-config")
+    assert done.code == 2
+    assert fix in done.err
+
+
+def test_a_word_in_place_of_a_list_and_a_folder_that_cannot_be_made(tmp_path):
+    given = ["model.name=x", "data.train=y.csv"]
+    done = clipkit("train", *given, f"train.output_dir={tmp_path}", "model.freeze=image")
+    assert "fix:   model.freeze=[image]" in done.err
+    (tmp_path / "file").touch()
+    done = clipkit("train", *given, f"train.output_dir={tmp_path / 'file' / 'run'}")
+    assert done.code == 2
+    assert "the output folder cannot be made: Not a directory" in done.err

@@ -134,7 +134,7 @@ def _refuse_streams(source: Any) -> None:
         raise UsageError(
             f"expected len(source) and source[i], so that every batch can be drawn again; found a stream, "
             f"{type(source).__name__}",
-            fix="pack it first: pairs = list(stream), or where that does not fit into memory: "
+            fix="pack it first: pairs = list(stream), or one of `datasets` to disk: "
             "pairs = datasets.Dataset.from_generator(lambda: (yield from stream))",
         )
     if isinstance(source, Mapping):

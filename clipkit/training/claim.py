@@ -38,7 +38,7 @@ def _claim(folder: Path, may_resume: bool) -> None:
     taken = what_stands(folder)
     if folder.is_file():
         raise UsageError("the output folder is a file", where=folder, fix="choose another output_dir")
-    if taken and not may_resume:
+    if taken and not may_resume and (folder / IDENTITY).is_file():
         raise UsageError(
             "the output folder holds another run",
             where=folder / taken[0],
@@ -46,12 +46,16 @@ def _claim(folder: Path, may_resume: bool) -> None:
         )
     if taken and not (folder / IDENTITY).is_file():
         raise UsageError(
-            f"what the output folder holds cannot be resumed: it has no {IDENTITY}",
-            where=folder / taken[0],
-            fix="choose another output_dir, or remove it",
+            f"the output folder holds {taken[0]!r}, and is no run that could go on: it has no {IDENTITY}",
+            where=folder,
+            fix="choose another output_dir",
         )
     with resource_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (NotADirectoryError, FileNotFoundError, FileExistsError) as error:
+            message = f"the output folder cannot be made: {error.strerror}"
+            raise UsageError(message, where=error.filename, fix="choose another output_dir") from error
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "not writable")
 

@@ -280,7 +280,7 @@ class DataConfig:
     Attributes:
         train: a table, a folder, or a name of the hub.
         image, text, label: columns; None: the obvious ones. `text` takes several.
-        test: pairs held out: a part (0.1), a number (500), or another table or folder.
+        test: pairs held out: a part (0.1), a number (500), another table or folder; 0: none, and nothing is measured.
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
         templates: captions for class folders, e.g. ``a photo of a {}.``
@@ -475,9 +475,22 @@ def _config_error(error: ValidationError, where: object) -> ConfigError:
             fixes += [f"did you mean `{near[0]}`?"] if near else [f"known here: {', '.join(_known(problem['loc']))}"]
         elif problem["type"] == "missing":
             lines.append(f"`{path}` is missing")
+            fixes += [_NEEDED[path]] if path in _NEEDED else []
+        elif problem["type"] == "tuple_type" and isinstance(problem["input"], str):
+            lines.append(f"`{path}` is a list, found {problem['input']!r}")
+            fixes.append(f"{path}=[{problem['input']}]")
         else:
             lines.append(f"`{path}`: {problem['msg'].lower()}, found {problem['input']!r}")
     return ConfigError("; ".join(dict.fromkeys(lines)), where=where, fix=" ".join(fixes) or None)
+
+
+_NEEDED = {
+    "model": "model.name=FOLDER or ORG/NAME",
+    "data": "data.train=FILE",
+    "data.train": "data.train=FILE",
+    "train": "train.output_dir=runs/NAME",
+    "train.output_dir": "train.output_dir=runs/NAME",
+}
 
 
 def _known(location: Sequence[Any]) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.files import write_json, write_text
-from clipkit.metrics.direction import worth
+from clipkit.metrics.direction import lower_is_better, worth
 from clipkit.models.card_forgetting import forgetting_lines
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import save
@@ -163,6 +163,9 @@ class Guardrail:
             return None
         self.line.keep()
         self.baseline = distributed.broadcast_object(self(self.model))
+        key, value = next(iter(self.baseline.items()))
+        if not lower_is_better(key) and self.budget >= value and distributed.is_main():
+            logger.warning("forget_budget=%g allows all of %s, which is %.4f, to be lost", self.budget, key, value)
         return self.baseline
 
     def settle(
@@ -198,7 +201,9 @@ class Guardrail:
         write_json(self.folder / "forgetting.json", found.as_dict())
         curve = [(p.reference, p.domain) for p in found.points]
         limit = found.baseline + worth(found.reference, -found.budget)
-        marks = {"before": 0, f"chosen, alpha {found.alpha:g}": found.points.index(found.chosen), "fine-tuned": -1}
+        chosen = found.points.index(found.chosen)
+        marks = {"before": 0, f"chosen, alpha {found.alpha:g}": chosen, "fine-tuned": -1}
+        marks = {"before, chosen": 0, "fine-tuned": -1} if chosen == 0 else marks
         drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
         write_text(self.folder / "curves" / "forgetting.svg", drawn)
         save(self.model, self.folder / "model", overwrite=True)

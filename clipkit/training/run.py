@@ -150,6 +150,8 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
     def load(source: str, rejects: str) -> Any:
         return _load(source, config, loop, folder / rejects)
 
+    if config.test == 0:
+        return load(config.train, "rejects.jsonl"), None
     if isinstance(config.test, str):
         return load(config.train, "rejects.jsonl"), load(config.test, "test_rejects.jsonl")
     return split_pairs(
@@ -193,7 +195,9 @@ def keep_features(model: DualEncoder, train: Any, store: EmbeddingStore, draws: 
 def evaluators(
     config: EvaluateConfig, test: Any, loop: TrainConfig, features: EmbeddingStore | None = None
 ) -> list[Evaluator]:
-    """What a config asks to be measured on the held-out pairs."""
+    """What a config asks to be measured on the held-out pairs; nothing where none are held out."""
+    if test is None:
+        return []
     wanted: list[Evaluator] = []
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "features": features}
     if config.retrieval:
@@ -204,7 +208,11 @@ def evaluators(
         templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
         wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))
     if not wanted:
-        raise UsageError("nothing would be measured", where="evaluate", fix="set evaluate.retrieval=true")
+        raise UsageError(
+            "nothing would be measured",
+            where="evaluate",
+            fix="set evaluate.retrieval=true or evaluate.loss=true; data.test=0 holds nothing out",
+        )
     return wanted
 
 
@@ -222,6 +230,7 @@ def save_result(
     """Write result.json: the metrics of the weights that were kept, and what they are to be compared with."""
     if distributed.is_main():
         early = result.stopped_early
-        found = build_result(model, result.metrics, measured, seed, result.seconds, stopped_early=early)
-        write_json(folder / "result.json", found)
-        logger.info("%s: step %d of %d was kept", folder / "model", result.step, result.steps)
+        alpha = None if result.forgetting is None else result.forgetting.alpha
+        more = {"step": result.step, "steps": result.steps, "stopped_early": early, "alpha": alpha}
+        write_json(folder / "result.json", build_result(model, result.metrics, measured, seed, result.seconds, **more))
+        logger.info("%s: step %d of %d was best", folder, result.step, result.steps)

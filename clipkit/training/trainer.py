@@ -81,6 +81,12 @@ class Trainer:
         reference: Evaluator | None = None,
     ) -> None:
         distributed.start()
+        if isinstance(pairs, str | Path):
+            raise UsageError(
+                f"expected pairs, found the name {str(pairs)!r}",
+                where="pairs",
+                fix=f"load_pairs({str(pairs)!r}, image=COLUMN, text=COLUMN)",
+            )
         pairs = as_table(pairs)
         self.model, self.pairs, self.config = model, pairs, config
         self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]

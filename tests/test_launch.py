@@ -113,7 +113,7 @@ def test_slurm_sends_the_signal_and_the_job_goes_on(world, tmp_path):
     assert "stopped by SIGUSR1" in first.stderr
     assert (notes / "requeued").read_text().split() == ["4711"]
     assert (notes / "forwarded").read_text().split() == ["USR1"]
-    assert (notes / "options").read_text().split() == ["--kill-on-bad-exit=0"]
+    assert (notes / "options").read_text().split() == ["--wait=25", "--kill-on-bad-exit=0"]
     before = steps(run)
     assert 0 < len(before) < 200
 

@@ -40,12 +40,7 @@ esac
 def world(tmp_path_factory):
     """Squares with captions, a model, and the start of a command line."""
     folder = tmp_path_factory.mktemp("launch")
-    rows = []
-    for colour in tiny.COLOURS:
-        for place in tiny.PLACES:
-            (folder / f"{colour}-{place}.png").write_bytes(tiny.square(colour, place))
-            rows.append({"image": f"{colour}-{place}.png", "text": f"a {colour} square {place}"})
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.write_pairs(folder)
     tiny.make_model().save_pretrained(folder / "model")
     return folder
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +38,17 @@ def make_pairs() -> Any:
     text = Value("string")
     features = {"image": ImageFeature(decode=False), "texts": List(text), "colour": text, "place": text}
     return Dataset.from_dict(columns, features=Features(features))
+
+
+def write_pairs(folder: Path) -> Path:
+    """pairs.jsonl in `folder`: the 32 images as files beside it, each with one text."""
+    rows = []
+    for colour in COLOURS:
+        for place in PLACES:
+            (folder / f"{colour}-{place}.png").write_bytes(square(colour, place))
+            rows.append({"image": f"{colour}-{place}.png", "text": f"a {colour} square {place}"})
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "pairs.jsonl"
 
 
 def make_model(

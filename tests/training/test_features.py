@@ -140,12 +140,7 @@ def test_two_processes_share_the_work(tmp_path):
 def yaml_run(tmp_path):
     """Trains from a config with a locked tower; gives the loss of each step and the images its tower saw."""
     tiny.make_model().save_pretrained(tmp_path / "model")
-    rows = []
-    for colour in tiny.COLOURS:
-        for place in tiny.PLACES:
-            (tmp_path / f"{colour}-{place}.png").write_bytes(tiny.square(colour, place))
-            rows.append({"image": f"{colour}-{place}.png", "text": f"a {colour} square {place}"})
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.write_pairs(tmp_path)
 
     def train(name, *settings):
         basic = [f"model.name={tmp_path / 'model'}", "model.freeze=[image]", f"data.train={tmp_path / 'pairs.jsonl'}"]

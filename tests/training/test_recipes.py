@@ -27,12 +27,7 @@ NEEDED = ["data.train=birds.csv", "train.output_dir=runs/birds"]
 def world(tmp_path_factory):
     """Squares with captions, and models that transformers and open_clip wrote."""
     folder = tmp_path_factory.mktemp("recipes")
-    rows = []
-    for colour in tiny.COLOURS:
-        for place in tiny.PLACES:
-            (folder / f"{colour}-{place}.png").write_bytes(tiny.square(colour, place))
-            rows.append({"image": f"{colour}-{place}.png", "text": f"a {colour} square {place}"})
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny.write_pairs(folder)
     torch.manual_seed(0)
     write_clip(folder / "clip")
     write_siglip2(folder / "siglip")

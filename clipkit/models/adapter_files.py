@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageError
+from clipkit.extras import upgrade_command
 from clipkit.files import dump_json, publish, sha256_file
 from clipkit.models.backend import PARTS, Backend, Part
 from clipkit.models.configs import read_json
@@ -161,7 +162,7 @@ def _read(folder: Path) -> dict[str, Any]:
     body = read_json(folder / NAME)
     if body.get("schema", 0) > SCHEMA:
         message = f"written by a newer clipkit (schema {body['schema']}, known up to {SCHEMA})"
-        raise ModelError(message, where=folder, fix="pip install -U clipkit")
+        raise ModelError(message, where=folder, fix=upgrade_command())
     if body.get("sha256") != _hash({key: value for key, value in body.items() if key != "sha256"}):
         raise CorruptArtefact("its content is not what was saved", where=folder / NAME, fix=_AGAIN)
     for name, expected in body["files"].items():

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError
+from clipkit.extras import upgrade_command
 from clipkit.files import dump_json, sha256_file
 from clipkit.models.configs import read_json
 from clipkit.models.fingerprint import Fingerprint, words
@@ -142,7 +143,7 @@ def read(folder: Path, *, check: bool = True) -> dict[str, Any] | None:
 def _check_schema(schema: Any, path: Path) -> None:
     if isinstance(schema, int) and schema > SCHEMA:
         message = f"written by a newer clipkit (schema {schema}, known up to {SCHEMA})"
-        raise ModelError(message, where=path, fix="pip install -U clipkit")
+        raise ModelError(message, where=path, fix=upgrade_command())
     if schema != SCHEMA:
         message = f"written by an older clipkit (schema {schema}, expected {SCHEMA})"
         raise ModelError(message, where=path, fix="save the model again from where it came")

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from clipkit.errors import ClipkitError
+from clipkit.extras import upgrade_command
 from clipkit.models import artefact
 from clipkit.models.known_answers import Finding
 
@@ -50,7 +51,7 @@ def file_findings(folder: Path) -> Iterator[Finding]:
             "files",
             what,
             "another version of clipkit wrote it",
-            "pip install -U clipkit, or save the model again",
+            f"{upgrade_command()}, or save the model again",
         )
     listed = set(body.get("files") or ())
     for path in sorted(folder.iterdir()):

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from clipkit.errors import ModelError, UsageError
+from clipkit.extras import install_command
 from clipkit.models.attention import SplitAttention
 from clipkit.models.backend import PARTS, Backend, Part
 from clipkit.models.blocks import blocks
@@ -109,7 +110,7 @@ def require_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UsageError("LoRA needs peft, which is not installed", fix="pip install 'clipkit[lora]'") from error
+        raise UsageError("LoRA needs peft, which is not installed", fix=install_command("lora")) from error
     return peft
 
 

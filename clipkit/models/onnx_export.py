@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError, UsageError
+from clipkit.extras import install_command, missing_packages
 from clipkit.files import dump_json, publish
 from clipkit.models import card
 from clipkit.models.artefact import GOLDEN_TEXTS, golden_images
@@ -51,9 +51,8 @@ class _Text(_Side):
 
 def export_onnx(model: DualEncoder, folder: Path, overwrite: bool) -> ExportReport:
     """image.onnx, text.onnx, tokenizer and transform, onnx.json with all else; see `DualEncoder.export`."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"ONNX export needs {', '.join(missing)}", fix="pip install 'clipkit[onnx]'")
+    if missing := missing_packages(*_PACKAGES):
+        raise UsageError(f"ONNX export needs {', '.join(missing)}", fix=install_command("onnx"))
     check_place(folder, overwrite, (FACTS,))
     reports: list[ExportReport] = []
     plain = reference(model)

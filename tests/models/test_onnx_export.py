@@ -111,5 +111,5 @@ def test_a_graph_that_differs_is_not_written(
 def test_a_missing_extra_is_named(towers: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    with pytest.raises(UsageError, match=r"needs onnxscript\n.*pip install 'clipkit\[onnx\]'"):
+    with pytest.raises(UsageError, match=r"needs onnxscript\n.*pip install -e \S*\[onnx\]"):
         towers.export(tmp_path / "there", to="onnx")

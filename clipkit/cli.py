@@ -135,7 +135,7 @@ def evaluate(
     import time
 
     from clipkit import distributed
-    from clipkit.data.keys import key_values
+    from clipkit.data.keys import has_texts, key_values
     from clipkit.data.pairs import load_pairs
     from clipkit.data.rejects import Ledger
     from clipkit.evaluation.report import build_result
@@ -151,7 +151,11 @@ def evaluate(
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
-    evaluators: list[Any] = [RetrievalEvaluator(pairs, group=group, **options)]
+    evaluators: list[Any] = []
+    if has_texts(pairs):
+        evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
+    else:
+        typer.echo("the images have labels, but no texts: retrieval is not measured", err=True)
     if "label" in pairs.column_names and (label or None not in key_values(pairs, "label")):
         evaluators.append(ZeroShotEvaluator(pairs, templates=template or DEFAULT_TEMPLATE, **options))
     metrics: dict[str, float] = {}

@@ -24,7 +24,8 @@ class Reject:
     row: int
     """Line of a text table (from 1, as an editor counts), else index of the row (from 0)."""
     code: str
-    """Short reason: a code of `clipkit.images`, or EMPTY_TEXT, NOT_TEXT, EMPTY_LABEL, CONFLICT, BAD_JSON, BAD_NAME."""
+    """Short reason: a code of `clipkit.images`, or EMPTY_TEXT, NOT_TEXT, EMPTY_LABEL, NOT_LABEL, CONFLICT, BAD_JSON,
+    BAD_NAME."""
     message: str
     """The reason in words, with what to do where that is known."""
     where: str

@@ -396,7 +396,9 @@ def _say(text: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2, default=str))
+    from clipkit.files import dump_json
+
+    typer.echo(dump_json(value), nl=False)
 
 
 def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:
@@ -409,11 +411,11 @@ def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = 
 def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None) -> None:
     from dataclasses import asdict
 
-    from clipkit.files import write_text
+    from clipkit.files import dump_json, write_text
 
     if not rejected:
         return
-    write_text(path, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejected))
+    write_text(path, "".join(dump_json(asdict(each), indent=None) for each in rejected))
     count = f"{total} = {total - len(rejected)} used + " if total else ""
     typer.echo(f"{count}{len(rejected)} rejected, listed in {path}:", err=True)
     for each in rejected[:10]:

@@ -19,6 +19,7 @@ from clipkit.errors import BadImage, DataError, UsageError, option
 from clipkit.images import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.texts import is_blank
 
 Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
@@ -243,7 +244,7 @@ def require_columns(pairs: Any, columns: Iterable[str]) -> None:
     found = list(pairs.column_names)
     for column in columns:
         if column not in found:
-            fix = f"name the column of the class with {option('label')}" if column == "label" else None
+            fix = f"name the column of the class: {option('label', 'COLUMN')}" if column == "label" else None
             raise UsageError(f"expected a column {column!r}; the data set has {', '.join(found)}", fix=fix)
     if not len(pairs):
         raise DataError("the data set has no row, so there is nothing to evaluate")
@@ -253,7 +254,7 @@ def _captions(texts: Iterable[Sequence[str]]) -> tuple[list[str], list[int]]:
     captions: list[str] = []
     owner: list[int] = []
     for row, own in enumerate(texts):
-        if not own or not all(isinstance(text, str) and text.strip() for text in own):
+        if not own or not all(isinstance(text, str) and not is_blank(text) for text in own):
             raise DataError("every image needs a caption, and none may be empty", where=f"row {row}")
         captions += own
         owner += [row] * len(own)

@@ -12,6 +12,7 @@ from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import UsageError
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.texts import is_blank
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 _SLOTS = ("{}", "{c}")
@@ -101,7 +102,7 @@ def _names(class_names: Sequence[str] | Mapping[str, str | Sequence[str]]) -> di
         raise UsageError("expected at least one class name, found none")
     every = [name for names in own.values() for name in names]
     for c, names in own.items():
-        if not names or not all(isinstance(name, str) and name.strip() for name in [c, *names]):
+        if not names or not all(isinstance(name, str) and not is_blank(name) for name in [c, *names]):
             raise UsageError("every class needs a name, and no name may be empty", where=repr(c))
     if len(set(every)) < len(every):
         raise UsageError("two classes share a name, so no image could be told apart", where=repr(_twice(every)))

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from clipkit.data.augment import Augmentation
+from clipkit.data.tables import Quoting
 from clipkit.errors import ConfigError, UsageError
 from clipkit.losses.contrastive import TILE
 from clipkit.losses.graded import Graded
@@ -283,7 +284,8 @@ class DataConfig:
         test: pairs held out: a part (0.1), a number (500), another table or folder; 0: none, and nothing is measured.
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
-        templates: captions for class folders, e.g. ``a photo of a {}.``
+        templates: captions for labels, e.g. ``a photo of a {}.``
+        separator, encoding, quoting: of text tables and caption files, see `TextFormat`.
         features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each image, by
             the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
             this run or in an earlier one, and steps and evaluations cost the text side alone. None: it runs in each.
@@ -300,6 +302,9 @@ class DataConfig:
     split_by: str = "image"
     split: str = "train"
     templates: str | tuple[str, ...] | None = None
+    separator: str | None = None
+    encoding: str = "utf-8-sig"
+    quoting: Quoting = "double"
     features: str | None = None
     feature_draws: int = 4
 
@@ -378,7 +383,7 @@ class ReferenceConfig:
 
     Attributes:
         data: a table, a folder, or a name of the hub.
-        image, text, label, split, templates: as in `DataConfig`.
+        image, text, label, split, templates, separator, encoding, quoting: as in `DataConfig`.
     """
 
     data: str
@@ -387,6 +392,9 @@ class ReferenceConfig:
     label: str | None = None
     split: str = "train"
     templates: str | tuple[str, ...] | None = None
+    separator: str | None = None
+    encoding: str = "utf-8-sig"
+    quoting: Quoting = "double"
 
     __pydantic_config__ = _STRICT
 

@@ -376,13 +376,15 @@ def _to_rgb(image: Image.Image, source: object) -> Image.Image:
 
 def _over_white(image: Image.Image, source: object) -> Image.Image:
     rgba = image.convert("RGBA")
-    alpha, colours = rgba.getchannel("A"), rgba.convert("RGB")
-    if alpha.getextrema() == (0, 0) and any(low != high for low, high in colours.getextrema()):  # type: ignore[misc]
-        # some writers of BMP and TIFF leave the fourth byte at zero
-        _warn("WARN_ALPHA", "every pixel is transparent: the colours beneath are taken", source)
-        return colours
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (0, 0):
+        colours = rgba.convert("RGB")
+        if any(low != high for low, high in colours.getextrema()):  # type: ignore[misc]
+            # some writers of BMP and TIFF leave the fourth byte at zero
+            _warn("WARN_ALPHA", "every pixel is transparent: the colours beneath are taken", source)
+            return colours
     rgb = Image.new("RGB", rgba.size, "white")
-    rgb.paste(colours, mask=alpha)
+    rgb.paste(rgba, mask=alpha)
     return rgb
 
 

@@ -63,7 +63,8 @@ def _first_directory(exif: bytes) -> int | None:
 
 def xmp_orientation(info: Mapping[str | tuple[int, int], Any]) -> int | None:
     """The tiff:Orientation of an XMP packet in Pillow's `info`; None where there is none."""
-    xmp = info.get("XML:com.adobe.xmp") or info.get("xmp")
-    text = xmp if isinstance(xmp, bytes) else str(xmp or "").encode("utf-8", "replace")
+    if not (xmp := info.get("XML:com.adobe.xmp") or info.get("xmp")):
+        return None
+    text = xmp if isinstance(xmp, bytes) else str(xmp).encode("utf-8", "replace")
     match = re.search(rb'tiff:Orientation(?:="|>)([0-9])', text)
     return int(match[1]) if match else None

@@ -139,7 +139,7 @@ def evaluate(
     import time
 
     from clipkit import distributed
-    from clipkit.data.keys import key_values
+    from clipkit.data.keys import has_texts, key_values
     from clipkit.data.pairs import load_pairs
     from clipkit.data.rejects import Ledger
     from clipkit.evaluation.report import build_result
@@ -155,7 +155,11 @@ def evaluate(
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
-    evaluators: list[Any] = [RetrievalEvaluator(pairs, group=group, **options)]
+    evaluators: list[Any] = []
+    if has_texts(pairs):
+        evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
+    else:
+        typer.echo("the images have labels, but no texts: retrieval is not measured", err=True)
     if "label" in pairs.column_names and (label or None not in key_values(pairs, "label")):
         evaluators.append(ZeroShotEvaluator(pairs, templates=template or DEFAULT_TEMPLATE, **options))
     metrics: dict[str, float] = {}
@@ -397,7 +401,9 @@ def _say(text: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2, default=str))
+    from clipkit.files import dump_json
+
+    typer.echo(dump_json(value), nl=False)
 
 
 def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:
@@ -410,11 +416,11 @@ def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = 
 def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None) -> None:
     from dataclasses import asdict
 
-    from clipkit.files import write_text
+    from clipkit.files import dump_json, write_text
 
     if not rejected:
         return
-    write_text(path, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejected))
+    write_text(path, "".join(dump_json(asdict(each), indent=None) for each in rejected))
     count = f"{total} = {total - len(rejected)} used + " if total else ""
     typer.echo(f"{count}{len(rejected)} rejected, listed in {path}:", err=True)
     for each in rejected[:10]:

@@ -42,8 +42,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from clipkit.errors import BadImage, DataError
-from clipkit.paths import did_you_mean, is_url, show, walk
+from clipkit.errors import BadImage
+from clipkit.paths import Tree, did_you_mean, is_url, show
 from clipkit.signatures import ends_early, signature
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, Any]"
@@ -152,17 +152,9 @@ def is_image_name(path: str | os.PathLike[str]) -> bool:
     return f".{suffix.lower()}" in SUFFIXES and stem[-1:] not in ("", "/", os.sep)
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """All images below a folder by their suffix, sorted by name. Hidden ones are skipped, links followed once.
-
-    Raises:
-        DataError: the folder, or one below it, does not exist or cannot be listed.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        kind = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(f"expected a folder of images; {show(root)} {kind}", fix=did_you_mean(root))
-    return sorted((parent / name for parent, names in walk(root) for name in names if is_image_name(name)), key=str)
+def find_images(tree: Tree) -> list[Path]:
+    """The images among the files of a folder (`clipkit.paths.walk`), told by their suffix, sorted by name."""
+    return [path for path in tree.files if is_image_name(path)]
 
 
 def describe(source: object) -> str:

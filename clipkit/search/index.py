@@ -19,6 +19,7 @@ from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError
 from clipkit.files import publish
 from clipkit.images import find_images
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.paths import walk
 from clipkit.search.catalogue import Catalogue, Entry, is_index, read, write
 from clipkit.search.listing import listed
 from clipkit.search.query import Query, embed_queries
@@ -227,7 +228,7 @@ class EmbeddingIndex:
             self._adopt(model)
         old = {self._catalogue.path_of(entry): entry for entry in self._catalogue.entries}
         root = self._catalogue.root
-        files = find_images(root) if root else [file for file in old if file.is_file()]
+        files = find_images(walk(root)) if root else [file for file in old if file.is_file()]
         now = {file: _stat(file) for file in files}
         fresh = [file for file in files if file not in old or (old[file].size, old[file].mtime_ns) != now[file]]
         with EmbeddingStore(self.path) as store:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clipkit.errors import DataError, UsageError
 from clipkit.images import describe, find_images
+from clipkit.paths import walk
 
 
 def list_images(path: str | os.PathLike[str]) -> list[Path]:
@@ -18,7 +19,7 @@ def list_images(path: str | os.PathLike[str]) -> list[Path]:
     """
     if Path(path).is_file():
         return [Path(path)]
-    found = find_images(path)
+    found = find_images(walk(path))
     if not found:
         raise DataError("there is no image here", where=path, fix="check the folder; images are told by their suffix")
     return found
@@ -33,7 +34,7 @@ def listed(images: str | os.PathLike[str] | Iterable[object]) -> tuple[Path | No
     """
     if isinstance(images, (str, os.PathLike)):
         root = Path(images).absolute()
-        return root, find_images(root)
+        return root, find_images(walk(root))
     files: list[Path] = []
     for row, item in enumerate(images):
         if not isinstance(item, (str, os.PathLike)):

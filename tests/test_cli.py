@@ -88,6 +88,28 @@ def test_check_data(table, model, tmp_path):
     assert "NOT_IMAGE" in done.out
 
 
+def test_labels_alone_are_measured_and_trained_on_by_templates(tmp_path, table, model):
+    rows = [f"squares/{colour}_{place}.png,{colour}" for colour in tiny.COLOURS for place in tiny.PLACES]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(["image,colour", *rows]))
+    done = clipkit("evaluate", labels, "--model", model, "--label", "colour", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["metrics"].keys() == {"zero_shot/top1", "zero_shot/top5", "zero_shot/mean_per_class"}
+    assert "retrieval is not measured" in done.err
+
+    settings = [f"model.name={model}", f"data.train={labels}", "data.label=colour", "train.max_steps=1"]
+    settings += ["train.batch_size=8", "train.progress=false", f"train.output_dir={tmp_path / 'run'}"]
+    done = clipkit("train", *settings)
+    assert done.code == 2
+    assert "make them out of the labels" in done.err
+    assert clipkit("train", *settings, "data.templates=a photo of a {}.").code == 0
+    # held out: labels alone beside training pairs with texts
+    texts = [f"model.name={model}", f"data.train={table}", f"data.test={labels}", "data.label=colour", *settings[3:]]
+    done = clipkit("train", *texts, f"train.output_dir={tmp_path / 'other'}", "evaluate.zero_shot=label")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "other/result.json").read_text())["n"]["zero_shot/images"] == 32
+
+
 def test_env():
     facts = json.loads(clipkit("env", "--json").out)
     assert {"clipkit", "torch", "device", "cores"} <= facts.keys()
@@ -102,6 +124,7 @@ def test_rejected_rows_are_counted_and_listed(table, model, tmp_path):
     assert done.code == 3
     assert "EMPTY" in done.err
     assert "red_left.png" in done.err
+    assert "leave them out with --on-bad skip\n" in done.err
     assert not (out / "metrics.jsonl").exists()
     done = clipkit("train", *settings, "train.on_bad=skip")
     assert done.code == 0, done.err

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from clipkit.errors import UsageError, exit_with_message
+from clipkit.shell import Verb
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -56,7 +57,7 @@ Templates = Annotated[
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
-@app.command(epilog="Example: clipkit quickstart --output runs/quickstart")
+@app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
     overwrite: Annotated[bool, typer.Option(help="Replace the folder of an earlier quickstart.")] = False,
@@ -70,7 +71,8 @@ def quickstart(
 
 
 @app.command(
-    epilog="Example: clipkit train model.name=openai/clip-vit-base-patch32 data.train=birds.csv train.output_dir=runs/b"
+    cls=Verb,
+    epilog="Example: clipkit train model.name=openai/clip-vit-base-patch32 data.train=b.csv train.output_dir=runs/b",
 )
 def train(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both.")],
@@ -121,7 +123,9 @@ def _which(result: TrainResult) -> str:
     return f"{result.forgetting.alpha:g} of the way from the start to {step}"
 
 
-@app.command(epilog="Example: clipkit evaluate birds.csv --model runs/birds/model --image file --text caption")
+@app.command(
+    cls=Verb, epilog="Example: clipkit evaluate birds.csv --model runs/birds/model --image file --text caption"
+)
 def evaluate(
     data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
     model: ModelName,
@@ -186,7 +190,8 @@ def evaluate(
 
 
 @app.command(
-    epilog="Example: clipkit label photos/ --model runs/birds/model --class robin --class crow --to labels.csv"
+    cls=Verb,
+    epilog="Example: clipkit label photos/ --model runs/birds/model --class robin --class crow --to labels.csv",
 )
 def label(
     folder: Annotated[Path, typer.Argument(help="A folder of images, or one image.")],
@@ -224,7 +229,7 @@ def label(
             _say(f"{path}\t" + "\t".join(f"{name} {score:.2f}" for name, score in each.top))
 
 
-@app.command(epilog="Example: clipkit index photos/ --model runs/birds/model --to photos.index")
+@app.command(cls=Verb, epilog="Example: clipkit index photos/ --model runs/birds/model --to photos.index")
 def index(
     folder: Annotated[Path, typer.Argument(help="A folder of images.")],
     model: ModelName,
@@ -250,7 +255,7 @@ def index(
     _say(f'next: clipkit search {to} "what you look for"')
 
 
-@app.command(epilog='Example: clipkit search photos.index "two dogs on a beach" -k 5')
+@app.command(cls=Verb, epilog='Example: clipkit search photos.index "two dogs on a beach" -k 5')
 def search(
     index: Annotated[Path, typer.Argument(help="An index that `clipkit index` wrote.")],
     query: Annotated[str, typer.Argument(help="A text, or the path of an image.")],
@@ -274,7 +279,7 @@ def search(
         _say(f"{hit.score:.3f}  {hit.path}")
 
 
-@app.command(epilog="Example: clipkit export runs/birds/model birds-open-clip --to open_clip")
+@app.command(cls=Verb, epilog="Example: clipkit export runs/birds/model birds-open-clip --to open_clip")
 def export(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -294,7 +299,7 @@ def export(
         _say(str(report))
 
 
-@check.command("gradients", epilog="Example: torchrun --nproc_per_node 2 -m clipkit check gradients run.yaml")
+@check.command("gradients", cls=Verb, epilog="Example: torchrun --nproc_per_node 2 -m clipkit check gradients run.yaml")
 def check_gradients_command(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both, as for train.")],
     as_json: Json = False,
@@ -315,7 +320,7 @@ def check_gradients_command(
         raise typer.Exit(1)
 
 
-@check.command("data", epilog="Example: clipkit check data birds.csv --image file --text caption")
+@check.command("data", cls=Verb, epilog="Example: clipkit check data birds.csv --image file --text caption")
 def check_data_command(
     data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
     image: ImageColumn = None,
@@ -348,7 +353,7 @@ def check_data_command(
     raise typer.Exit(report.exit_code)
 
 
-@check.command("model", epilog="Example: clipkit check model runs/birds/model")
+@check.command("model", cls=Verb, epilog="Example: clipkit check model runs/birds/model")
 def check_model_command(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     other: Annotated[str | None, typer.Argument(help="A second model: tell why the two disagree.")] = None,
@@ -371,7 +376,7 @@ def check_model_command(
     raise typer.Exit(found.exit_code)
 
 
-@app.command(epilog="Example: clipkit env --json")
+@app.command(cls=Verb, epilog="Example: clipkit env --json")
 def env(as_json: Json = False) -> None:
     """Versions, devices and threads: what to put into a bug report."""
     from clipkit.evaluation.report import environment

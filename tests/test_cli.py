@@ -124,6 +124,7 @@ def test_rejected_rows_are_counted_and_listed(table, model, tmp_path):
     assert done.code == 3
     assert "EMPTY" in done.err
     assert "red_left.png" in done.err
+    assert "leave them out with --on-bad skip\n" in done.err
     assert not (out / "metrics.jsonl").exists()
     done = clipkit("train", *settings, "train.on_bad=skip")
     assert done.code == 0, done.err

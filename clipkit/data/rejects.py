@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Literal
 
-from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
+from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError, option
 from clipkit.files import dump_json, write_text
 from clipkit.paths import Tree, show
 
@@ -106,14 +106,14 @@ class Ledger:
             raise ClipkitError(f"rows do not add up: {self.summary()}", where=source, fix="this is a bug: report it")
         log.info("%s: %s", source, self.summary())
         if self.rejects and on_bad == "error":
-            fix = hint or 'mend them, or leave them out with on_bad="skip" (--on-bad skip)'
+            fix = hint or f"mend them, or leave them out with {option('on_bad', 'skip')}"
             raise DataError(self._listed("cannot be used"), where=source, fix=fix)
         if not self.used:
             raise DataError(self._listed("are rejected: none is left"), where=source, fix=hint)
         allowed = max_bad if isinstance(max_bad, int) else max_bad * self.rows
         if len(self.rejects) > allowed:
             budget = f"max_bad={max_bad}" if isinstance(max_bad, int) else f"max_bad={max_bad:g} of the rows"
-            fix = hint or "mend them, or raise max_bad if losing that many is right"
+            fix = hint or f"mend them, or raise {option('max_bad')} if losing that many is right"
             raise TooManyRejected(self._listed(f"are rejected; {budget} allows fewer"), where=source, fix=fix)
         for reject in self.rejects[:_SHOWN]:
             log.warning("skipped %s", reject)

@@ -11,10 +11,11 @@ from typing import Any
 
 from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.extras import DISTRIBUTION
 from clipkit.models.dual_encoder import DualEncoder
 
 _PACKAGES = (
-    *("clipkit", "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
+    *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),
 )
 
@@ -70,7 +71,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            found["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from clipkit.errors import UsageError, exit_with_message
+from clipkit.prompts import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -45,7 +46,6 @@ Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: thi
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
 ]
-DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 @app.command(epilog="Example: clipkit quickstart --output runs/quickstart")

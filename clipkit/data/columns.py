@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from clipkit.data.tables import Table
 from clipkit.errors import DataError, UsageError
+from clipkit.prompts import DEFAULT_TEMPLATE
 
 # In the order of preference; compared without case.
 # fmt: off
@@ -86,26 +87,6 @@ def label_of(cell: Any) -> str | None:
     return text or None
 
 
-def check_templates(templates: str | Sequence[str] | None) -> list[str]:
-    """Templates as a list.
-
-    Raises:
-        UsageError: there is none, or one has no place for the name.
-    """
-    found = [templates] if isinstance(templates, str) else list(templates or ())
-    for template in found:
-        if template.count("{}") != 1:
-            raise UsageError(f"a template has one {{}} for the class name; found {template!r}", fix="a photo of a {}.")
-    if templates is not None and not found:
-        raise UsageError("expected at least one template; found none")
-    return found
-
-
-def fill(templates: Sequence[str], name: str) -> list[str]:
-    """One text a template. Plain replacement: str.format would evaluate what stands in braces."""
-    return [template.replace("{}", name.replace("_", " ")) for template in templates]
-
-
 def _named(table: Table, name: str, role: str) -> str:
     if name not in table.names:
         raise _unknown(table, role, name)
@@ -129,7 +110,7 @@ def _unknown(table: Table, role: str, name: str | None) -> DataError:
         message = f"COLUMN: no column is obviously the {role}; there are {columns}"
         fix = f"name it: {role}=..."
         if role == "text" and _obvious(table, LABEL_NAMES):
-            fix += ', or make texts out of the label: templates="a photo of a {}."'
+            fix += f', or make texts out of the label: templates="{DEFAULT_TEMPLATE}"'
     else:
         message = f"COLUMN: no column {name!r} for the {role}; there are {columns}"
         lower = {column.lower(): column for column in table.names}

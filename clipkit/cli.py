@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from clipkit.errors import UsageError, exit_with_message
+from clipkit.prompts import DEFAULT_TEMPLATE
 from clipkit.shell import Verb
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: thi
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
 ]
-DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 @app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")

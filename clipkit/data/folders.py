@@ -15,8 +15,8 @@ from clipkit.data.tables import TABLE_SUFFIXES, Table, TextFormat, Unusable
 from clipkit.errors import DataError
 from clipkit.images import find_images
 from clipkit.paths import Tree, show, walk
+from clipkit.prompts import DEFAULT_TEMPLATE
 
-DEFAULT_TEMPLATE = "a photo of a {}."
 _NAMES = 10  # classes or files that one line names
 
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from clipkit.data.assemble import Item, assemble
-from clipkit.data.columns import Columns, check_templates, choose, fill, label_of, texts_of
+from clipkit.data.columns import Columns, choose, label_of, texts_of
 from clipkit.data.pictures import Pictures
 from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
 from clipkit.data.sources import open_source
 from clipkit.data.tables import Quoting, Table, Unusable, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
+from clipkit.prompts import Templates, captions, check_templates
 from clipkit.texts import BadText
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def load_pairs(
     text: str | Sequence[str] | None = None,
     label: str | None = None,
     split: str = "train",
-    templates: str | Sequence[str] | None = None,
+    templates: Templates | None = None,
     separator: str | None = None,
     encoding: str = "utf-8-sig",
     quoting: Quoting = "double",
@@ -63,8 +64,9 @@ def load_pairs(
             by zero-shot classification, and trained on with `templates`.
         label: column of the class. By default a column named label, if there is one.
         split: which split of a `DatasetDict` or of a data set of the hub.
-        templates: one or more texts with {} for the class name (underscores become spaces). They make the texts out
-            of the label. For class folders "a photo of a {}." by default.
+        templates: one or more texts with {} for the class name (underscores become spaces), or a mapping from each
+            class to its own, as for `prompts`. They make the texts out of the label. For class folders
+            "a photo of a {}." by default.
         separator, encoding, quoting: of text files, see `TextFormat`.
         on_bad: ``error`` lists the rows that cannot be used and stops; ``skip`` leaves them out and counts them.
         max_bad: how many rows (int) or what fraction of them (float) may be skipped.
@@ -82,7 +84,7 @@ def load_pairs(
     if not isinstance(source, str) and isinstance(source, os.PathLike):
         source = Path(source)
     table = open_source(source, ledger, split=split, form=form)
-    filled = check_templates(templates) or list(table.templates)
+    filled = list(table.templates) if templates is None else check_templates(templates)
     columns = choose(table, image=image, text=text, label=label, templates=bool(filled))
     pictures = Pictures.of(table, columns.image)
     ledger.rows = len(table) + len(table.rejects)
@@ -114,7 +116,7 @@ class _BadRow(Exception):
 
 
 def _collect(
-    table: Table, columns: Columns, pictures: Pictures, templates: Sequence[str], ledger: Ledger
+    table: Table, columns: Columns, pictures: Pictures, templates: Templates, ledger: Ledger
 ) -> tuple[list[Item], ClassLabel | None]:
     cells = table.cells(columns.label) if columns.label else []
     labels, classes = _labels(table, columns, cells)
@@ -139,8 +141,9 @@ def _collect(
             ledger.used += 1
             empty += blank
     if templates and not texts:
+        made = captions({str(item.label) for item in items.values()}, templates)
         for item in items.values():
-            item.texts = fill(templates, str(item.label))
+            item.texts = list(made[str(item.label)])
     _take_notes(ledger, table, items, empty, classes)
     return list(items.values()), classes
 

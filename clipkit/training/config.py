@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -26,9 +26,11 @@ from clipkit.errors import ConfigError, UsageError
 from clipkit.losses.contrastive import TILE
 from clipkit.losses.graded import Graded
 from clipkit.losses.similar import Head, Paired, SameGroup, Side, Similar, Treat, Views
+from clipkit.prompts import DEFAULT_TEMPLATE
 from clipkit.training.yaml_file import dump_yaml, read_yaml, set_value
 
 _STRICT = ConfigDict(extra="forbid")
+_Templates: TypeAlias = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ class DataConfig:
         test: pairs held out: a part (0.1), a number (500), another table or folder; 0: none, and nothing is measured.
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
-        templates: captions for labels, e.g. ``a photo of a {}.``
+        templates: captions for labels, e.g. ``a photo of a {}.``; or for each class its own (see `prompts`).
         separator, encoding, quoting: of text tables and caption files, see `TextFormat`.
         features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each image, by
             the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
@@ -301,7 +303,7 @@ class DataConfig:
     test: float | str = 0.1
     split_by: str = "image"
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
     separator: str | None = None
     encoding: str = "utf-8-sig"
     quoting: Quoting = "double"
@@ -391,7 +393,7 @@ class ReferenceConfig:
     text: str | tuple[str, ...] | None = None
     label: str | None = None
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
     separator: str | None = None
     encoding: str = "utf-8-sig"
     quoting: Quoting = "double"
@@ -408,7 +410,7 @@ class EvaluateConfig:
         loss: the loss itself, in fixed batches (see `ValidationLoss`).
         group: column whose members all count as correct; None: an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
-        templates: prompts of the classes.
+        templates: prompts of the classes; or for each class its own.
         reference: pairs on which retrieval must not get worse than `train.forget_budget` allows; None: the built-in
             sample.
     """
@@ -417,7 +419,7 @@ class EvaluateConfig:
     loss: bool = False
     group: str | None = None
     zero_shot: str | None = None
-    templates: str | tuple[str, ...] = "a photo of a {}."
+    templates: _Templates = DEFAULT_TEMPLATE
     reference: Annotated[
         ReferenceConfig | None, BeforeValidator(lambda found: {"data": found} if isinstance(found, str) else found)
     ] = None

@@ -55,3 +55,9 @@ def as_setting(name: str, value: object) -> str:
         return name
     text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"{name}={shlex.quote(text)}"
+
+
+def as_option(name: str, value: object) -> str:
+    """As an option of a program: ``--on-bad skip``."""
+    flag = f"--{name.rpartition('.')[2].replace('_', '-')}"
+    return flag if value is None else f"{flag} {shlex.quote(str(value))}"

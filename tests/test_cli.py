@@ -88,6 +88,27 @@ def test_check_data(table, model, tmp_path):
     assert "NOT_IMAGE" in done.out
 
 
+def test_how_a_table_is_written_is_typed_as_the_error_says(tmp_path, table, model):
+    rows = table.read_text().replace(",", ";").replace("a red", "a caf\xe9 red")
+    (tmp_path / "other.csv").write_text(rows, encoding="cp1252")
+    typed = []
+    settings = [f"model.name={model}", f"data.train={tmp_path / 'other.csv'}", f"train.output_dir={tmp_path / 'run'}"]
+    settings += ["train.batch_size=8", "train.max_steps=1", "data.test=0", "train.progress=false"]
+    for fix in ("--encoding cp1252", "--separator semicolon"):
+        done = clipkit("check", "data", tmp_path / "other.csv", *typed)
+        assert (done.code, fix in done.err) == (3, True), done.err
+        typed += fix.split()
+    done = clipkit("check", "data", tmp_path / "other.csv", *typed, "--json")
+    assert json.loads(done.out)["rows"] == 32
+    for fix in ("data.encoding=cp1252", "data.separator=semicolon"):
+        done = clipkit(
+            "train", f"data.train={tmp_path / 'other.csv'}", *settings, f"train.output_dir={tmp_path / 'run'}"
+        )
+        assert (done.code, fix in done.err) == (3, True), done.err
+        settings.append(fix)
+    assert clipkit("train", *settings).code == 0
+
+
 def test_labels_alone_are_measured_and_trained_on_by_templates(tmp_path, table, model):
     rows = [f"squares/{colour}_{place}.png,{colour}" for colour in tiny.COLOURS for place in tiny.PLACES]
     labels = tmp_path / "labels.csv"

@@ -35,7 +35,8 @@ class Reject:
     """The image as the row names it."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.code}: {self.message}" + (f" [{self.path}]" if self.path else "")
+        path = f" [{self.path}]" if self.path and not self.path.endswith(self.where) else ""
+        return f"{self.where}: {self.code}: {self.message}{path}"
 
 
 def unreadable_folders(tree: Tree, row: int) -> list[Reject]:

@@ -377,11 +377,12 @@ def env(as_json: Json = False) -> None:
 
 def _run_config(settings: Sequence[str]) -> RunConfig:
     from clipkit.training.config import RunConfig
+    from clipkit.training.config_errors import is_override
 
-    files = [each for each in settings if "=" not in each]
+    files = [each for each in settings if not is_override(each)]
     if len(files) > 1:
         raise UsageError(f"expected one YAML file, found {len(files)}: {', '.join(files)}")
-    return RunConfig.load(files[0] if files else None, [each for each in settings if "=" in each])
+    return RunConfig.load(files[0] if files else None, [each for each in settings if is_override(each)])
 
 
 def _open(model: str) -> DualEncoder:

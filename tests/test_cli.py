@@ -168,7 +168,12 @@ def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
         assert "Traceback" not in done.err
 
     out = f"train.output_dir={tmp_path / 'run'}"
-    fails(2, "unknown key `train.epoch`", "did you mean `epochs`", arguments=["train", *basic, out, "train.epoch=1"])
+    fails(
+        2,
+        "unknown key `train.epoch`",
+        "did you mean train.epochs=1?",
+        arguments=["train", *basic, out, "train.epoch=1"],
+    )
     fails(2, "`train.output_dir` is missing", arguments=["train", *basic, "train.epochs=1"])
     fails(3, "captoin", "caption", arguments=["train", *basic, out, "data.text=captoin"])
     fails(3, "nowhere.csv", arguments=["train", *basic, out, f"data.train={tmp_path / 'nowhere.csv'}"])
@@ -236,11 +241,35 @@ def test_what_is_missing_is_named_with_its_mend(tmp_path, left_out, fix):
     assert fix in done.err
 
 
-def test_a_word_in_place_of_a_list_and_a_folder_that_cannot_be_made(tmp_path):
-    given = ["model.name=x", "data.train=y.csv"]
-    done = clipkit("train", *given, f"train.output_dir={tmp_path}", "model.freeze=image")
-    assert "fix:   model.freeze=[image]" in done.err
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    done = clipkit("train", *given, f"train.output_dir={tmp_path / 'file' / 'run'}")
+    done = clipkit("train", "model.name=x", "data.train=y.csv", f"train.output_dir={tmp_path / 'file' / 'run'}")
     assert done.code == 2
     assert "the output folder cannot be made: Not a directory" in done.err
+
+
+def test_a_config_may_lie_in_a_folder_with_an_equals_sign_and_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "lr=3e-4" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("model: {name: x}\ndata: {train: y.csv}\ntrain: {output_dir: ~/a=b}")
+    for typed in (config, "lr=3e-4/config.yaml", "~/lr=3e-4/config.yaml"):
+        done = clipkit("train", typed, "data.test=~/t=1.csv", "--print-config")
+        assert f"output_dir: {tmp_path}/a=b" in done.out
+        assert f"test: {tmp_path}/t=1.csv" in done.out
+
+
+def test_what_is_no_config_is_told_what_to_type(tmp_path, table, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    for typed, fix in [
+        (["squares.csv"], "data.train=squares.csv"),
+        (["squares"], "data.train=squares"),
+        (["run"], "its config: run/config.yaml"),
+        (["train.epochs"], "train.epochs=VALUE"),
+        (["run/confg.yaml"], "did you mean run/config.yaml?"),
+    ]:
+        done = clipkit("train", *typed)
+        assert (done.code, done.err.splitlines()[-1].strip()) == (2, f"fix:   {fix}")

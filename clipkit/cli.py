@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from clipkit.errors import UsageError, exit_with_message
+from clipkit.prompts import DEFAULT_TEMPLATE
 from clipkit.shell import Verb
 
 if TYPE_CHECKING:
@@ -36,6 +37,14 @@ ModelName = Annotated[
 ]
 ImageColumn = Annotated[str | None, typer.Option("--image", help="Column of the image; found by itself if obvious.")]
 TextColumn = Annotated[list[str] | None, typer.Option("--text", help="Column of the text; repeat for several.")]
+Separator = Annotated[
+    str | None, typer.Option(help="Of a CSV file: a character, or comma, semicolon, tab, bar; a tab in .tsv files.")
+]
+Encoding = Annotated[str, typer.Option(help="Of text files, such as cp1252; UTF-16 is seen by its mark.")]
+Quoting = Annotated[
+    Literal["double", "backslash", "none"],
+    typer.Option(help='How a quotation mark within a quoted cell is written: "" or \\"; none: nothing is quoted.'),
+]
 LabelColumn = Annotated[str | None, typer.Option("--label", help="Column of the class.")]
 OnBad = Annotated[
     Literal["error", "skip"], typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it.")
@@ -46,7 +55,6 @@ Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: thi
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
 ]
-DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 @app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")
@@ -127,6 +135,9 @@ def evaluate(
     group: Annotated[str | None, typer.Option(help="Column whose members all count as correct.")] = None,
     template: Templates = None,
     split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    separator: Separator = None,
+    encoding: Encoding = "utf-8-sig",
+    quoting: Quoting = "double",
     on_bad: OnBad = "error",
     max_bad: Annotated[float, typer.Option(help="How many rows may be left out: a part below 1, or a number.")] = 0.1,
     rejects: Rejects = Path("rejects.jsonl"),
@@ -150,8 +161,8 @@ def evaluate(
     distributed.start()
     start, ledger = time.perf_counter(), Ledger()
     pairs = load_pairs(
-        data, image=image, text=text or None, label=label, split=split, on_bad=on_bad, max_bad=_budget(max_bad),
-        ledger=ledger,
+        data, image=image, text=text or None, label=label, split=split, separator=separator, encoding=encoding,
+        quoting=quoting, on_bad=on_bad, max_bad=_budget(max_bad), ledger=ledger,
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
@@ -316,6 +327,9 @@ def check_data_command(
     text: TextColumn = None,
     label: LabelColumn = None,
     split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    separator: Separator = None,
+    encoding: Encoding = "utf-8-sig",
+    quoting: Quoting = "double",
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
     ] = None,
@@ -328,6 +342,7 @@ def check_data_command(
 
     ledger = Ledger()  # every bad row is to be listed, however many there are
     columns: dict[str, Any] = {"image": image, "text": text or None, "label": label, "split": split}
+    columns |= {"separator": separator, "encoding": encoding, "quoting": quoting}
     pairs = load_pairs(data, **columns, on_bad="skip", max_bad=1.0, ledger=ledger)
     processor = _open(model).processor if model else None
     report = check_data(pairs, processor=processor, ledger=ledger, progress=not as_json)

@@ -16,6 +16,7 @@ from clipkit.distributed import is_main, start
 from clipkit.errors import exit_with_message
 from clipkit.evaluation.report import build_result
 from clipkit.files import write_json
+from clipkit.prompts import DEFAULT_TEMPLATE
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--to", type=Path, default=None, help="write result.json here")
     args = parser.parse_args()
-    args.template = args.template or ["a photo of a {}."]
+    args.template = args.template or [DEFAULT_TEMPLATE]
     return args
 
 

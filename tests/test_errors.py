@@ -5,8 +5,8 @@ import pickle
 import pytest
 
 from clipkit import errors
-from clipkit.embedding.encode import BadText
 from clipkit.errors import BadImage, ClipkitError, exit_with_message, option, speaking
+from clipkit.texts import BadText
 from clipkit.training.config_errors import as_setting
 
 

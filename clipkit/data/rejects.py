@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Literal
 
@@ -60,6 +61,8 @@ class Ledger:
     rejects: list[Reject] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What was put right or passed over, in words."""
+    origin: Callable[[int], list[tuple[int, str]]] | None = None
+    """See `source_rows`."""
 
     def summary(self) -> str:
         """One line: ``1,003 rows = 1,000 used + 3 rejected (2 MISSING, 1 EMPTY_TEXT); 200 images``."""
@@ -67,6 +70,14 @@ class Ledger:
         why = ", ".join(f"{n:,} {code}" for code, n in codes.most_common())
         rejected = f"{len(self.rejects):,} rejected" + (f" ({why})" if why else "")
         return f"{self.rows:,} rows = {self.used:,} used + {rejected}; {self.images:,} images"
+
+    def at(self, reject: Reject) -> list[Reject]:
+        """A row of the result that turned out to be unusable, as the rows of the source that it was made of."""
+        return [replace(reject, row=row, where=where) for row, where in self.source_rows(reject.row)]
+
+    def source_rows(self, row: int) -> list[tuple[int, str]]:
+        """The number and the place of each row of the source that a row of the result was made of."""
+        return [(row, f"row {row}")] if self.origin is None else self.origin(row)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -97,13 +108,13 @@ class Ledger:
         if self.rejects and on_bad == "error":
             fix = hint or f"mend them, or leave them out with {option('on_bad', 'skip')}"
             raise DataError(self._listed("cannot be used"), where=source, fix=fix)
+        if not self.used:
+            raise DataError(self._listed("are rejected: none is left"), where=source, fix=hint)
         allowed = max_bad if isinstance(max_bad, int) else max_bad * self.rows
         if len(self.rejects) > allowed:
             budget = f"max_bad={max_bad}" if isinstance(max_bad, int) else f"max_bad={max_bad:g} of the rows"
             fix = hint or f"mend them, or raise {option('max_bad')} if losing that many is right"
             raise TooManyRejected(self._listed(f"are rejected; {budget} allows fewer"), where=source, fix=fix)
-        if not self.used:
-            raise DataError(self._listed("are rejected: none is left"), where=source, fix=hint)
         for reject in self.rejects[:_SHOWN]:
             log.warning("skipped %s", reject)
 

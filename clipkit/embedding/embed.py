@@ -13,11 +13,12 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.data.rejects import Reject
-from clipkit.embedding.encode import Encoder, Kind, checked_text, reject
+from clipkit.embedding.encode import Encoder, Kind, reject
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
 from clipkit.errors import ClipkitError, DataError, UsageError
 from clipkit.images import bytes_of
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.texts import checked_text
 
 T = TypeVar("T")
 _GET = 4096  # rows fetched from the store at once

@@ -15,9 +15,9 @@ from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError
 from clipkit.evaluation.retrieval import Rows, require_columns
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
-from clipkit.labelling.prompts import DEFAULT_TEMPLATE, prompts
 from clipkit.metrics import classification as metrics
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, prompts
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class ZeroShotEvaluator:
         pairs: a data set with ``image`` and a column of labels: `datasets.ClassLabel`, class names, or numbers from 0.
         class_names: names for the prompts. Left out, the labels' own names. A list is in the order of the labels (for
             labels that are names: any order); a mapping goes from each label's name to the names its prompts use.
-        templates: one or several, with the slot ``{}`` or ``{c}``.
+        templates: one or several, with the slot ``{}`` or ``{c}``; or a mapping from each class to its own templates or
+            whole prompts.
         label: the column of labels.
         name: the prefix of the metric keys.
         store: keeps the embeddings by content, for the next evaluation of the same weights.
@@ -86,8 +87,8 @@ class ZeroShotEvaluator:
         self,
         pairs: Any,
         *,
-        class_names: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
-        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        class_names: Names | None = None,
+        templates: Templates = DEFAULT_TEMPLATE,
         label: str = "label",
         name: str = "zero_shot",
         store: EmbeddingStore | None = None,
@@ -172,9 +173,6 @@ def _result(
     recall = [r if c else None for r, c in zip(metrics.per_class_recall(logits, labels).tolist(), n, strict=True)]
     rows = [ClassFigures(*row) for row in zip(names, n, recall, named, strict=True)]
     return ZeroShotResult(found, names, labels, metrics.hits(logits, labels), predictions, confusion, rows)
-
-
-Names = Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 def _align(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import ClipkitError, UsageError
-from clipkit.labelling.prompts import DEFAULT_TEMPLATE, class_embeddings, prompts
+from clipkit.labelling.prompts import class_embeddings
 from clipkit.metrics.ranking import distinct_rows
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, prompts
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class ZeroShotClassifier:
     Args:
         model: any dual encoder. Its weights are read when the classifier is made: make a new one after training.
         class_names: the classes; or a mapping from each class to the names its prompts use.
-        templates: one or several, with the slot ``{}`` or ``{c}``.
+        templates: one or several, with the slot ``{}`` or ``{c}``; or a mapping from each class to its own templates or
+            whole prompts.
         store: keeps text and image embeddings for the next time.
 
     Attributes:
@@ -72,9 +74,9 @@ class ZeroShotClassifier:
     def __init__(
         self,
         model: DualEncoder,
-        class_names: Sequence[str] | Mapping[str, str | Sequence[str]],
+        class_names: Names,
         *,
-        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        templates: Templates = DEFAULT_TEMPLATE,
         store: EmbeddingStore | None = None,
     ) -> None:
         self.prompts = prompts(class_names, templates)

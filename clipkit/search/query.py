@@ -15,6 +15,7 @@ from torch import Tensor
 from clipkit.errors import UsageError
 from clipkit.images import ImageSource, is_image_name
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.texts import checked_text, is_blank
 
 Query: TypeAlias = "ImageSource | Tensor"
 
@@ -26,6 +27,7 @@ def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], di
     for only where a query is not an embedding already.
 
     Raises:
+        BadText: a text with bytes that are no UTF-8.
         UsageError: an empty text, something that is no query, or an embedding of another size.
     """
     kinds = [kind_of(query) for query in queries]
@@ -47,9 +49,12 @@ def kind_of(query: object) -> Literal["text", "image", "vector"]:
     if isinstance(query, Tensor):
         return "vector"
     if isinstance(query, str):
-        if not query.strip():
+        if is_blank(query):
             raise UsageError("the query is empty", fix="ask for something, such as 'two dogs on a beach'")
-        return "image" if is_image_name(query) and Path(query).is_file() else "text"
+        if is_image_name(query) and Path(query).is_file():
+            return "image"
+        checked_text(query)
+        return "text"
     if isinstance(query, (os.PathLike, bytes, Image.Image, np.ndarray, Mapping)):
         return "image"
     raise UsageError(f"a query is a text, an image or an embedding; found {type(query).__name__}")

@@ -15,22 +15,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from clipkit.data.augment import Augmentation
-from clipkit.data.tables import TABLE_SUFFIXES
+from clipkit.data.tables import TABLE_SUFFIXES, Quoting
 from clipkit.errors import ConfigError, UsageError, option, speaking
 from clipkit.losses.contrastive import TILE
 from clipkit.losses.graded import Graded
 from clipkit.losses.similar import Head, Paired, SameGroup, Side, Similar, Treat, Views
 from clipkit.paths import at_home
+from clipkit.prompts import DEFAULT_TEMPLATE
 from clipkit.training.config_errors import as_setting, as_yaml, config_error, no_config
 from clipkit.training.typed import Columns, fit
 from clipkit.training.yaml_file import dump_yaml, read_yaml, set_value
 
 _STRICT = ConfigDict(extra="forbid")
+_Templates: TypeAlias = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -306,7 +308,8 @@ class DataConfig:
         test: pairs held out: a part (0.1), a number (500), another table or folder; 0: none, and nothing is measured.
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
-        templates: captions for class folders, e.g. ``a photo of a {}.``
+        templates: captions for labels, e.g. ``a photo of a {}.``; or for each class its own (see `prompts`).
+        separator, encoding, quoting: of text tables and caption files, see `TextFormat`.
         features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each image, by
             the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
             this run or in an earlier one, and steps and evaluations cost the text side alone. None: it runs in each.
@@ -322,7 +325,10 @@ class DataConfig:
     test: float | str = 0.1
     split_by: str = "image"
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
+    separator: str | None = None
+    encoding: str = "utf-8-sig"
+    quoting: Quoting = "double"
     features: str | None = None
     feature_draws: int = 4
 
@@ -402,7 +408,7 @@ class ReferenceConfig:
 
     Attributes:
         data: a table, a folder, or a name of the hub.
-        image, text, label, split, templates: as in `DataConfig`.
+        image, text, label, split, templates, separator, encoding, quoting: as in `DataConfig`.
     """
 
     data: str
@@ -410,7 +416,10 @@ class ReferenceConfig:
     text: Columns | None = None
     label: str | None = None
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
+    separator: str | None = None
+    encoding: str = "utf-8-sig"
+    quoting: Quoting = "double"
 
     __pydantic_config__ = _STRICT
 
@@ -427,7 +436,7 @@ class EvaluateConfig:
         loss: the loss itself, in fixed batches (see `ValidationLoss`).
         group: column whose members all count as correct; None: an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
-        templates: prompts of the classes.
+        templates: prompts of the classes; or for each class its own.
         reference: pairs on which retrieval must not get worse than `train.forget_budget` allows; None: the built-in
             sample.
     """
@@ -436,7 +445,7 @@ class EvaluateConfig:
     loss: bool = False
     group: str | None = None
     zero_shot: str | None = None
-    templates: str | tuple[str, ...] = "a photo of a {}."
+    templates: _Templates = DEFAULT_TEMPLATE
     reference: Annotated[
         ReferenceConfig | None, BeforeValidator(lambda found: {"data": found} if isinstance(found, str) else found)
     ] = None

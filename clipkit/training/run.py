@@ -166,7 +166,10 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
             text=list(columns.text) if isinstance(columns.text, tuple) else columns.text,
             label=columns.label,
             split=columns.split,
-            templates=list(columns.templates) if isinstance(columns.templates, tuple) else columns.templates,
+            templates=columns.templates,
+            separator=columns.separator,
+            encoding=columns.encoding,
+            quoting=columns.quoting,
             on_bad=loop.on_bad,
             max_bad=loop.max_bad,
             rejects=rejects if loop.on_bad == "skip" else None,
@@ -203,8 +206,7 @@ def evaluators(
     if config.loss:
         wanted.append(ValidationLoss(test, **options))
     if config.zero_shot:
-        templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
-        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))
+        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=config.templates, **options))
     if not wanted:
         more = "evaluate.retrieval=true or evaluate.loss=true" if has_texts(test) else "evaluate.zero_shot=label"
         fix = f"set {more}; data.test=0 holds nothing out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -211,14 +212,16 @@ def label(
     from clipkit.labelling.classifier import ZeroShotClassifier
     from clipkit.search.listing import list_images
 
-    paths = list_images(folder)
+    listing = list_images(folder, on_bad=on_bad)
+    paths = listing.files
     classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE)
     found = classify.label(
         paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
     if not distributed.is_main():
         return
-    _list_rejects(found.rejected, rejects, len(paths))
+    rejected = [*found.rejected, *listing.rejected]
+    _list_rejects(rejected, rejects, len(found.rows) + len(rejected))
     rows = [(paths[row], each) for row, each in zip(found.rows, found.predictions, strict=True)]
     if to:
         _write_csv(to, ["image", "label", "score"], [[str(path), p.label, f"{p.score:.4f}"] for path, p in rows])
@@ -239,19 +242,26 @@ def index(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read all files again, to see those replaced with the same size and time, too.")
+    ] = False,
 ) -> None:
-    """Embed a folder of images, to be searched."""
+    """Embed a folder of images, to be searched; or bring its index up to date."""
     from clipkit import distributed
     from clipkit.search.index import EmbeddingIndex
+    from clipkit.search.standing import index_of_folder
 
-    built = EmbeddingIndex.build(
-        _open(model), folder, to, batch_size=batch_size, workers=workers, progress=True, on_bad=on_bad,
-        overwrite=overwrite,
-    )  # fmt: skip
+    standing = None if overwrite else index_of_folder(to, folder)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": True, "on_bad": on_bad}
+    changes = None
+    if standing is None:
+        standing = EmbeddingIndex.build(_open(model), folder, to, overwrite=overwrite, **options)
+    else:
+        changes = standing.update(_open(model), verify=verify, **options)
     if not distributed.is_main():
         return
-    _list_rejects(built.rejected, rejects, len(built) + len(built.rejected))
-    _say(f"{to}: {len(built)} images")
+    _list_rejects(standing.rejected, rejects, len(standing) + len(standing.rejected))
+    _say(f"{to}: {len(standing)} images" + (f" ({changes})" if changes else ""))
     _say(f'next: clipkit search {to} "what you look for"')
 
 
@@ -261,22 +271,22 @@ def search(
     query: Annotated[str, typer.Argument(help="A text, or the path of an image.")],
     k: Annotated[int, typer.Option("-k", help="Images to show.", min=1)] = 10,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it moved.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where the folder that was indexed is now, if it moved.")] = None,
+    missing: Annotated[bool, typer.Option(help="Show files that are no longer there, too, marked as missing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find images by text or by image."""
-    from clipkit.images import is_image_name
+    from clipkit.paths import show
     from clipkit.search.index import EmbeddingIndex
+    from clipkit.search.query import kind_of
 
-    opened = EmbeddingIndex.open(index, model=model)
-    by_image = is_image_name(query) and " " not in query
-    if by_image and not Path(query).is_file():
-        raise UsageError("there is no such image", where=query, fix="give the path of an image, or a text")
-    hits = opened.search(Path(query) if by_image else query, k=k)
+    kind_of(query)  # what cannot be asked is told before anything is opened
+    hits = EmbeddingIndex.open(index, model=model, root=root).search(query, k=k, missing=missing)
     if as_json:
-        _print_json([{"path": str(hit.path), "score": hit.score} for hit in hits])
+        _print_json([{"path": hit.path, "score": hit.score, "missing": hit.missing} for hit in hits])
         return
     for hit in hits:
-        _say(f"{hit.score:.3f}  {hit.path}")
+        _say(f"{hit.score:.3f}  {show(hit.path)}" + ("  (missing)" if hit.missing else ""))
 
 
 @app.command(cls=Verb, epilog="Example: clipkit export runs/birds/model birds-open-clip --to open_clip")
@@ -419,7 +429,7 @@ def _say(text: str) -> None:
 def _print_json(value: Any) -> None:
     from clipkit.files import dump_json
 
-    typer.echo(dump_json(value), nl=False)
+    typer.echo(dump_json(value).encode(), nl=False)  # JSON is UTF-8, whatever the terminal is
 
 
 def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:
@@ -445,7 +455,6 @@ def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None)
 
 def _write_csv(path: Path, head: list[str], rows: list[list[str]]) -> None:
     import csv
-    import io
 
     from clipkit.files import write_text
 
@@ -461,8 +470,16 @@ def _plain_cell(cell: str) -> str:
     return f"'{cell}" if cell[:1] in ("=", "+", "@") else cell  # spreadsheets would run it
 
 
+def _never_fail_on_a_name() -> None:
+    """One odd character, in a locale that lacks it, must not cost the output of an hour."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> NoReturn:
     """The console script: exit codes as in `clipkit.errors`."""
+    _never_fail_on_a_name()
     # OpenMP threads that spin while they wait make a step ten times slower once another program wants their core;
     # threads that never spin make it a fifth slower when none does
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

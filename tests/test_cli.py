@@ -75,7 +75,7 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
     image = tmp_path / "squares" / "red_left.png"
     assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
     done = clipkit("search", tmp_path / "s.index", tmp_path / "nope.png")  # not a text that happens to end in .png
-    assert (done.code, "there is no such image" in done.err) == (2, True)
+    assert (done.code, "MISSING: no such file" in done.err) == (3, True)
 
 
 def test_check_data(table, model, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.images import ImageSource, is_image_name
+from clipkit.images import ImageSource, is_image_name, probe_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.texts import checked_text, is_blank
 
@@ -45,19 +44,35 @@ def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], di
 
 
 def kind_of(query: object) -> Literal["text", "image", "vector"]:
-    """How a query is read. A str is a text, unless it is the name of an image file that exists."""
+    """How a query is read.
+
+    Raises:
+        BadImage: it is a path, and no image that can be opened is there.
+        UsageError: it is empty, or no query.
+    """
     if isinstance(query, Tensor):
         return "vector"
     if isinstance(query, str):
         if is_blank(query):
             raise UsageError("the query is empty", fix="ask for something, such as 'two dogs on a beach'")
-        if is_image_name(query) and Path(query).is_file():
-            return "image"
-        checked_text(query)
-        return "text"
-    if isinstance(query, (os.PathLike, bytes, Image.Image, np.ndarray, Mapping)):
+        if not is_path(query):
+            checked_text(query)
+            return "text"
+    if isinstance(query, (str, os.PathLike)):
+        probe_image(query)  # before a model is opened for it
+    if isinstance(query, (str, os.PathLike, bytes, Image.Image, np.ndarray, Mapping)):
         return "image"
     raise UsageError(f"a query is a text, an image or an embedding; found {type(query).__name__}")
+
+
+def is_path(query: str) -> bool:
+    """Whether a query means a file: there is one, or it has an image's suffix and either a separator or no space.
+
+    >>> is_path("photos/a dog.jpg"), is_path("dog.jpg"), is_path("a dog, not a .jpg"), is_path("cat/dog")
+    (True, True, False, False)
+    """
+    named = is_image_name(query) and ("/" in query or os.sep in query or " " not in query)
+    return named or os.path.isfile(query)  # noqa: PTH113 (Path raises for a long text)
 
 
 def _unit(vector: Tensor, dim: int) -> Tensor:

@@ -146,15 +146,26 @@ def test_an_image_that_breaks_only_when_decoded_is_listed_by_every_verb(table, m
     rejects = [json.loads(line) for line in (tmp_path / "run/rejects.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rejects} == {"train", "evaluate"}
     assert {row["code"] for row in rejects} == {"TRUNCATED"}
-    for arguments in (["evaluate", table, "--on-bad", "skip"], ["label", "squares", "-c", "a", "-c", "b"]):
-        done = clipkit(*arguments, "--model", model, "--rejects", f"{arguments[0]}.jsonl")
+    verbs = {
+        "evaluate": [table],
+        "label": ["squares", "-c", "a,b"],
+        "index": ["squares", "--to", "squares.index"],
+    }
+    for verb, arguments in verbs.items():
+        typed = [verb, *arguments, "--model", model]
+        done = clipkit(*typed)
+        assert done.code == 3
+        assert "red_left.png" in done.err
+        assert "with --on-bad skip\n" in done.err
+        done = clipkit(*typed, "--on-bad", "skip", "--max-bad", 0)
+        assert done.code == 4
+        assert "raise --max-bad" in done.err
+        assert not (tmp_path / "squares.index").exists()
+        done = clipkit(*typed, "--on-bad", "skip", "--rejects", f"{verb}.jsonl")
         assert done.code == 0, done.err
-        assert "1 rejected" in done.err
-        (line,) = (tmp_path / f"{arguments[0]}.jsonl").read_text().splitlines()
+        assert "32 rows = 31 used + 1 rejected (1 TRUNCATED); 31 images; listed in" in done.err
+        (line,) = (tmp_path / f"{verb}.jsonl").read_text().splitlines()
         assert json.loads(line)["code"] == "TRUNCATED"
-    done = clipkit("evaluate", table, "--model", model)
-    assert done.code == 3
-    assert "red_left.png" in done.err
 
 
 def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
@@ -211,7 +222,7 @@ def test_train_without_held_out_pairs_and_with_bad_rows_left_out(tmp_path, table
     assert clipkit("train", *settings).code == 3
     done = clipkit("train", *settings, "--on-bad", "skip")
     assert done.code == 0, done.err
-    assert "step 1 of 1" in done.out
+    assert "step 1 of 1" in done.err
     assert json.loads((tmp_path / "run/result.json").read_text())["metrics"] == {}
 
 
@@ -221,8 +232,8 @@ def test_train_says_which_weights_it_kept(tmp_path, table, model):
     done = clipkit("train", *settings, f"train.output_dir={tmp_path / 'run'}", "--forget-budget", 0)
     assert done.code == 0, done.err
     alpha = json.loads((tmp_path / "run/result.json").read_text())["alpha"]
-    assert ("before training" if alpha == 0 else f"{alpha:g} of the way from the start to step") in done.out
-    assert f"{tmp_path / 'run/last'}   (step" in done.out
+    assert ("before training" if alpha == 0 else f"{alpha:g} of the way from the start to step") in done.err
+    assert f"{tmp_path / 'run/last'}   (step" in done.err
     assert "chance" in done.out
 
 

@@ -129,11 +129,11 @@ def facts(backend: Backend, processor: Processor) -> Fingerprint:
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 (16 hex characters) over names, types, shapes and bytes, in the order of the names.
 
-    It is computed once for a state of the weights, at half a GB to one a second. Whether they are still in a state that
-    was hashed before is asked of every byte, by XXH3 at ten times that rate: a step, an edit in place, `load_state_dict`,
-    a merge, a cast and new buffers all change it. Neither the identity of tensors nor torch's version counters are
-    trusted: an edit through `.data` or NumPy moves neither. XXH3 is no cryptographic hash: who makes two models on
-    purpose that it cannot tell apart, and opens both in one process, gets one fingerprint for both.
+    It is computed once for a state of the weights, at about 1 GB a second. Whether they are in a state that was hashed
+    before is asked of every byte, by XXH3 at ten times that rate: a step, an edit in place, `load_state_dict`, a merge,
+    a cast and new buffers all change it. Neither the identity of tensors nor torch's version counters are trusted: an
+    edit through `.data` or NumPy moves neither. XXH3 is no cryptographic hash: who makes two models on purpose that it
+    cannot tell apart, and opens both in one process, gets one fingerprint for both.
     """
     state = xxh3(weights)
     if state not in _hashed:

@@ -83,7 +83,8 @@ def embed(
             options: dict[str, Any] = {"workers": workers, "progress": progress, "on_bad": on_bad}
             return locked.embed_locked(model, items, features, batch_size=batch_size, **options)
     work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip")
-    keys = [Key(content, kind, _tower(model, kind)) for content in work.content] if store is not None else []
+    tower = _tower(model, kind) if work.content else ""  # once a call: it reads all the weights
+    keys = [Key(content, kind, tower) for content in work.content]
     vectors = torch.zeros(len(work.first), model.dim)
     known = _recall(store, keys, vectors) if store is not None else set()
     missing = {

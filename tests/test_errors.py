@@ -6,8 +6,8 @@ import pytest
 
 from clipkit import errors
 from clipkit.errors import BadImage, ClipkitError, exit_with_message, option, speaking
-from clipkit.shell import as_setting
 from clipkit.texts import BadText
+from clipkit.training.config_errors import as_setting
 
 
 def kinds(base=ClipkitError):

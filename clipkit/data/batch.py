@@ -202,7 +202,7 @@ class Assembly:
 
     def _refused(self, draw: Draw, error: BadImage) -> dict[str, Any]:
         if self.on_bad == "error":
-            raise error
+            raise error.or_skip()
         return {"row": draw.row, "path": error.where, "code": error.code, "message": error.message}
 
 

@@ -166,8 +166,7 @@ def _decode(row: int, cell: dict[str, Any]) -> _Look:
     try:
         image = load_image(cell)
     except BadImage as bad:
-        message = bad.message.removeprefix(f"{bad.code}: ") + (f"; {bad.fix}" if bad.fix else "")
-        return _Look((0, 0), b"", Reject(row, bad.code, message, f"row {row}", describe(cell)))
+        return _Look((0, 0), b"", Reject(row, bad.code, bad.reason, f"row {row}", describe(cell)))
     return _Look(image.size, hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest())
 
 

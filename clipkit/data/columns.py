@@ -48,9 +48,7 @@ def choose(
     if templates and text is not None:
         raise UsageError("templates make texts out of the label; text names columns of texts: give one of the two")
     wanted = [text] if isinstance(text, str) else list(text or ())
-    the_image = _named(table, image, "image") if image else obvious(table.names, IMAGE_NAMES) or _of_images(table)
-    if the_image is None:
-        raise _unknown(table, "image", None)
+    the_image = image_column(table, image)
     the_label = _named(table, label, "label") if label else obvious(table.names, LABEL_NAMES)
     the_texts = [_named(table, name, "text") for name in wanted]
     if not the_texts and not templates and (found := obvious(table.names, TEXT_NAMES)):
@@ -63,6 +61,18 @@ def choose(
         raise UsageError(f"a column can have one role; found {', '.join(map(repr, chosen))}", where=table.name)
     _refuse_overwriting(table, the_image, the_texts, the_label)
     return Columns(the_image, the_texts, the_label, needed)
+
+
+def image_column(table: Table, name: str | None) -> str:
+    """The column of the images: the one that was named, or the one that is obvious.
+
+    Raises:
+        DataError: it is not there, or none is obvious.
+    """
+    found = _named(table, name, "image") if name else obvious(table.names, IMAGE_NAMES) or _of_images(table)
+    if found is None:
+        raise _unknown(table, "image", None)
+    return found
 
 
 def texts_of(cell: Any) -> list[str]:

@@ -152,8 +152,7 @@ def _key(pictures: Pictures, index: int) -> str | int:
     try:
         return pictures.key(index)
     except BadImage as bad:
-        message = bad.message.removeprefix(f"{bad.code}: ") + (f"; {bad.fix}" if bad.fix else "")
-        raise _BadRow(bad.code, message) from bad
+        raise _BadRow(bad.code, bad.reason) from bad
 
 
 def _texts(columns: Sequence[Sequence[Any]], index: int, no_text: str) -> tuple[list[str], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from typing import Literal
@@ -35,8 +35,8 @@ class Reject:
     """The image as the row names it."""
 
     def __str__(self) -> str:
-        path = f" [{self.path}]" if self.path and not self.path.endswith(self.where) else ""
-        return f"{self.where}: {self.code}: {self.message}{path}"
+        known = self.path is None or self.path in self.where or self.path.endswith(self.where)
+        return f"{self.where}: {self.code}: {self.message}" + ("" if known else f" [{self.path}]")
 
 
 def unreadable_folders(tree: Tree, row: int) -> list[Reject]:
@@ -52,7 +52,8 @@ def unreadable_folders(tree: Tree, row: int) -> list[Reject]:
 class Ledger:
     """What became of every row that came in: ``rows == used + len(rejects)``, always.
 
-    Hand one to ``load_pairs(..., ledger=ledger)`` to read it afterwards.
+    Hand one to ``load_pairs(..., ledger=ledger)`` to read it afterwards. What is done with the rows may refuse more of
+    them (`refuse`); `settle` holds all of them to the user's policy.
     """
 
     rows: int = 0
@@ -64,6 +65,8 @@ class Ledger:
     """What was put right or passed over, in words."""
     origin: Callable[[int], list[tuple[int, str]]] | None = None
     """See `source_rows`."""
+    told: set[Reject] = field(default_factory=set)
+    """Rejects that were logged already."""
 
     def summary(self) -> str:
         """One line: ``1,003 rows = 1,000 used + 3 rejected (2 MISSING, 1 EMPTY_TEXT); 200 images``."""
@@ -74,11 +77,21 @@ class Ledger:
 
     def at(self, reject: Reject) -> list[Reject]:
         """A row of the result that turned out to be unusable, as the rows of the source that it was made of."""
-        return [replace(reject, row=row, where=where) for row, where in self.source_rows(reject.row)]
+        if self.origin is None:
+            return [reject]
+        return [replace(reject, row=row, where=where) for row, where in self.origin(reject.row)]
 
     def source_rows(self, row: int) -> list[tuple[int, str]]:
         """The number and the place of each row of the source that a row of the result was made of."""
         return [(row, f"row {row}")] if self.origin is None else self.origin(row)
+
+    def refuse(self, found: Iterable[Reject]) -> None:
+        """Moves rows of the result that turned out to be unusable to the rejects; a row named twice counts once."""
+        rows = {reject.row: reject for reject in found}
+        late = [row for reject in rows.values() for row in self.at(reject)]
+        self.rejects += late
+        self.used -= len(late)
+        self.images -= len(rows)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -86,7 +99,7 @@ class Ledger:
 
     def settle(
         self,
-        source: str,
+        source: object,
         *,
         on_bad: OnBad,
         max_bad: int | float,
@@ -100,12 +113,12 @@ class Ledger:
             TooManyRejected: more than `max_bad` rows (int) or that fraction of them (float).
         """
         self.rejects.sort(key=lambda reject: reject.row)
-        if rejects is not None and self.rejects:
-            lines = [dump_json(asdict(reject), indent=None) for reject in self.rejects]
-            write_text(rejects, "".join(lines))
+        if rejects is not None:
+            write_rejects(rejects, self.rejects)
         if self.rows != self.used + len(self.rejects):
             raise ClipkitError(f"rows do not add up: {self.summary()}", where=source, fix="this is a bug: report it")
-        log.info("%s: %s", source, self.summary())
+        place = f"; listed in {rejects}" if rejects is not None and self.rejects else ""
+        log.info("%s: %s%s", source, self.summary(), place)
         if self.rejects and on_bad == "error":
             fix = hint or f"mend them, or leave them out with {option('on_bad', 'skip')}"
             raise DataError(self._listed("cannot be used"), where=source, fix=fix)
@@ -116,8 +129,10 @@ class Ledger:
             budget = f"max_bad={max_bad}" if isinstance(max_bad, int) else f"max_bad={max_bad:g} of the rows"
             fix = hint or f"mend them, or raise {option('max_bad')} if losing that many is right"
             raise TooManyRejected(self._listed(f"are rejected; {budget} allows fewer"), where=source, fix=fix)
-        for reject in self.rejects[:_SHOWN]:
+        fresh = [reject for reject in self.rejects if reject not in self.told]
+        for reject in fresh[:_SHOWN]:
             log.warning("skipped %s", reject)
+        self.told.update(fresh)
 
     def _listed(self, verdict: str) -> str:
         lines = [f"{len(self.rejects):,} of {self.rows:,} rows {verdict}"]
@@ -125,6 +140,12 @@ class Ledger:
         if len(self.rejects) > _SHOWN:
             lines.append(f"  ... and {len(self.rejects) - _SHOWN:,} more")
         return "\n".join(lines)
+
+
+def write_rejects(path: str | PathLike[str], rejects: Sequence[Reject]) -> None:
+    """JSON lines of row, code, message, where and path; no file where there is nothing to list."""
+    if rejects:
+        write_text(path, "".join(dump_json(asdict(reject), indent=None) for reject in rejects))
 
 
 def check_policy(on_bad: str, max_bad: int | float) -> None:

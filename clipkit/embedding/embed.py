@@ -15,7 +15,7 @@ from clipkit import distributed
 from clipkit.data.rejects import Reject
 from clipkit.embedding.encode import Encoder, Kind, reject
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
-from clipkit.errors import ClipkitError, DataError, UsageError
+from clipkit.errors import BadImage, ClipkitError, DataError, UsageError
 from clipkit.images import bytes_of
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.texts import checked_text
@@ -83,7 +83,8 @@ def embed(
             options: dict[str, Any] = {"workers": workers, "progress": progress, "on_bad": on_bad}
             return locked.embed_locked(model, items, features, batch_size=batch_size, **options)
     work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip")
-    keys = [Key(content, kind, _tower(model, kind)) for content in work.content] if store is not None else []
+    tower = _tower(model, kind) if work.content else ""  # once a call: it reads all the weights
+    keys = [Key(content, kind, tower) for content in work.content]
     vectors = torch.zeros(len(work.first), model.dim)
     known = _recall(store, keys, vectors) if store is not None else set()
     missing = {
@@ -164,7 +165,7 @@ def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool) -> 
             return content_hash(bytes_of(items[row])) if hashed else row
         except DataError as error:
             if not skip:
-                raise
+                raise (error.or_skip() if isinstance(error, BadImage) else error) from error.__cause__
             return reject(row, items[row] if kind == "image" else None, error)
 
     here, world = distributed.rank(), distributed.world_size()

@@ -78,7 +78,7 @@ class Encoder:
             numbers, pixels, refused = loaded
             for n, error in refused:
                 if not self.skip:
-                    raise error
+                    raise error.or_skip()
                 self.rejected[n] = reject(self.first[n], self.items[self.first[n]], error)
             with evaluating(self.model):
                 vectors = self.model(pixel_values=pixels.to(self.model.device)).image if numbers else pixels

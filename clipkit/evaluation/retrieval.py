@@ -225,7 +225,7 @@ class RetrievalEvaluator:
             return content_hash(bytes_of(self.images[row]))
         except BadImage as error:
             if self.on_bad == "error":
-                raise
+                raise error.or_skip() from error
             return reject(row, self.images[row], error)
 
     def _relevance(self, images: list[int]) -> tuple[Relevance, Relevance]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
 from clipkit.embedding.features import with_image_features
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, within
 from clipkit.evaluation.report import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.validation_loss import ValidationLoss
@@ -218,8 +218,9 @@ def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evalua
     """The evaluator of what must not be forgotten; None for the built-in one, and where there is no guardrail."""
     if config.reference is None:
         return None
-    pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
-    require_texts(pairs)
+    with within("evaluate.reference", [each.name for each in fields(ReferenceConfig)]):
+        pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
+        require_texts(pairs)
     return RetrievalEvaluator(pairs, name="reference", on_bad=loop.on_bad, workers=loop.workers)
 
 

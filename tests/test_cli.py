@@ -78,7 +78,8 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
     assert (done.code, "MISSING: no such file" in done.err) == (3, True)
 
 
-def test_check_data(table, model, tmp_path):
+def test_check_data(table, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the rejects are listed
     done = clipkit("check", "data", table, "--label", "colour", "--model", model)
     assert done.code == 0, done.err
     assert "32" in done.out

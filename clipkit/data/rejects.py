@@ -31,10 +31,10 @@ class Reject:
     where: str
     """As a person would look for it: ``birds.csv:12``."""
     path: str | None = None
-    """The image as the row names it."""
+    """The image as the row names it, also where that cannot be printed."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.code}: {self.message}" + (f" [{self.path}]" if self.path else "")
+        return f"{self.where}: {self.code}: {self.message}" + (f" [{show(self.path)}]" if self.path else "")
 
 
 def unreadable_folders(tree: Tree, row: int) -> list[Reject]:

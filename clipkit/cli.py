@@ -413,7 +413,7 @@ def _say(text: str) -> None:
 def _print_json(value: Any) -> None:
     from clipkit.files import dump_json
 
-    typer.echo(dump_json(value).encode(), nl=False)  # JSON is UTF-8, whatever the terminal is
+    typer.echo(dump_json(value), nl=False)
 
 
 def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:
@@ -455,10 +455,10 @@ def _plain_cell(cell: str) -> str:
 
 
 def _never_fail_on_a_name() -> None:
-    """One odd character, in a locale that lacks it, must not cost the output of an hour."""
+    """One odd character, in a locale that lacks it, must not cost the output of an hour. JSON is UTF-8 anywhere."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def main() -> NoReturn:

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from clipkit import distributed
+from clipkit import __version__, distributed
 from clipkit.errors import ClipkitError, UsageError
-from clipkit.extras import DISTRIBUTION
 from clipkit.models.dual_encoder import DualEncoder
 
 _PACKAGES = (
-    *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
+    *("torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),
 )
 
@@ -68,10 +67,10 @@ def build_result(
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that can change a figure; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "clipkit": __version__}
     for package in _PACKAGES:
         try:
-            found["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found

@@ -532,7 +532,7 @@ def _harmless(text: str) -> str:
 def _print_json(value: Any) -> None:
     from clipkit.files import dump_json
 
-    typer.echo(dump_json(value).encode(), nl=False)  # JSON is UTF-8, whatever the terminal is
+    typer.echo(dump_json(value), nl=False)
 
 
 def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:

@@ -50,10 +50,10 @@ def reader_left() -> bool:
 
 
 def never_fail_on_a_name() -> None:
-    """One odd character, in a locale that lacks it, must not cost the output of an hour."""
+    """One odd character, in a locale that lacks it, must not cost the output of an hour. JSON is UTF-8 anywhere."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _at_home(value: Any) -> Any:

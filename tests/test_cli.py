@@ -1,11 +1,16 @@
 """The verbs on good and on bad input: exit codes, messages that tell what to do, JSON for scripts."""
 
 import csv
+import io
 import json
+import os
+import sys
 
 import pytest
 import tiny
 from command import clipkit
+
+from clipkit import cli, shell
 
 VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
 
@@ -70,12 +75,28 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
 
     done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
     assert done.code == 0, done.err
+    done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
+    assert "32 images (0 new, 0 changed, 0 moved, 0 deleted, 32 as before)" in done.out, done.err
+    done = clipkit("index", tmp_path, "--model", model, "--to", tmp_path / "s.index")
+    assert (done.code, "another folder" in done.err, "--overwrite replaces" in done.err) == (2, True, True)
     hits = json.loads(clipkit("search", tmp_path / "s.index", "a red square left", "-k", 3, "--json").out)
     assert len(hits) == 3
     image = tmp_path / "squares" / "red_left.png"
     assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
     done = clipkit("search", tmp_path / "s.index", tmp_path / "nope.png")  # not a text that happens to end in .png
     assert (done.code, "MISSING: no such file" in done.err) == (3, True)
+
+
+def test_no_name_costs_the_output(monkeypatch):
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
+    shell.never_fail_on_a_name()
+    cli._say("caf\udce9 漢字.png")
+    cli._print_json({"path": "caf\udce9 漢字.png"})
+    sys.stdout.flush()
+    text, _, data = bytes_written.getvalue().partition(b"\n")
+    assert "漢字.png" in text.decode()
+    assert os.fsencode(json.loads(data)["path"]) == b"caf\xe9 " + "漢字.png".encode()
 
 
 def test_check_data(table, model, tmp_path, monkeypatch):

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from clipkit import __version__, distributed
+from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.extras import DISTRIBUTION
 from clipkit.models.dual_encoder import DualEncoder
 
 _PACKAGES = (
-    *("torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
+    *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),
 )
 
@@ -30,7 +31,8 @@ def build_result(
     """The content of result.json.
 
     ``metrics`` flat; ``chance`` and ``majority`` (always naming the most frequent class) under the same keys; ``n`` by
-    evaluator; ``seed``, ``seconds``, ``versions``, ``system``, and the model's name and ``fingerprint``.
+    evaluator; ``warnings``: their notices, each with ``code``, ``message`` and ``texts``; ``seed``, ``seconds``,
+    ``versions``, ``system``, and the model's name and ``fingerprint``.
 
     Args:
         model: as it was measured.
@@ -52,6 +54,7 @@ def build_result(
         _require_finite(part)
     result = {
         **figures,
+        "warnings": [notice.as_dict() for each in evaluators for notice in getattr(each, "notices", ())],
         "seed": seed,
         "seconds": round(seconds, 3),
         "versions": versions(),
@@ -67,10 +70,10 @@ def build_result(
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that can change a figure; what is not installed is left out."""
-    found = {"python": platform.python_version(), "clipkit": __version__}
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            found["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found

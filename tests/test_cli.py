@@ -76,7 +76,7 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
     done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
     assert done.code == 0, done.err
     done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
-    assert "32 images (0 new, 0 changed, 0 moved, 0 deleted, 32 as before)" in done.out, done.err
+    assert "32 images (0 new, 0 changed, 0 moved, 0 deleted, 32 as before)" in done.err
     done = clipkit("index", tmp_path, "--model", model, "--to", tmp_path / "s.index")
     assert (done.code, "another folder" in done.err, "--overwrite replaces" in done.err) == (2, True, True)
     hits = json.loads(clipkit("search", tmp_path / "s.index", "a red square left", "-k", 3, "--json").out)

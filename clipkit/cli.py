@@ -203,7 +203,15 @@ def label(
     if to:
         _write_csv(to, ["image", "label", "score"], [[str(path), p.label, f"{p.score:.4f}"] for path, p in rows])
     if as_json:
-        _print_json([{"image": str(path), "label": p.label, "score": p.score, "top": p.top} for path, p in rows])
+        said = {
+            name: [each.as_dict() for each in classify.notices if name in each.texts] for name in classify.class_names
+        }
+        _print_json(
+            [
+                {"image": str(path), "label": p.label, "score": p.score, "top": p.top, "warnings": said[p.label]}
+                for path, p in rows
+            ]
+        )
     elif not to:
         for path, each in rows:
             _say(f"{path}\t" + "\t".join(f"{name} {score:.2f}" for name, score in each.top))
@@ -245,6 +253,7 @@ def search(
 ) -> None:
     """Find images by text or by image."""
     from clipkit.images import is_image_name
+    from clipkit.models.text_notices import text_notices
     from clipkit.search.index import EmbeddingIndex
 
     opened = EmbeddingIndex.open(index, model=model)
@@ -253,7 +262,9 @@ def search(
         raise UsageError("there is no such image", where=query, fix="give the path of an image, or a text")
     hits = opened.search(Path(query) if by_image else query, k=k)
     if as_json:
-        _print_json([{"path": str(hit.path), "score": hit.score} for hit in hits])
+        notices = [] if by_image else text_notices(opened.model.processor, [query])
+        warnings = [notice.as_dict() for notice in notices]
+        _print_json([{"path": str(hit.path), "score": hit.score, "warnings": warnings} for hit in hits])
         return
     for hit in hits:
         _say(f"{hit.score:.3f}  {hit.path}")

@@ -30,7 +30,8 @@ def build_result(
     """The content of result.json.
 
     ``metrics`` flat; ``chance`` and ``majority`` (always naming the most frequent class) under the same keys; ``n`` by
-    evaluator; ``seed``, ``seconds``, ``versions``, ``system``, and the model's name and ``fingerprint``.
+    evaluator; ``warnings``: their notices, each with ``code``, ``message`` and ``texts``; ``seed``, ``seconds``,
+    ``versions``, ``system``, and the model's name and ``fingerprint``.
 
     Args:
         model: as it was measured.
@@ -52,6 +53,7 @@ def build_result(
         _require_finite(part)
     result = {
         **figures,
+        "warnings": [notice.as_dict() for each in evaluators for notice in getattr(each, "notices", ())],
         "seed": seed,
         "seconds": round(seconds, 3),
         "versions": versions(),

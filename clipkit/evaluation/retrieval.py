@@ -16,9 +16,12 @@ from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.encode import reject
 from clipkit.embedding.store import EmbeddingStore, content_hash
 from clipkit.errors import BadImage, DataError, UsageError
+from clipkit.evaluation.small import small_test
 from clipkit.images import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.processor import Processor, TextSide
+from clipkit.models.text_notices import Notice, caption_notices, tell
 
 Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
@@ -91,6 +94,9 @@ class RetrievalEvaluator:
         DataError: no pair, a row without a caption, or an empty cell in ``group``.
         UsageError: a column is missing.
 
+    ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
+    captions.
+
     Call it with a model, on every process where there are several; keys are ``{name}/text_to_image_recall@1``,
     ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
     """
@@ -121,6 +127,8 @@ class RetrievalEvaluator:
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
         self._hashes: list[bytes] | None = None  # of the images' contents
+        self._captions: tuple[TextSide, list[Notice]] | None = None
+        self.notices = self._small(list(range(len(self.images))))  # before an hour of training
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         """The figures of this model, the same on every process.
@@ -139,7 +147,20 @@ class RetrievalEvaluator:
         metrics = {f"{self.name}/{way}_recall@{k}": r.recall_at(k) for way, r in found.items() for k in self.ks}
         metrics |= {f"{self.name}/{way}_median_rank": r.median_rank() for way, r in found.items()}
         self.last = self._result(metrics, found)
+        self.notices = [*self._small(self._image_codes()), *self._unseen(model.processor)]
         return metrics
+
+    def _small(self, images: list[int]) -> list[Notice]:
+        queries = {"images": len(set(images)), "texts": len(self._distinct_texts())}
+        notices = small_test(self.name, queries, self._chance(images))
+        tell(notices, self)
+        return notices
+
+    def _unseen(self, processor: Processor) -> list[Notice]:
+        if self._captions is None or self._captions[0] is not processor.text_side:  # the same at every evaluation
+            self._captions = processor.text_side, caption_notices(processor, self._distinct_texts())
+        tell(self._captions[1], self)
+        return self._captions[1]
 
     def _result(self, metrics: dict[str, float], found: dict[str, Ranks]) -> RetrievalResult:
         codes, texts = self._image_codes(), self._distinct_texts()
@@ -151,7 +172,10 @@ class RetrievalEvaluator:
 
     def chance(self) -> dict[str, float]:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
-        ways = zip(("text_to_image", "image_to_text"), self._relevance(self._image_codes()), strict=True)
+        return self._chance(self._image_codes())
+
+    def _chance(self, images: list[int]) -> dict[str, float]:
+        ways = zip(("text_to_image", "image_to_text"), self._relevance(images), strict=True)
         return {f"{self.name}/{way}_recall@{k}": chance(relevant, k) for way, relevant in ways for k in self.ks}
 
     def n(self) -> dict[str, int]:

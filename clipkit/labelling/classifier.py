@@ -16,7 +16,8 @@ from clipkit.errors import ClipkitError, UsageError
 from clipkit.labelling.prompts import class_embeddings
 from clipkit.metrics.ranking import distinct_rows
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, prompts
+from clipkit.models.text_notices import class_notices, tell
+from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, names_of, prompts
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class ZeroShotClassifier:
         class_names: as a tuple, in order.
         prompts: what the model was asked, by class.
         weights: (classes, dim) float32, unit length.
+        notices: what the model cannot see of the classes (unknown words, classes that become the same tokens); also
+            told in the log.
 
     Raises:
         UsageError: see `prompts`.
@@ -83,6 +86,8 @@ class ZeroShotClassifier:
         self.class_names = tuple(self.prompts)
         self.model, self.store = model, store
         self.weights = class_embeddings(model, self.prompts, store=store)
+        self.notices = class_notices(model.processor, names_of(class_names), self.prompts)
+        tell(self.notices, model.processor.text_side)
 
     def __call__(
         self,

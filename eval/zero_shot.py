@@ -27,8 +27,10 @@ def main() -> None:
     # 1. Images with a class. The classes' names are the folders', or the values of the label column.
     images = load_pairs(args.images, image=args.image, text=args.text, label=args.label)
 
-    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you.
-    evaluator = ZeroShotEvaluator(images, templates=args.template, batch_size=args.batch_size, progress=is_main())
+    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you; of `sea_lion` both make
+    #    "a photo of a sea lion.", as training does.
+    templates = args.template or DEFAULT_TEMPLATE
+    evaluator = ZeroShotEvaluator(images, templates=templates, batch_size=args.batch_size, progress=is_main())
     model = DualEncoder.from_pretrained(args.model, device=device)
     metrics = evaluator(model)
 
@@ -50,12 +52,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image", default=None, help="column of the image")
     parser.add_argument("--text", default=None, help="column of a text, where a table has one")
     parser.add_argument("--label", default=None, help="column of the class")
-    parser.add_argument("--template", action="append", default=None, help="prompt with {}; repeat for several")
+    parser.add_argument(
+        "--template", action="append", default=None, help="prompt with {} for the class; repeat for several"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--to", type=Path, default=None, help="write result.json here")
-    args = parser.parse_args()
-    args.template = args.template or [DEFAULT_TEMPLATE]
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

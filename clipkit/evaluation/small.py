@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from clipkit.models.text_notices import Notice
 
-_FEW = 10  # queries; with fewer, one right answer more moves a figure by over ten points
+_FEW = 25  # queries, of which the 95 % interval of one half is 20 points to either side
 
 
 def small_test(
@@ -16,11 +16,11 @@ def small_test(
 
     Args:
         name: of the evaluator, with which the keys begin.
-        queries: how many there are of each kind, such as ``{"images": 3}``.
+        queries: how many there are of each kind, by its plural: ``{"images": 3}``.
         chance: of each figure. A half is that of any test of two classes, and nothing to tell.
         majority: of each figure, what always naming the most frequent class gives.
     """
-    said = [f"only {n} {what}: each moves a figure by {1 / n:.2f}" for what, n in queries.items() if n < _FEW]
+    said = [f"of {n} {what} each is worth {100 / n:.0f} points" for what, n in queries.items() if n < _FEW]
     certain = [key.removeprefix(f"{name}/") for key, value in chance.items() if value > 1 - 1e-9]
     likely = {key.removeprefix(f"{name}/"): value for key, value in chance.items() if 0.5 < value <= 1 - 1e-9}
     if certain:

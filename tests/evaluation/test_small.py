@@ -18,8 +18,8 @@ from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 @pytest.mark.parametrize(
     ("queries", "chance", "majority", "said"),
     [
-        ({"images": 1}, {"z/top1": 0.1}, None, "only 1 images: each moves a figure by 1.00"),
-        ({"images": 9}, {"z/top1": 0.1}, None, "only 9 images: each moves a figure by 0.11"),
+        ({"images": 1}, {"z/top1": 0.1}, None, "of 1 images each is worth 100 points"),
+        ({"images": 24}, {"z/top1": 0.1}, None, "of 24 images each is worth 4 points"),
         ({"images": 50}, {"z/top1": 1.0, "z/mean_per_class": 1.0}, None, "top1, mean_per_class can only be 1"),
         ({"images": 50}, {"z/top1": 1 / 6, "z/top5": 5 / 6}, None, "by chance top5 is 0.83"),
         ({"images": 50}, {"z/top1": 0.1}, {"z/top1": 1.0}, "all images are of one class"),
@@ -45,18 +45,21 @@ def test_told_before_training_and_once(model, tiny, tmp_path: Path, caplog) -> N
     paths = tiny.write_pictures(tmp_path, range(12))
     with caplog.at_level(logging.WARNING, "clipkit"):
         retrieval, zero_shot = RetrievalEvaluator(pairs_of(paths)), ZeroShotEvaluator(pairs_of(paths))
-        (line,) = [record.message for record in caplog.records]  # three classes and twelve images are enough
+        line, other = [record.message for record in caplog.records]
         assert line == (
-            "retrieval: this test set tells little: only 3 texts: each moves a figure by 0.33; "
+            "retrieval: this test set tells little: of 12 images each is worth 8 points; "
+            "of 3 texts each is worth 33 points; "
             "text_to_image_recall@10, image_to_text_recall@5, image_to_text_recall@10 can only be 1; "
             "by chance text_to_image_recall@5 is 0.93"
         )
+        assert other == "zero_shot: this test set tells little: of 12 images each is worth 8 points"
         metrics = [evaluator(model) for evaluator in (retrieval, zero_shot, retrieval, zero_shot)]
     assert metrics[0]["retrieval/image_to_text_recall@5"] == 1.0
     told = [record.message for record in caplog.records]
-    assert len(told) == len(set(told)) == 5, told
+    assert len(told) == len(set(told)) == 6, told
     result = build_result(model, metrics[0], [retrieval, zero_shot], 0, 1.0)
     assert [(each["code"], each["texts"]) for each in result["warnings"]] == [
+        ("SMALL_TEST", []),
         ("SMALL_TEST", []),
         ("UNKNOWN", ["Red"]),
         ("UNKNOWN", ["zebra"]),
@@ -73,5 +76,5 @@ def test_copies_of_one_image_are_one_image(model, tiny, tmp_path: Path, caplog) 
     evaluator = RetrievalEvaluator(pairs_of(paths), ks=(1,))
     with caplog.at_level(logging.WARNING, "clipkit"):
         assert evaluator(model)["retrieval/text_to_image_recall@1"] == 1.0
-    assert "only 1 images" in caplog.text
+    assert "of 1 images each is worth 100 points" in caplog.text
     assert "text_to_image_recall@1, image_to_text_recall@1 can only be 1" in caplog.text

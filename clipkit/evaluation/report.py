@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -9,12 +10,15 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from clipkit import distributed
+from clipkit import __version__, distributed
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.models.dual_encoder import DualEncoder
 
+logger = logging.getLogger("clipkit")
+
+_FEW = 25  # images: the 95 % interval of a recall of one half is 20 points to either side
 _PACKAGES = (
-    *("clipkit", "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
+    *("torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),
 )
 
@@ -65,9 +69,27 @@ def build_result(
     return result | more
 
 
+def warn_if_few(name: str, images: int, sure: Sequence[str]) -> None:
+    """A line in the log where figures will tell little: of few images, or such as any model gets.
+
+    Args:
+        name: of the evaluator.
+        images: that it measures on.
+        sure: keys of metrics that are 1 whatever the model does.
+    """
+    if (images >= _FEW and not sure) or not distributed.is_main():
+        return
+    said = []
+    if images < _FEW:  # the normal approximation at one half, where it is widest
+        said.append(f"{images} images tell little (50 % of them is 50 ± {min(50, 98 / math.sqrt(images)):.0f} %)")
+    if sure:
+        said.append(f"{', '.join(key.removeprefix(f'{name}/') for key in sure)} is 100 % whatever the model does")
+    logger.warning("%s: %s: measure on more", name, "; ".join(said))
+
+
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that can change a figure; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "clipkit": __version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

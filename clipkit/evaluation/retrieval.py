@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.encode import reject
 from clipkit.embedding.store import EmbeddingStore, content_hash
 from clipkit.errors import BadImage, DataError, UsageError
+from clipkit.evaluation.report import warn_if_few
 from clipkit.images import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.progress import track
 
 Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
@@ -114,6 +116,7 @@ class RetrievalEvaluator:
         self.images: Sequence[Any] = pairs["image"]
         self.texts, self.image_of_text = _captions(pairs["texts"])
         self.groups = None if group is None else _codes(_filled(key_values(pairs, group), group))
+        warn_if_few(name, len(self.images), [key for key in self.keys() if self._is_sure(key)])
         self.last: RetrievalResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
@@ -137,6 +140,18 @@ class RetrievalEvaluator:
         metrics |= {f"{self.name}/{way}_median_rank": r.median_rank() for way, r in found.items()}
         self.last = RetrievalResult(metrics, self._n(), **found, texts=self.texts, image_of_text=self.image_of_text)
         return metrics
+
+    def keys(self) -> list[str]:
+        """The keys of the metrics, in their order."""
+        ways = get_args(Direction)
+        recalls = [f"{self.name}/{way}_recall@{k}" for way in ways for k in self.ks]
+        return recalls + [f"{self.name}/{way}_median_rank" for way in ways]
+
+    def _is_sure(self, key: str) -> bool:
+        """Whether any model gets 1: there are no more items than recall@k looks at."""
+        texts = len(self.texts if self.groups else set(self.texts))
+        items = len(self.images) if "text_to_image" in key else texts
+        return "@" in key and int(key.rpartition("@")[2]) >= items
 
     def chance(self) -> dict[str, float]:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
@@ -197,7 +212,9 @@ class RetrievalEvaluator:
         """A code for the content of each image and each text; the images are read once, shared over the ranks."""
         if self._codes is None:
             here, world, n = distributed.rank(), distributed.world_size(), len(self.images)
-            shares = distributed.together(lambda: [self._content(row) for row in range(here, n, world)])
+            rows, main = range(here, n, world), self.progress and distributed.is_main()
+            read = track(rows, len(rows), "reading images", unit="image", shown=main)
+            shares = distributed.together(lambda: [self._content(row) for row in read])
             hashes = [shares[i % world][i // world] for i in range(n)]
             refused = {row: found for row, found in enumerate(hashes) if isinstance(found, Reject)}
             if refused:

@@ -13,6 +13,7 @@ from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError
+from clipkit.evaluation.report import warn_if_few
 from clipkit.evaluation.retrieval import Rows, require_columns
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
 from clipkit.labelling.prompts import DEFAULT_TEMPLATE, prompts
@@ -104,6 +105,7 @@ class ZeroShotEvaluator:
         self.name, self.templates, self.store, self.features = name, templates, store, features
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
+        warn_if_few(name, len(self.images), [f"{name}/top1"] if len(self.class_names) == 1 else [])
         self.last: ZeroShotResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
@@ -115,7 +117,9 @@ class ZeroShotEvaluator:
             ModelError: the model gives embeddings that are not finite.
             BadImage: an image cannot be used.
         """
-        classifier = ZeroShotClassifier(model, self.class_names, templates=self.templates, store=self.store)
+        classifier = ZeroShotClassifier(
+            model, self.class_names, templates=self.templates, store=self.store, progress=self.progress
+        )
         embedded = embed(
             model,
             self.images,
@@ -138,6 +142,10 @@ class ZeroShotEvaluator:
         predictions = classifier.predict(embedded.vectors, range(len(embedded.vectors)))
         self.last = _result(found, classifier.class_names, self.labels, logits, predictions)
         return found
+
+    def keys(self) -> list[str]:
+        """The keys of the metrics, in their order."""
+        return list(self.chance())
 
     def chance(self) -> dict[str, float]:
         """The figures of guessing, under the same keys."""

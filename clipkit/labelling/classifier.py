@@ -59,6 +59,7 @@ class ZeroShotClassifier:
         class_names: the classes; or a mapping from each class to the names its prompts use.
         templates: one or several, with the slot ``{}`` or ``{c}``.
         store: keeps text and image embeddings for the next time.
+        progress: whether to show how far the prompts are embedded.
 
     Attributes:
         class_names: as a tuple, in order.
@@ -76,11 +77,12 @@ class ZeroShotClassifier:
         *,
         templates: str | Sequence[str] = DEFAULT_TEMPLATE,
         store: EmbeddingStore | None = None,
+        progress: bool = False,
     ) -> None:
         self.prompts = prompts(class_names, templates)
         self.class_names = tuple(self.prompts)
         self.model, self.store = model, store
-        self.weights = class_embeddings(model, self.prompts, store=store)
+        self.weights = class_embeddings(model, self.prompts, store=store, progress=progress)
 
     def __call__(
         self,

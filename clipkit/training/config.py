@@ -434,8 +434,8 @@ class RunConfig:
             message = "a reference is given, and nothing that it is for"
             raise ConfigError(message, where="evaluate.reference", fix="train.forget_budget=0.01, or leave it out")
         if self.data.features is not None and "image" not in self.model.freeze:
-            message = "features can be kept only of an image tower that stands still"
-            raise ConfigError(message, where="data.features", fix="model.freeze=[image], or leave out data.features")
+            message = "features can be kept only of an image tower that stands still; a saved model is opened with none"
+            raise ConfigError(message, where="data.features", fix="model.freeze=image, or leave out data.features")
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

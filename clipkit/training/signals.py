@@ -40,4 +40,5 @@ class StopSignal:
             return
         self.wanted = signal.Signals(number)
         with contextlib.suppress(OSError):  # not through a logger, which may hold a lock at this moment
-            os.write(2, f"{self.wanted.name}: saving after this step; once more ends at once\n".encode())
+            clear = "\r\x1b[2K" if os.isatty(2) else ""  # the line that a progress bar is on, which comes again below
+            os.write(2, f"{clear}{self.wanted.name}: saving after this step; once more ends at once\n".encode())

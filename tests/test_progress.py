@@ -87,9 +87,9 @@ def test_pace_and_clock():
 
 
 PROGRAM = """
-import logging, sys, time, warnings
+import logging, os, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-from clipkit.progress import Progress, track
+from clipkit.progress import Progress, aside, track
 with Progress(3, "training") as bar:
     for step in (1, 2, 3):
         bar.show(step, loss=0.5)
@@ -97,7 +97,9 @@ with Progress(3, "training") as bar:
         logging.info("log %d", step)
         for _ in track(range(2), 2, "embedding images", unit="image"):
             time.sleep(0.15)
-        logging.info("log after %d", step)
+            if step == 2:
+                os.write(2, aside("a signal").encode())
+        logging.info("log after %d " + "and long " * 20, step)
 logging.info("the end")
 """
 
@@ -148,5 +150,7 @@ def test_on_a_terminal_the_log_stands_above_the_bar_and_the_bar_goes():
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert "embedding images" in plain  # while it lasts
     assert "1/3" in plain
-    wanted = [line for step in (1, 2, 3) for line in (f"note {step}", f"log {step}", f"log after {step}")]
-    assert screen(written) == [*wanted, "the end"]
+    long = "and long " * 20  # and in one line: where it is wrapped is the terminal's business
+    steps = [[f"note {step}", f"log {step}", f"log after {step} {long}"] for step in (1, 2, 3)]
+    steps[1][2:2] = ["a signal"] * 2
+    assert screen(written) == [*steps[0], *steps[1], *steps[2], "the end"]

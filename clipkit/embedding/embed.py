@@ -94,7 +94,8 @@ def embed(
                 'a saved model is opened with nothing frozen: model.freeze("image") freezes it'
             )
     work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip", progress=progress)
-    keys = [Key(content, kind, _tower(model, kind)) for content in work.content] if store is not None else []
+    tower = _tower(model, kind) if work.content else ""  # once a call: it reads all the weights
+    keys = [Key(content, kind, tower) for content in work.content]
     vectors = torch.zeros(len(work.first), model.dim)
     known = _recall(store, keys, vectors) if store is not None else set()
     missing = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from clipkit import distributed
+from clipkit.data.keys import has_texts, require_texts
 from clipkit.data.overlap import overlap
 from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
@@ -161,14 +162,12 @@ def change_model(model: DualEncoder, config: ModelConfig) -> None:
 def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any, Any]:
     """Training and test pairs; what was left out is listed in `folder`, in rejects.jsonl and test_rejects.jsonl."""
 
-    def load(source: str, rejects: str) -> Any:
-        return _load(source, config, loop, folder / rejects)
-
+    train = _load(config.train, config, loop, folder / "rejects.jsonl")
+    require_texts(train)
     if config.test == 0:
-        return load(config.train, "rejects.jsonl"), None
-    train = load(config.train, "rejects.jsonl")
+        return train, None
     if isinstance(config.test, str):
-        test = load(config.test, "test_rejects.jsonl")
+        test = _load(config.test, config, loop, folder / "test_rejects.jsonl")
         if distributed.is_main() and (shared := str(overlap(train, test))):
             logger.warning("data.test: %s", shared)
     else:
@@ -217,7 +216,9 @@ def evaluators(
     wanted: list[Evaluator] = []
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "progress": loop.progress}
     options["features"] = features
-    if config.retrieval:
+    if config.retrieval and not has_texts(test):
+        logger.info("the held-out images have labels, but no texts: retrieval is not measured")
+    elif config.retrieval:
         wanted.append(RetrievalEvaluator(test, group=config.group, **options))
     if config.loss:
         wanted.append(ValidationLoss(test, **options))
@@ -225,11 +226,9 @@ def evaluators(
         templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
         wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))
     if not wanted:
-        raise UsageError(
-            "nothing would be measured",
-            where="evaluate",
-            fix="set evaluate.retrieval=true or evaluate.loss=true; data.test=0 holds nothing out",
-        )
+        more = "evaluate.retrieval=true or evaluate.loss=true" if has_texts(test) else "evaluate.zero_shot=label"
+        fix = f"set {more}; data.test=0 holds nothing out"
+        raise UsageError("nothing would be measured", where="evaluate", fix=fix)
     return wanted
 
 
@@ -238,6 +237,7 @@ def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evalua
     if config.reference is None:
         return None
     pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
+    require_texts(pairs)
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "progress": loop.progress}
     return RetrievalEvaluator(pairs, name="reference", **options)
 

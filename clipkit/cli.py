@@ -156,6 +156,7 @@ def evaluate(
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
+    options["progress"] = not as_json
     evaluators: list[Any] = []
     if has_texts(pairs):
         evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
@@ -203,7 +204,7 @@ def label(
 
     listing = list_images(folder, on_bad=on_bad)
     paths = listing.files
-    classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE)
+    classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE, progress=not as_json)
     found = classify.label(
         paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
@@ -409,6 +410,7 @@ def _run_config(settings: Sequence[str]) -> RunConfig:
 
 
 def _open(model: str) -> DualEncoder:
+    logging.getLogger("clipkit").info("opening %s", model)
     from clipkit import distributed
     from clipkit.models.dual_encoder import DualEncoder
 
@@ -481,8 +483,9 @@ def main() -> NoReturn:
     # OpenMP threads that spin while they wait make a step ten times slower once another program wants their core;
     # threads that never spin make it a fifth slower when none does
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "accelerate", "transformers", "datasets"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("clipkit").setLevel(logging.INFO)  # and no other library: theirs would fill the screen
+    if not sys.stderr.isatty():  # or their bars would fill a log
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     exit_with_message(app)
     sys.exit(0)

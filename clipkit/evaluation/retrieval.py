@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tile
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide
 from clipkit.models.text_notices import Notice, caption_notices, tell
+from clipkit.progress import track
 
 Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
@@ -171,6 +172,12 @@ class RetrievalEvaluator:
             metrics, self._n(), **found, texts=texts, images=rows, image_of_text=[first[t] for t in texts]
         )
 
+    def keys(self) -> list[str]:
+        """The keys of the metrics, in their order."""
+        ways = get_args(Direction)
+        recalls = [f"{self.name}/{way}_recall@{k}" for way in ways for k in self.ks]
+        return recalls + [f"{self.name}/{way}_median_rank" for way in ways]
+
     def chance(self) -> dict[str, float]:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
         return self._chance(self._image_codes())
@@ -235,7 +242,9 @@ class RetrievalEvaluator:
         """A code for the content of each image, from 0; the images are read once, shared over the ranks."""
         if self._hashes is None:
             here, world, n = distributed.rank(), distributed.world_size(), len(self.images)
-            shares = distributed.together(lambda: [self._content(row) for row in range(here, n, world)])
+            rows, main = range(here, n, world), self.progress and distributed.is_main()
+            read = track(rows, len(rows), "reading images", unit="image", shown=main)
+            shares = distributed.together(lambda: [self._content(row) for row in read])
             hashes = [shares[i % world][i // world] for i in range(n)]
             refused = {row: found for row, found in enumerate(hashes) if isinstance(found, Reject)}
             if refused:

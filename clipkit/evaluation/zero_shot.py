@@ -122,7 +122,9 @@ class ZeroShotEvaluator:
             ModelError: the model gives embeddings that are not finite.
             BadImage: an image cannot be used.
         """
-        classifier = ZeroShotClassifier(model, self.class_names, templates=self.templates, store=self.store)
+        classifier = ZeroShotClassifier(
+            model, self.class_names, templates=self.templates, store=self.store, progress=self.progress
+        )
         embedded = embed(
             model,
             self.images,
@@ -146,6 +148,10 @@ class ZeroShotEvaluator:
         self.last = _result(found, classifier.class_names, self.labels, logits, predictions)
         self.notices = [*self._small(), *classifier.notices]
         return found
+
+    def keys(self) -> list[str]:
+        """The keys of the metrics, in their order."""
+        return list(self.chance())
 
     def chance(self) -> dict[str, float]:
         """The figures of guessing, under the same keys."""

@@ -62,6 +62,7 @@ class ZeroShotClassifier:
         templates: one or several, with the slot ``{}`` or ``{c}``; or a mapping from each class to its own templates or
             whole prompts.
         store: keeps text and image embeddings for the next time.
+        progress: whether to show how far the prompts are embedded.
 
     Attributes:
         class_names: as a tuple, in order.
@@ -81,11 +82,12 @@ class ZeroShotClassifier:
         *,
         templates: Templates = DEFAULT_TEMPLATE,
         store: EmbeddingStore | None = None,
+        progress: bool = False,
     ) -> None:
         self.prompts = prompts(class_names, templates)
         self.class_names = tuple(self.prompts)
         self.model, self.store = model, store
-        self.weights = class_embeddings(model, self.prompts, store=store)
+        self.weights = class_embeddings(model, self.prompts, store=store, progress=progress)
         self.notices = class_notices(model.processor, names_of(class_names), self.prompts)
         tell(self.notices, model.processor.text_side)
 

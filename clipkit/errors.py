@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import ClassVar, TypeAlias
 
 FrontEnd: TypeAlias = Callable[[str, object], str]
@@ -87,6 +88,17 @@ class BadImage(DataError):
         self.code = code
         super().__init__(f"{code}: {message}", where=where, fix=fix)
 
+    @property
+    def reason(self) -> str:
+        """The message without its code, and the fix: for one line of a list."""
+        return self.message.removeprefix(f"{self.code}: ") + (f"; {self.fix}" if self.fix else "")
+
+    def or_skip(self) -> BadImage:
+        """The same where images that cannot be used may be left out: the fix says how."""
+        way = f"leave out what cannot be used with {option('on_bad', 'skip')}"
+        fix = f"{self.fix}, or {way}" if self.fix else way
+        return BadImage(self.code, self.message.removeprefix(f"{self.code}: "), where=self.where, fix=fix)
+
 
 class TooManyRejected(ClipkitError):
     exit_code = 4
@@ -146,10 +158,30 @@ def speaking(front_end: FrontEnd) -> Iterator[None]:
         _front_end = before
 
 
+@contextlib.contextmanager
+def within(section: str, names: Collection[str]) -> Iterator[None]:
+    """Within it, settings of these names are those of this section of a config, such as ``evaluate.reference``."""
+    outer = _front_end
+
+    def front_end(name: str, value: object) -> str:
+        return outer(f"{section}.{name}" if name in names else name, value)
+
+    with speaking(outer if outer is as_python else front_end):
+        yield
+
+
 def exit_with_message(program: Callable[[], object]) -> None:
-    """Run a program; a ClipkitError ends it with its message on standard error, and its exit code."""
+    """Run a program; a ClipkitError ends it with its message on standard error, and its exit code.
+
+    So does what the system refuses (a file that may not be read, too long a name), with the code of a ResourceError.
+    """
     try:
         program()
     except ClipkitError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.strerror}\n  where: {os.fsdecode(error.filename)}\n")
+        sys.exit(ResourceError.exit_code)

@@ -24,6 +24,11 @@ def show(path: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
+def at_home(path: str) -> str:
+    """A path with `~` as the home folder: a shell leaves it as it is in `--to=~/x` and `key=~/x`."""
+    return str(Path(path).expanduser()) if re.match(r"~(/|$)", path) else path
+
+
 def is_url(name: str) -> bool:
     """Whether a name has a scheme (https://, s3://, data:) rather than being a file's."""
     return re.match(r"[a-z][a-z0-9+.-]+://|data:", name[:32], re.IGNORECASE) is not None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from clipkit.errors import UsageError
+from clipkit.texts import is_blank
 
 Names: TypeAlias = "Sequence[str] | Mapping[str, str | Sequence[str]]"
 """Classes; or for each class the name or names that its prompts use."""
@@ -117,7 +118,7 @@ def names_of(class_names: Names) -> dict[str, list[str]]:
 
 def _check_named(own: Mapping[str, Sequence[str]]) -> None:
     for number, (c, names) in enumerate(own.items(), 1):
-        if not names or not all(isinstance(name, str) and name.strip() for name in [c, *names]):
+        if not names or not all(isinstance(name, str) and not is_blank(name) for name in [c, *names]):
             where = f"class {number} of {len(own)}: {c!r}"
             raise UsageError(
                 "every class needs a name, and no name may be empty", where=where, fix="name it, or leave it out"
@@ -129,7 +130,7 @@ def _listed(templates: str | Sequence[str], where: str | None) -> list[str]:
     if not found:
         fix = f'for example "{DEFAULT_TEMPLATE}"'
         raise UsageError("expected at least one template, found none", where=where, fix=fix)
-    if not all(isinstance(template, str) and template.strip() for template in found):
+    if not all(isinstance(template, str) and not is_blank(template) for template in found):
         raise UsageError("a template or prompt is a text, and not empty", where=where, fix="write it, or leave it out")
     if len(set(found)) < len(found):
         raise UsageError("a template is given twice", where=repr(_twice(found)), fix="drop one")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from command import clipkit
 
-from clipkit import cli
+from clipkit import cli, shell
 
 VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
 
@@ -102,7 +102,7 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
 def test_no_name_costs_the_output(monkeypatch):
     bytes_written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
-    cli._never_fail_on_a_name()
+    shell.never_fail_on_a_name()
     cli._say("caf\udce9 漢字.png")
     cli._print_json({"path": "caf\udce9 漢字.png"})
     sys.stdout.flush()
@@ -111,7 +111,8 @@ def test_no_name_costs_the_output(monkeypatch):
     assert os.fsencode(json.loads(data)["path"]) == b"caf\xe9 " + "漢字.png".encode()
 
 
-def test_check_data(table, model, tmp_path):
+def test_check_data(table, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the rejects are listed
     done = clipkit("check", "data", table, "--label", "colour", "--model", model)
     assert done.code == 0, done.err
     assert "32" in done.out
@@ -119,6 +120,27 @@ def test_check_data(table, model, tmp_path):
     done = clipkit("check", "data", table, "--json")
     assert done.code == 3
     assert "NOT_IMAGE" in done.out
+
+
+def test_how_a_table_is_written_is_typed_as_the_error_says(tmp_path, table, model):
+    rows = table.read_text().replace(",", ";").replace("a red", "a caf\xe9 red")
+    (tmp_path / "other.csv").write_text(rows, encoding="cp1252")
+    typed = []
+    settings = [f"model.name={model}", f"data.train={tmp_path / 'other.csv'}", f"train.output_dir={tmp_path / 'run'}"]
+    settings += ["train.batch_size=8", "train.max_steps=1", "data.test=0", "train.progress=false"]
+    for fix in ("--encoding cp1252", "--separator semicolon"):
+        done = clipkit("check", "data", tmp_path / "other.csv", *typed)
+        assert (done.code, fix in done.err) == (3, True), done.err
+        typed += fix.split()
+    done = clipkit("check", "data", tmp_path / "other.csv", *typed, "--json")
+    assert json.loads(done.out)["rows"] == 32
+    for fix in ("data.encoding=cp1252", "data.separator=semicolon"):
+        done = clipkit(
+            "train", f"data.train={tmp_path / 'other.csv'}", *settings, f"train.output_dir={tmp_path / 'run'}"
+        )
+        assert (done.code, fix in done.err) == (3, True), done.err
+        settings.append(fix)
+    assert clipkit("train", *settings).code == 0
 
 
 def test_labels_alone_are_measured_and_trained_on_by_templates(tmp_path, table, model):
@@ -179,15 +201,26 @@ def test_an_image_that_breaks_only_when_decoded_is_listed_by_every_verb(table, m
     rejects = [json.loads(line) for line in (tmp_path / "run/rejects.jsonl").read_text().splitlines()]
     assert {row["stage"] for row in rejects} == {"train", "evaluate"}
     assert {row["code"] for row in rejects} == {"TRUNCATED"}
-    for arguments in (["evaluate", table, "--on-bad", "skip"], ["label", "squares", "-c", "a", "-c", "b"]):
-        done = clipkit(*arguments, "--model", model, "--rejects", f"{arguments[0]}.jsonl")
+    verbs = {
+        "evaluate": [table],
+        "label": ["squares", "-c", "a,b"],
+        "index": ["squares", "--to", "squares.index"],
+    }
+    for verb, arguments in verbs.items():
+        typed = [verb, *arguments, "--model", model]
+        done = clipkit(*typed)
+        assert done.code == 3
+        assert "red_left.png" in done.err
+        assert "with --on-bad skip\n" in done.err
+        done = clipkit(*typed, "--on-bad", "skip", "--max-bad", 0)
+        assert done.code == 4
+        assert "raise --max-bad" in done.err
+        assert not (tmp_path / "squares.index").exists()
+        done = clipkit(*typed, "--on-bad", "skip", "--rejects", f"{verb}.jsonl")
         assert done.code == 0, done.err
-        assert "1 rejected" in done.err
-        (line,) = (tmp_path / f"{arguments[0]}.jsonl").read_text().splitlines()
+        assert "32 rows = 31 used + 1 rejected (1 TRUNCATED); 31 images; listed in" in done.err
+        (line,) = (tmp_path / f"{verb}.jsonl").read_text().splitlines()
         assert json.loads(line)["code"] == "TRUNCATED"
-    done = clipkit("evaluate", table, "--model", model)
-    assert done.code == 3
-    assert "red_left.png" in done.err
 
 
 def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
@@ -201,7 +234,12 @@ def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
         assert "Traceback" not in done.err
 
     out = f"train.output_dir={tmp_path / 'run'}"
-    fails(2, "unknown key `train.epoch`", "did you mean `epochs`", arguments=["train", *basic, out, "train.epoch=1"])
+    fails(
+        2,
+        "unknown key `train.epoch`",
+        "did you mean train.epochs=1?",
+        arguments=["train", *basic, out, "train.epoch=1"],
+    )
     fails(2, "`train.output_dir` is missing", arguments=["train", *basic, "train.epochs=1"])
     fails(3, "captoin", "caption", arguments=["train", *basic, out, "data.text=captoin"])
     fails(3, "nowhere.csv", arguments=["train", *basic, out, f"data.train={tmp_path / 'nowhere.csv'}"])
@@ -239,7 +277,7 @@ def test_train_without_held_out_pairs_and_with_bad_rows_left_out(tmp_path, table
     assert clipkit("train", *settings).code == 3
     done = clipkit("train", *settings, "--on-bad", "skip")
     assert done.code == 0, done.err
-    assert "step 1 of 1" in done.out
+    assert "step 1 of 1" in done.err
     assert json.loads((tmp_path / "run/result.json").read_text())["metrics"] == {}
 
 
@@ -249,8 +287,8 @@ def test_train_says_which_weights_it_kept(tmp_path, table, model):
     done = clipkit("train", *settings, f"train.output_dir={tmp_path / 'run'}", "--forget-budget", 0)
     assert done.code == 0, done.err
     alpha = json.loads((tmp_path / "run/result.json").read_text())["alpha"]
-    assert ("before training" if alpha == 0 else f"{alpha:g} of the way from the start to step") in done.out
-    assert f"{tmp_path / 'run/last'}   (step" in done.out
+    assert ("before training" if alpha == 0 else f"{alpha:g} of the way from the start to step") in done.err
+    assert f"{tmp_path / 'run/last'}   (step" in done.err
     assert "chance" in done.out
 
 
@@ -269,11 +307,35 @@ def test_what_is_missing_is_named_with_its_mend(tmp_path, left_out, fix):
     assert fix in done.err
 
 
-def test_a_word_in_place_of_a_list_and_a_folder_that_cannot_be_made(tmp_path):
-    given = ["model.name=x", "data.train=y.csv"]
-    done = clipkit("train", *given, f"train.output_dir={tmp_path}", "model.freeze=image")
-    assert "fix:   model.freeze=[image]" in done.err
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    done = clipkit("train", *given, f"train.output_dir={tmp_path / 'file' / 'run'}")
+    done = clipkit("train", "model.name=x", "data.train=y.csv", f"train.output_dir={tmp_path / 'file' / 'run'}")
     assert done.code == 2
     assert "the output folder cannot be made: Not a directory" in done.err
+
+
+def test_a_config_may_lie_in_a_folder_with_an_equals_sign_and_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "lr=3e-4" / "config.yaml"
+    config.parent.mkdir()
+    config.write_text("model: {name: x}\ndata: {train: y.csv}\ntrain: {output_dir: ~/a=b}")
+    for typed in (config, "lr=3e-4/config.yaml", "~/lr=3e-4/config.yaml"):
+        done = clipkit("train", typed, "data.test=~/t=1.csv", "--print-config")
+        assert f"output_dir: {tmp_path}/a=b" in done.out
+        assert f"test: {tmp_path}/t=1.csv" in done.out
+
+
+def test_what_is_no_config_is_told_what_to_type(tmp_path, table, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    for typed, fix in [
+        (["squares.csv"], "data.train=squares.csv"),
+        (["squares"], "data.train=squares"),
+        (["run"], "its config: run/config.yaml"),
+        (["train.epochs"], "train.epochs=VALUE"),
+        (["run/confg.yaml"], "did you mean run/config.yaml?"),
+    ]:
+        done = clipkit("train", *typed)
+        assert (done.code, done.err.splitlines()[-1].strip()) == (2, f"fix:   {fix}")

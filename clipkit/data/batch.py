@@ -17,6 +17,7 @@ from clipkit.data.map_style import drawn
 from clipkit.data.plan import Draw, hash64
 from clipkit.errors import BadImage, DataError
 from clipkit.images import describe, load_image
+from clipkit.texts import is_blank
 
 Side = Literal["image", "text"]
 ROW, VIEW = "row", "view"  # keys that every sample carries, and every image where there are views
@@ -201,7 +202,7 @@ class Assembly:
 
     def _refused(self, draw: Draw, error: BadImage) -> dict[str, Any]:
         if self.on_bad == "error":
-            raise error
+            raise error.or_skip()
         return {"row": draw.row, "path": error.where, "code": error.code, "message": error.message}
 
 
@@ -247,7 +248,7 @@ def _listed(cell: Any, column: str) -> list[Any]:
         and (wrong := next((each for each in found if not isinstance(each, str)), None)) is not None
     ):
         raise DataError(f"expected texts; found {type(wrong).__name__} {repr(wrong)[:40]}", where=column)
-    return [each for each in found if not (isinstance(each, str) and not each.strip())]
+    return [each for each in found if not (isinstance(each, str) and is_blank(each))]
 
 
 def _hash(content: bytes) -> int:

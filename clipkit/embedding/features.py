@@ -178,9 +178,9 @@ def _content(image: Any, on_bad: str) -> bytes | None:
     """SHA-256 of an image; None if it cannot be read."""
     try:
         return content_hash(bytes_of(image))
-    except BadImage:
+    except BadImage as error:
         if on_bad == "error":
-            raise
+            raise error.or_skip() from error
         return None
 
 
@@ -219,7 +219,7 @@ class _Versions(Dataset[Any]):
                 opened.append((each, self._open(each)))
             except BadImage as error:
                 if self.on_bad == "error":
-                    return error
+                    return error.or_skip()
         pixels = self.processor.images([image for _, image in opened]) if opened else torch.zeros(0)
         return [each for each, _ in opened], pixels
 

@@ -23,6 +23,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide
 from clipkit.models.text_notices import Notice, caption_notices, tell
 from clipkit.progress import track
+from clipkit.texts import is_blank
 
 Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
@@ -257,7 +258,7 @@ class RetrievalEvaluator:
             return content_hash(bytes_of(self.images[row]))
         except BadImage as error:
             if self.on_bad == "error":
-                raise
+                raise error.or_skip() from error
             return reject(row, self.images[row], error)
 
     def _relevance(self, images: list[int]) -> tuple[Relevance, Relevance]:
@@ -289,7 +290,7 @@ def require_columns(pairs: Any, columns: Iterable[str]) -> None:
     found = list(pairs.column_names)
     for column in columns:
         if column not in found:
-            fix = f"name the column of the class with {option('label')}" if column == "label" else None
+            fix = f"name the column of the class: {option('label', 'COLUMN')}" if column == "label" else None
             raise UsageError(f"expected a column {column!r}; the data set has {', '.join(found)}", fix=fix)
     if not len(pairs):
         raise DataError("the data set has no row, so there is nothing to evaluate")
@@ -299,7 +300,7 @@ def _captions(texts: Iterable[Sequence[str]]) -> tuple[list[str], list[int]]:
     captions: list[str] = []
     owner: list[int] = []
     for row, own in enumerate(texts):
-        if not own or not all(isinstance(text, str) and text.strip() for text in own):
+        if not own or not all(isinstance(text, str) and not is_blank(text) for text in own):
             raise DataError("every image needs a caption, and none may be empty", where=f"row {row}")
         captions += own
         owner += [row] * len(own)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipkit.errors import ModelError
+from clipkit.models.layouts import tower_folder
 
 Library = Literal["transformers", "open_clip"]
 
@@ -56,14 +57,16 @@ def near_folders(name: str) -> str:
 
 
 def find_folder(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """The folder of a local or hub model. A local folder never touches the network.
+    """The folder that holds a local or hub model's config. A local folder never touches the network.
+
+    Of an older model of sentence-transformers that is a folder within the one that is named (`tower_folder`).
 
     Raises:
         ModelError: no such folder, no such repository, or it is not in the cache and there is no network.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return tower_folder(folder)
     text = os.fspath(name)
     if folder.exists():
         fix = "pass the folder that holds config.json"
@@ -71,7 +74,7 @@ def find_folder(name: str | os.PathLike[str], *, revision: str | None = None) ->
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
         kinds = "a folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER"
         raise ModelError(f"no such model folder.{near_folders(text)}", where=text, fix=f"a model's name is {kinds}")
-    return download(text, revision)
+    return tower_folder(download(text, revision))
 
 
 def download(name: str, revision: str | None, library: Library = "transformers") -> Path:

@@ -78,6 +78,8 @@ class EmbeddingIndex:
         workers: int = 0,
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "skip",
+        max_bad: int | float = 1.0,
+        rejects: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> EmbeddingIndex:
         """Embeds images and publishes the index, whole or not at all.
@@ -91,11 +93,14 @@ class EmbeddingIndex:
             path: the file to write.
             batch_size, workers, progress: as for `embed`.
             on_bad: "skip" lists unusable images in ``rejected``; "error" stops at the first.
+            max_bad: how many (int) or what fraction (float) of them may be left out.
+            rejects: file to which those left out are written as JSON lines.
             overwrite: replace an index that is there; the old one stays until the new one is whole.
 
         Raises:
             UsageError: something is at ``path`` already, or what is to be replaced is no index.
             DataError: the folder is missing, or holds no image that can be used.
+            TooManyRejected: more than `max_bad` are left out; nothing is written.
         """
         target = Path(path)
         distributed.together(lambda: _must_be_free(target, overwrite))
@@ -111,7 +116,7 @@ class EmbeddingIndex:
 
         def finish() -> None:
             if distributed.is_main():
-                _require_some(files, found, images)
+                _settle(listing, found.rejected, images, max_bad, rejects)
                 _write(draft, Catalogue(_reopenable(model), model.fingerprint(), listing.root, entries, found.vectors))
                 publish(target, lambda fresh: _copy(draft, fresh), replace=overwrite)
                 for leftover in ("", "-wal", "-shm"):
@@ -238,6 +243,8 @@ class EmbeddingIndex:
         workers: int = 0,
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "skip",
+        max_bad: int | float = 1.0,
+        rejects: str | os.PathLike[str] | None = None,
     ) -> Changes:
         """Looks at the folder again (or at the listed files): embeds new content, drops what is gone.
 
@@ -245,10 +252,11 @@ class EmbeddingIndex:
 
         Args:
             verify: read every file, to see those that were replaced with the same size and time, too.
-            model, batch_size, workers, progress, on_bad: as for `build`.
+            model, batch_size, workers, progress, on_bad, max_bad, rejects: as for `build`.
 
         Raises:
-            DataError: the folder is not there.
+            DataError: the folder is not there, or holds no image that can be used any more.
+            TooManyRejected: more than `max_bad` are left out; the index stays as it was.
         """
         if model is not None:
             self._adopt(model)
@@ -272,6 +280,8 @@ class EmbeddingIndex:
 
         def finish() -> None:
             if distributed.is_main():
+                if listing.files:
+                    _settle(listing, rejected, self.path, max_bad, rejects)
                 kept = [entries[file] for file in order]
                 _write(self.path, Catalogue(self.model_name, self.fingerprint, root, kept, self.vectors))
 
@@ -308,16 +318,21 @@ def _entries(
     return {files[row]: entry(files[row], content) for row, content in zip(found.rows, found.content, strict=True)}
 
 
-def _require_some(files: Sequence[Path], found: Embedded, images: object) -> None:
-    if found.rows:
-        return
-    where = images if isinstance(images, (str, os.PathLike)) else f"a list of {len(files)} files"
-    if not files:
+def _settle(
+    listing: Listing,
+    rejected: list[Reject],
+    source: object,
+    max_bad: int | float,
+    rejects: str | os.PathLike[str] | None,
+) -> None:
+    """Holds what could not be used to the policy; see `Ledger.settle`."""
+    if not listing.files:
+        where = source if isinstance(source, (str, os.PathLike)) else "an empty list"
         raise DataError("there is no image here", where=where, fix="check the folder; images are told by their suffix")
-    first = found.rejected[0]
-    raise DataError(
-        f"none of {len(files)} images can be used; the first: {first.code}: {first.message}", where=first.where
-    )
+    name = source if isinstance(source, (str, os.PathLike)) else f"a list of {len(listing.files)} files"
+    ledger = listing.ledger()
+    ledger.refuse(rejected)
+    ledger.settle(name, on_bad="skip", max_bad=max_bad, rejects=rejects)
 
 
 def _reopenable(model: DualEncoder) -> str:

@@ -16,6 +16,7 @@ from clipkit.errors import UsageError
 from clipkit.images import ImageSource, is_image_name, probe_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.text_notices import tell, text_notices
+from clipkit.texts import checked_text, is_blank
 
 log = logging.getLogger("clipkit")
 
@@ -29,6 +30,7 @@ def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], di
     for only where a query is not an embedding already.
 
     Raises:
+        BadText: a text with bytes that are no UTF-8.
         UsageError: an empty text, something that is no query, or an embedding of another size.
     """
     kinds = [kind_of(query) for query in queries]
@@ -58,9 +60,10 @@ def kind_of(query: object) -> Literal["text", "image", "vector"]:
     if isinstance(query, Tensor):
         return "vector"
     if isinstance(query, str):
-        if not query.strip():
+        if is_blank(query):
             raise UsageError("the query is empty", fix="ask for something, such as 'two dogs on a beach'")
         if not is_path(query):
+            checked_text(query)
             return "text"
     if isinstance(query, (str, os.PathLike)):
         probe_image(query)  # before a model is opened for it

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from clipkit import distributed
+from clipkit import __version__, distributed
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.models.dual_encoder import DualEncoder
 
 _PACKAGES = (
-    *("clipkit", "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
+    *("torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),
 )
 
@@ -67,7 +67,7 @@ def build_result(
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that can change a figure; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "clipkit": __version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

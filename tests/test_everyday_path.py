@@ -177,7 +177,7 @@ def look(hashed: Hashed, clip: Path, native: Native) -> None:
     gone = sorted(Path("photos/coco").iterdir())[7]
     shutil.move(gone, ".")
     done = hashed.run("index", "photos", "--model", clip, "--to", "photos.index")
-    assert re.search(r"39 images \(1 new, .*, 1 deleted, 38 as before\)", done.out)
+    assert re.search(r"39 images \(1 new, .*, 1 deleted, 38 as before\)", done.err)
     assert hashed.times(clip) <= 1.001
     shutil.move(gone.name, gone)
 
@@ -269,8 +269,7 @@ def train(hashed: Hashed, clip: Path) -> None:
     assert not Path("run/result.json").exists()
 
     # 9. resumed
-    done = hashed.run("train", *settings)
-    assert "run/model" in done.out
+    hashed.run("train", *settings)
     assert hashed.times(clip) <= 2.001  # those that stand still, to know the run again, and all that are saved
     begins = [line["begins_after_step"] for line in read_lines("run/attempts.jsonl") if "begins_after_step" in line]
     assert begins in ([0, 1], [0, 2])

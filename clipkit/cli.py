@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from clipkit.errors import UsageError, exit_with_message
+from clipkit.shell import Verb
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -48,7 +50,7 @@ Templates = Annotated[
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 
-@app.command(epilog="Example: clipkit quickstart --output runs/quickstart")
+@app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
     overwrite: Annotated[bool, typer.Option(help="Replace the folder of an earlier quickstart.")] = False,
@@ -62,7 +64,8 @@ def quickstart(
 
 
 @app.command(
-    epilog="Example: clipkit train model.name=openai/clip-vit-base-patch32 data.train=birds.csv train.output_dir=runs/b"
+    cls=Verb,
+    epilog="Example: clipkit train model.name=openai/clip-vit-base-patch32 data.train=b.csv train.output_dir=runs/b",
 )
 def train(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both.")],
@@ -113,7 +116,9 @@ def _which(result: TrainResult) -> str:
     return f"{result.forgetting.alpha:g} of the way from the start to {step}"
 
 
-@app.command(epilog="Example: clipkit evaluate birds.csv --model runs/birds/model --image file --text caption")
+@app.command(
+    cls=Verb, epilog="Example: clipkit evaluate birds.csv --model runs/birds/model --image file --text caption"
+)
 def evaluate(
     data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
     model: ModelName,
@@ -135,7 +140,7 @@ def evaluate(
     import time
 
     from clipkit import distributed
-    from clipkit.data.keys import key_values
+    from clipkit.data.keys import has_texts, key_values
     from clipkit.data.pairs import load_pairs
     from clipkit.data.rejects import Ledger
     from clipkit.evaluation.report import build_result
@@ -151,7 +156,11 @@ def evaluate(
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
-    evaluators: list[Any] = [RetrievalEvaluator(pairs, group=group, **options)]
+    evaluators: list[Any] = []
+    if has_texts(pairs):
+        evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
+    else:
+        typer.echo("the images have labels, but no texts: retrieval is not measured", err=True)
     if "label" in pairs.column_names and (label or None not in key_values(pairs, "label")):
         evaluators.append(ZeroShotEvaluator(pairs, templates=template or DEFAULT_TEMPLATE, **options))
     metrics: dict[str, float] = {}
@@ -171,7 +180,8 @@ def evaluate(
 
 
 @app.command(
-    epilog="Example: clipkit label photos/ --model runs/birds/model --class robin --class crow --to labels.csv"
+    cls=Verb,
+    epilog="Example: clipkit label photos/ --model runs/birds/model --class robin --class crow --to labels.csv",
 )
 def label(
     folder: Annotated[Path, typer.Argument(help="A folder of images, or one image.")],
@@ -191,14 +201,16 @@ def label(
     from clipkit.labelling.classifier import ZeroShotClassifier
     from clipkit.search.listing import list_images
 
-    paths = list_images(folder)
+    listing = list_images(folder, on_bad=on_bad)
+    paths = listing.files
     classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE)
     found = classify.label(
         paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
     if not distributed.is_main():
         return
-    _list_rejects(found.rejected, rejects, len(paths))
+    rejected = [*found.rejected, *listing.rejected]
+    _list_rejects(rejected, rejects, len(found.rows) + len(rejected))
     rows = [(paths[row], each) for row, each in zip(found.rows, found.predictions, strict=True)]
     if to:
         _write_csv(to, ["image", "label", "score"], [[str(path), p.label, f"{p.score:.4f}"] for path, p in rows])
@@ -209,7 +221,7 @@ def label(
             _say(f"{path}\t" + "\t".join(f"{name} {score:.2f}" for name, score in each.top))
 
 
-@app.command(epilog="Example: clipkit index photos/ --model runs/birds/model --to photos.index")
+@app.command(cls=Verb, epilog="Example: clipkit index photos/ --model runs/birds/model --to photos.index")
 def index(
     folder: Annotated[Path, typer.Argument(help="A folder of images.")],
     model: ModelName,
@@ -219,47 +231,54 @@ def index(
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read all files again, to see those replaced with the same size and time, too.")
+    ] = False,
 ) -> None:
-    """Embed a folder of images, to be searched."""
+    """Embed a folder of images, to be searched; or bring its index up to date."""
     from clipkit import distributed
     from clipkit.search.index import EmbeddingIndex
+    from clipkit.search.standing import index_of_folder
 
-    built = EmbeddingIndex.build(
-        _open(model), folder, to, batch_size=batch_size, workers=workers, progress=True, on_bad=on_bad,
-        overwrite=overwrite,
-    )  # fmt: skip
+    standing = None if overwrite else index_of_folder(to, folder)
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": True, "on_bad": on_bad}
+    changes = None
+    if standing is None:
+        standing = EmbeddingIndex.build(_open(model), folder, to, overwrite=overwrite, **options)
+    else:
+        changes = standing.update(_open(model), verify=verify, **options)
     if not distributed.is_main():
         return
-    _list_rejects(built.rejected, rejects, len(built) + len(built.rejected))
-    _say(f"{to}: {len(built)} images")
+    _list_rejects(standing.rejected, rejects, len(standing) + len(standing.rejected))
+    _say(f"{to}: {len(standing)} images" + (f" ({changes})" if changes else ""))
     _say(f'next: clipkit search {to} "what you look for"')
 
 
-@app.command(epilog='Example: clipkit search photos.index "two dogs on a beach" -k 5')
+@app.command(cls=Verb, epilog='Example: clipkit search photos.index "two dogs on a beach" -k 5')
 def search(
     index: Annotated[Path, typer.Argument(help="An index that `clipkit index` wrote.")],
     query: Annotated[str, typer.Argument(help="A text, or the path of an image.")],
     k: Annotated[int, typer.Option("-k", help="Images to show.", min=1)] = 10,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it moved.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Where the folder that was indexed is now, if it moved.")] = None,
+    missing: Annotated[bool, typer.Option(help="Show files that are no longer there, too, marked as missing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Find images by text or by image."""
-    from clipkit.images import is_image_name
+    from clipkit.paths import show
     from clipkit.search.index import EmbeddingIndex
+    from clipkit.search.query import kind_of
 
-    opened = EmbeddingIndex.open(index, model=model)
-    by_image = is_image_name(query) and " " not in query
-    if by_image and not Path(query).is_file():
-        raise UsageError("there is no such image", where=query, fix="give the path of an image, or a text")
-    hits = opened.search(Path(query) if by_image else query, k=k)
+    kind_of(query)  # what cannot be asked is told before anything is opened
+    hits = EmbeddingIndex.open(index, model=model, root=root).search(query, k=k, missing=missing)
     if as_json:
-        _print_json([{"path": str(hit.path), "score": hit.score} for hit in hits])
+        _print_json([{"path": hit.path, "score": hit.score, "missing": hit.missing} for hit in hits])
         return
     for hit in hits:
-        _say(f"{hit.score:.3f}  {hit.path}")
+        _say(f"{hit.score:.3f}  {show(hit.path)}" + ("  (missing)" if hit.missing else ""))
 
 
-@app.command(epilog="Example: clipkit export runs/birds/model birds-open-clip --to open_clip")
+@app.command(cls=Verb, epilog="Example: clipkit export runs/birds/model birds-open-clip --to open_clip")
 def export(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -279,7 +298,7 @@ def export(
         _say(str(report))
 
 
-@check.command("gradients", epilog="Example: torchrun --nproc_per_node 2 -m clipkit check gradients run.yaml")
+@check.command("gradients", cls=Verb, epilog="Example: torchrun --nproc_per_node 2 -m clipkit check gradients run.yaml")
 def check_gradients_command(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both, as for train.")],
     as_json: Json = False,
@@ -300,7 +319,7 @@ def check_gradients_command(
         raise typer.Exit(1)
 
 
-@check.command("data", epilog="Example: clipkit check data birds.csv --image file --text caption")
+@check.command("data", cls=Verb, epilog="Example: clipkit check data birds.csv --image file --text caption")
 def check_data_command(
     data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
     image: ImageColumn = None,
@@ -329,7 +348,7 @@ def check_data_command(
     raise typer.Exit(report.exit_code)
 
 
-@check.command("model", epilog="Example: clipkit check model runs/birds/model")
+@check.command("model", cls=Verb, epilog="Example: clipkit check model runs/birds/model")
 def check_model_command(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     other: Annotated[str | None, typer.Argument(help="A second model: tell why the two disagree.")] = None,
@@ -352,7 +371,7 @@ def check_model_command(
     raise typer.Exit(found.exit_code)
 
 
-@app.command(epilog="Example: clipkit env --json")
+@app.command(cls=Verb, epilog="Example: clipkit env --json")
 def env(as_json: Json = False) -> None:
     """Versions, devices and threads: what to put into a bug report."""
     from clipkit.evaluation.report import environment
@@ -392,7 +411,9 @@ def _say(text: str) -> None:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2, default=str))
+    from clipkit.files import dump_json
+
+    typer.echo(dump_json(value), nl=False)
 
 
 def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:
@@ -405,11 +426,11 @@ def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = 
 def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None) -> None:
     from dataclasses import asdict
 
-    from clipkit.files import write_text
+    from clipkit.files import dump_json, write_text
 
     if not rejected:
         return
-    write_text(path, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in rejected))
+    write_text(path, "".join(dump_json(asdict(each), indent=None) for each in rejected))
     count = f"{total} = {total - len(rejected)} used + " if total else ""
     typer.echo(f"{count}{len(rejected)} rejected, listed in {path}:", err=True)
     for each in rejected[:10]:
@@ -418,7 +439,6 @@ def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None)
 
 def _write_csv(path: Path, head: list[str], rows: list[list[str]]) -> None:
     import csv
-    import io
 
     from clipkit.files import write_text
 
@@ -434,8 +454,16 @@ def _plain_cell(cell: str) -> str:
     return f"'{cell}" if cell[:1] in ("=", "+", "@") else cell  # spreadsheets would run it
 
 
+def _never_fail_on_a_name() -> None:
+    """One odd character, in a locale that lacks it, must not cost the output of an hour. JSON is UTF-8 anywhere."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def main() -> NoReturn:
     """The console script: exit codes as in `clipkit.errors`."""
+    _never_fail_on_a_name()
     # OpenMP threads that spin while they wait make a step ten times slower once another program wants their core;
     # threads that never spin make it a fifth slower when none does
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -12,14 +12,20 @@
     ├── ModelError               2   a model that cannot be opened as asked
     └── Interrupted             75   stopped by a signal; can be resumed
 
-A message says what was expected and what was found, then where, then how to mend it.
+A message says what was expected and what was found, then where, then how to mend it: in Python to who calls Python,
+in the shell's syntax to who typed a command (see `option`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar, TypeAlias
+
+FrontEnd: TypeAlias = Callable[[str, object], str]
+"""How an option with this name (as in Python) and value is typed; the value None: the name alone."""
 
 
 class ClipkitError(Exception):
@@ -100,6 +106,44 @@ class ModelMismatch(CorruptArtefact):
 
 class Interrupted(ClipkitError):
     exit_code = 75
+
+
+def option(name: str, value: object = None, *, python: str | None = None) -> str:
+    """An option as the user would type it where they are, for the `fix` of an error.
+
+    Args:
+        name: as in Python; ``model.freeze`` where the config's section is needed to tell which.
+        value: what to set it to; None: the name alone.
+        python: what a Python user types, where that is not an argument of this name.
+
+    >>> option("on_bad", "skip")  # `--on-bad skip` or `train.on_bad=skip` in a shell
+    'on_bad="skip"'
+    """
+    if python is not None and _front_end is as_python:
+        return python
+    return _front_end(name, value)
+
+
+def as_python(name: str, value: object) -> str:
+    """As an argument: ``on_bad="skip"``."""
+    name = name.rpartition(".")[2]
+    if value is None:
+        return name
+    return f"{name}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"
+
+
+_front_end: FrontEnd = as_python
+
+
+@contextlib.contextmanager
+def speaking(front_end: FrontEnd) -> Iterator[None]:
+    """Within it, `option` writes as this front end is typed."""
+    global _front_end
+    before, _front_end = _front_end, front_end
+    try:
+        yield
+    finally:
+        _front_end = before
 
 
 def exit_with_message(program: Callable[[], object]) -> None:

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -106,9 +107,23 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def dump_json(value: Any) -> str:
-    """JSON text of `value`, indented. NaN and infinities are refused: no other JSON reader takes them."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def dump_json(value: Any, *, indent: int | None = 2) -> str:
+    r"""JSON text of `value`, for every value that JSON has, and a path as its name; with `indent` None, on one line.
+
+    A file's name that is no UTF-8 comes out as escapes that give it back: ``os.fsencode(json.loads(text))``.
+    NaN and infinities are refused: no other JSON reader takes them.
+
+    >>> dump_json("caf\udce9")
+    '"caf\\udce9"\n'
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=_path_name)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+
+
+def _path_name(value: object) -> str:
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -118,9 +133,12 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Publish a UTF-8 text file, replacing an older one."""
+    """Publish a UTF-8 text file, replacing an older one.
+
+    A file's name that is no UTF-8 is written as its bytes are (`os.fsencode`).
+    """
     publish(path, lambda fresh: _write_text(fresh, text), replace=True)
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")

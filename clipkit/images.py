@@ -11,48 +11,40 @@ PIL image under one policy, and whatever cannot be used into a `BadImage` that c
     NOT_IMAGE    HTML, JSON, a Git LFS pointer ...        FORMAT       an image, but of a kind that is not read
 
 Neither `Image.MAX_IMAGE_PIXELS` nor `ImageFile.LOAD_TRUNCATED_IMAGES` is read as policy or ever set: both belong to the
-user's process. The decoder classes are called directly, because `Image.open` guesses by trying every format and warns
-about large images through the process-wide warning filters.
+user's process.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import stat
-import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import (
-    AvifImagePlugin,
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    JpegImagePlugin,
-    PngImagePlugin,
-    PpmImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image, ImageChops
 
-from clipkit.errors import BadImage, DataError
-from clipkit.paths import did_you_mean, is_url, show, walk
+from clipkit import depth
+from clipkit.containers import WITHOUT_METADATA, bare_png
+from clipkit.decoders import opened, wide_netpbm
+from clipkit.errors import BadImage
+from clipkit.extras import install_command, missing_packages
+from clipkit.orientation import BadExif, exif_orientation, upright, xmp_orientation
+from clipkit.paths import Tree, did_you_mean, is_url, show
 from clipkit.signatures import ends_early, signature
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, Any]"
 
 log = logging.getLogger("clipkit")
 
-# .heic and .heif are listed although they are not read: a photo that is refused aloud is better than one passed over.
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif"}
+SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".heic", ".heif", ".hif"}
 
 
 class _Limits(NamedTuple):
@@ -83,8 +75,10 @@ def load_image(
 ) -> Image.Image:
     """A new RGB image, upright, over white.
 
-    EXIF orientation is applied (unreadable EXIF: left as it is, and logged), transparency of any kind is laid over
-    white, 16-bit grey is divided by 256, CMYK, LAB and YCbCr are converted, and of several frames the first is taken.
+    Orientation is applied as EXIF has it, else XMP (unreadable EXIF is logged), transparency of any kind is laid over
+    white, more than 8 bits a sample are brought down to 8 by the range that the file declares or else by its values
+    (logged), CMYK, LAB and YCbCr are converted, and of several frames the first is taken. What is guessed is logged
+    for the first image of its kind, under a word that begins with WARN_.
 
     Args:
         source: a path; encoded bytes; a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8 or float
@@ -152,17 +146,9 @@ def is_image_name(path: str | os.PathLike[str]) -> bool:
     return f".{suffix.lower()}" in SUFFIXES and stem[-1:] not in ("", "/", os.sep)
 
 
-def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """All images below a folder by their suffix, sorted by name. Hidden ones are skipped, links followed once.
-
-    Raises:
-        DataError: the folder, or one below it, does not exist or cannot be listed.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        kind = "is not a folder" if root.exists() else "does not exist"
-        raise DataError(f"expected a folder of images; {show(root)} {kind}", fix=did_you_mean(root))
-    return sorted((parent / name for parent, names in walk(root) for name in names if is_image_name(name)), key=str)
+def find_images(tree: Tree) -> list[Path]:
+    """The images among the files of a folder (`clipkit.paths.walk`), told by their suffix, sorted by name."""
+    return [path for path in tree.files if is_image_name(path)]
 
 
 def describe(source: object) -> str:
@@ -187,7 +173,10 @@ def _load(source: ImageSource, limits: _Limits) -> Image.Image:
     inner = _unwrap(source)
     if isinstance(inner, Image.Image):
         _check_size(inner.size, limits)
+        rawmode = depth.rawmode_of(inner)
         _load_pixels(inner, b"")
+        if depth.is_dark(inner, rawmode):
+            _warn("WARN_DEPTH", "16-bit samples hold small values, of which Pillow drops half: pass the file", source)
         return _to_rgb(inner, source)
     if isinstance(inner, np.ndarray):
         return _from_array(inner, limits)
@@ -260,38 +249,38 @@ def _from_array(array: np.ndarray[Any, Any], limits: _Limits) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------- decoding
 
 
-class _Jpeg(JpegImagePlugin.JpegImageFile):
-    def _read_dpi_from_exif(self) -> None:
-        """Not wanted here, and on broken EXIF it warns."""
-
-
-_DECODERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
-    "JPEG": _Jpeg,  # also for MPO: its first frame is a plain JPEG
-    "PNG": PngImagePlugin.PngImageFile,
-    "WEBP": WebPImagePlugin.WebPImageFile,
-    "GIF": GifImagePlugin.GifImageFile,
-    "BMP": BmpImagePlugin.BmpImageFile,
-    "TIFF": TiffImagePlugin.TiffImageFile,
-    "PPM": PpmImagePlugin.PpmImageFile,
-    "AVIF": AvifImagePlugin.AvifImageFile,
-}
-
-
 def _decode(data: bytes, limits: _Limits, source: object) -> Image.Image:
     if not data:
         raise _no_bytes()
     if len(data) > limits.bytes:
         raise _Refused("TOO_LARGE", f"{len(data):,} bytes; at most {limits.bytes:,} are read", _RAISE)
     kind = _kind(data)
-    noisy = kind in ("GIF", "TIFF", "AVIF") or (kind == "PNG" and b"acTL" in data[:256])
-    with _quiet() if noisy else nullcontext():
+    with _quiet() if kind in ("GIF", "TIFF", "AVIF", "HEIF") else nullcontext():
         try:
-            image = _DECODERS[kind](io.BytesIO(data))
-        except Exception as error:
-            raise _broken(error, data, kind) from error
-        _check_size(image.size, limits)
-        _load_pixels(image, data, kind)
-        return _to_rgb(image, source)
+            return _decoded(data, kind, limits, source)
+        except _Refused as refused:
+            spare = WITHOUT_METADATA.get(kind)
+            if refused.code != "CORRUPT" or spare is None or (bare := spare(data)) == data:
+                raise
+        return _decoded(bare, kind, limits, source)
+
+
+def _decoded(data: bytes, kind: str, limits: _Limits, source: object) -> Image.Image:
+    whole = data
+    data, info = bare_png(data) if kind == "PNG" else (data, {})
+    try:
+        image = opened(kind, data)
+    except Exception as error:
+        raise _broken(error, whole, kind) from error
+    _check_size(image.size, limits)
+    if kind == "PPM" and (samples := wide_netpbm(image, data)):
+        return _told(depth.netpbm(*samples), source).convert("RGB")
+    rawmode = depth.rawmode_of(image)
+    _load_pixels(image, whole, kind)
+    image.info |= info
+    if depth.is_dark(image, rawmode):
+        image = _lightened(image, rawmode, lambda: opened(kind, data), source)
+    return _to_rgb(image, source)
 
 
 def _no_bytes() -> _Refused:
@@ -302,7 +291,14 @@ def _kind(data: bytes) -> str:
     found = signature(data)
     if found.code:
         raise _Refused(found.code, found.name, found.fix)
+    if found.name == "HEIF" and _no_heif():
+        raise _Refused("FORMAT", "a HEIC photo needs the package pillow-heif", install_command("heic"))
     return found.name
+
+
+@cache
+def _no_heif() -> bool:
+    return bool(missing_packages("pillow_heif"))
 
 
 def _load_pixels(image: Image.Image, data: bytes, kind: str = "") -> None:
@@ -320,6 +316,8 @@ def _broken(error: Exception, data: bytes, kind: str) -> _Refused:
     again = "copy or download it again"
     if "truncated" in str(error).lower() or ends_early(data, kind):
         return _Refused("TRUNCATED", f"the {kind or 'image'} ends before the image does ({len(data):,} bytes)", again)
+    if "unknown pixel mode" in str(error):
+        return _Refused("FORMAT", f"a {kind} of a kind that is not read", "convert it to JPEG or PNG")
     return _Refused("CORRUPT", f"the {kind or 'image'} decoder refused it: {error or type(error).__name__}", again)
 
 
@@ -346,66 +344,75 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _lightened(image: Image.Image, rawmode: str, again: Callable[[], Image.Image], source: object) -> Image.Image:
+    try:
+        found = depth.lightened(image, rawmode, again)
+    except depth.UnknownRange as error:
+        raise _Refused("FORMAT", str(error), "scale it to 8 bits first") from error
+    found.image.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return _told(found, source)
+
+
 # ----------------------------------------------------------------------------------------------------------- to RGB
 
 
 def _to_rgb(image: Image.Image, source: object) -> Image.Image:
     orientation = _orientation(image, source)
-    if image.mode.startswith("I"):
-        image = _from_sixteen_bits(image)
-    elif image.mode == "F":
-        raise _Refused("FORMAT", "float pixels have no known range", "scale it to 8 bits first")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        rgb = Image.new("RGB", rgba.size, "white")
-        rgb.paste(rgba, mask=rgba.getchannel("A"))
-    else:
-        rgb = image.convert("RGB")
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
+    if image.mode.startswith("I") or image.mode == "F":
+        try:
+            image = _told(depth.grey(image), source)
+        except depth.UnknownRange as error:
+            raise _Refused("FORMAT", str(error), "scale it to 8 bits first") from error
+    elif image.mode == "La":
+        image = image.convert("LA")
+    elif image.mode in ("P", "PA") and image.palette is None:
+        raise _Refused("CORRUPT", "an image of palette colours without the palette", "copy or download it again")
+    elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        # Adobe writes inks inverted, and Pillow takes every JPEG for Adobe's; libvips, GIMP and ImageMagick do not
+        _warn("WARN_CMYK", "a CMYK JPEG without Adobe's mark: its inks are taken as they stand", source)
+        image = ImageChops.invert(image)
+    rgb = _over_white(image, source) if image.has_transparency_data else image.convert("RGB")
+    rgb = upright(rgb, orientation)
     rgb.info = {}  # megabytes of metadata need not travel between processes; nor may EXIF be applied twice
     return rgb
 
 
-def _from_sixteen_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise _Refused("FORMAT", "32-bit pixels beyond 0..65535 have no known range", "scale it to 8 bits first")
-    grey = (values >> 8).astype(np.uint8)
-    if isinstance(key := image.info.get("transparency"), int):
-        grey[values == key] = 255
-    return Image.fromarray(grey)
-
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+def _over_white(image: Image.Image, source: object) -> Image.Image:
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema() == (0, 0):
+        colours = rgba.convert("RGB")
+        if any(low != high for low, high in colours.getextrema()):  # type: ignore[misc]
+            # some writers of BMP and TIFF leave the fourth byte at zero
+            _warn("WARN_ALPHA", "every pixel is transparent: the colours beneath are taken", source)
+            return colours
+    rgb = Image.new("RGB", rgba.size, "white")
+    rgb.paste(rgba, mask=alpha)
+    return rgb
 
 
 def _orientation(image: Image.Image, source: object) -> int:
-    """EXIF tag 0x0112 of the first directory (EXIF 2.3, 4.6.4), 1 where there is none.
-
-    Read by hand: Pillow's reader warns and raises on damage in tags that do not matter here.
-    """
-    exif = image.info.get("exif")
-    if not isinstance(exif, bytes):
-        return 1
+    if image.format == "TIFF":
+        return 1  # Pillow has turned it already
+    exif = None
     try:
-        while exif.startswith(b"Exif\0\0"):
-            exif = exif[6:]
-        order = {b"II*\0": "<", b"MM\0*": ">"}[exif[:4]]
-        (start,) = struct.unpack_from(order + "I", exif, 4)
-        (count,) = struct.unpack_from(order + "H", exif, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(order + "HH", exif, entry)
-            if tag == 0x0112:
-                return int(struct.unpack_from(order + {1: "B", 3: "H", 4: "I"}[kind], exif, entry + 8)[0])
-    except (KeyError, struct.error):
+        exif = exif_orientation(image.info)
+    except BadExif:
         log.warning("WARN_EXIF: unreadable EXIF, the image is used as it is stored: %s", describe(source))
-    return 1
+    return exif if exif is not None else xmp_orientation(image.info) or 1
+
+
+def _told(shades: depth.Shades, source: object) -> Image.Image:
+    if shades.guess:
+        _warn("WARN_DEPTH", shades.guess, source)
+    return shades.image
+
+
+_warned: set[str] = set()
+
+
+def _warn(code: str, message: str, source: object) -> None:
+    """Once in a process for each code: a folder of a hundred thousand such images has one line, with the first."""
+    if code not in _warned:
+        _warned.add(code)
+        log.warning("%s: %s: %s (and perhaps others: this is said once)", code, message, describe(source))

@@ -7,11 +7,15 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
 from clipkit.errors import DataError
+
+_KINDS = 12  # suffixes or names that one line counts
 
 
 def show(path: str | os.PathLike[str]) -> str:
@@ -25,33 +29,112 @@ def is_url(name: str) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+://|data:", name[:32], re.IGNORECASE) is not None
 
 
-def walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every visible folder from `root` down, once whatever its links say, with the names of its visible files.
+@dataclass(frozen=True)
+class Tree:
+    """What lies below a folder, as `walk` saw it.
 
-    Raises:
-        DataError: a folder cannot be listed. Silence would lose its files.
+    Attributes:
+        root: the folder.
+        files: every visible file, sorted by name.
+        folders: every visible folder that could be listed, the root first.
+        skipped: what was not looked into, by name: hidden files and folders, and what systems leave behind.
+        unreadable: the folders that could not be listed, and why.
     """
 
-    def stop(error: OSError) -> None:
-        raise DataError(
-            f"UNREADABLE: a folder cannot be listed: {error.strerror}",
-            where=show(error.filename),
-            fix="give yourself permission to read it, or move it out of the way",
-        ) from error
+    root: Path
+    files: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    unreadable: dict[Path, str] = field(default_factory=dict)
 
-    status = root.stat()
-    seen = {(status.st_dev, status.st_ino)}
-    for parent, folders, files in os.walk(root, onerror=stop, followlinks=True):
+    def passed_over(self, used: Iterable[Path]) -> str | None:
+        """One line that counts the files that were not used, by suffix, and what was skipped; None if it is nothing.
+
+        >>> Tree(Path("photos"), [Path("photos/a.dng"), Path("photos/b.jpg")]).passed_over([Path("photos/b.jpg")])
+        'photos: not read: 1 .dng'
+        """
+        mine = set(used)
+        unread = Counter(_suffix(path) for path in self.files if path not in mine)
+        parts = [
+            f"{verb}: {_counted(what)}" for verb, what in (("not read", unread), ("skipped", self.skipped)) if what
+        ]
+        return f"{show(self.root)}: {'; '.join(parts)}" if parts else None
+
+
+def walk(root: str | os.PathLike[str]) -> Tree:
+    """Looks at every visible folder from `root` down, once whatever its links say.
+
+    A folder below the root that cannot be listed is kept in `Tree.unreadable`: the caller lists it with the rejects.
+
+    Raises:
+        DataError: `root` does not exist, is no folder, or cannot be listed.
+    """
+    tree = Tree(Path(root))
+    if not tree.root.is_dir():
+        kind = "is not a folder" if tree.root.exists() else "does not exist"
+        raise DataError(f"expected a folder; {show(tree.root)} {kind}", fix=did_you_mean(tree.root))
+    seen = {_identity(tree.root)}
+    for parent, folders, files in os.walk(tree.root, onerror=lambda error: _unlisted(tree, error), followlinks=True):
         here = Path(parent)
-        keep = []
-        # Real folders before links to them, so that a file is found under its own name.
-        for name in sorted(folders, key=lambda name: ((here / name).is_symlink(), name)):
-            status = (here / name).stat()
-            if not name.startswith(".") and (status.st_dev, status.st_ino) not in seen:
-                seen.add((status.st_dev, status.st_ino))
-                keep.append(name)
-        folders[:] = keep
-        yield here, [name for name in files if not name.startswith(".")]
+        tree.folders.append(here)
+        folders[:] = list(_to_visit(here, folders, seen, tree))
+        tree.files.extend(here / name for name in files if not _skip(name, "file", tree.skipped))
+    if tree.root in tree.unreadable:
+        raise DataError(
+            f"UNREADABLE: the folder cannot be listed: {tree.unreadable[tree.root]}",
+            where=show(tree.root),
+            fix="give yourself permission to read it",
+        )
+    tree.files.sort(key=str)
+    return tree
+
+
+def _unlisted(tree: Tree, error: OSError) -> None:
+    tree.unreadable[Path(os.fsdecode(error.filename))] = error.strerror or type(error).__name__
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _to_visit(here: Path, names: list[str], seen: set[tuple[int, int]], tree: Tree) -> Iterator[str]:
+    # Real folders before links to them, so that a file is listed under its own name.
+    for name in sorted(names, key=lambda name: ((here / name).is_symlink(), name)):
+        if _skip(name, "folder", tree.skipped):
+            continue
+        try:
+            identity = _identity(here / name)
+        except OSError as error:
+            _unlisted(tree, error)
+            continue
+        if identity not in seen:
+            seen.add(identity)
+            yield name
+
+
+# What file managers, cameras' tools and network drives leave beside photos: copies, thumbnails, bins.
+_LEFT_BEHIND = {"@eadir", "@recycle", "#recycle", "#snapshot", "@recently-snapshot", "__macosx", "$recycle.bin"}
+_LEFT_BEHIND |= {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+
+
+def _skip(name: str, kind: str, skipped: Counter[str]) -> bool:
+    if not name.startswith(".") and name.lower() not in _LEFT_BEHIND:
+        return False
+    by_name = kind == "folder" or name == ".DS_Store" or not name.startswith(".")
+    skipped[show(name) if by_name else "other hidden"] += 1
+    return True
+
+
+def _suffix(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return show(suffix) if re.fullmatch(r"\.\S{1,12}", suffix) else "without a suffix"
+
+
+def _counted(counts: Counter[str]) -> str:
+    shown = [f"{number:,} {name}" for name, number in counts.most_common(_KINDS)]
+    rest = sum(counts.values()) - sum(number for _, number in counts.most_common(_KINDS))
+    return ", ".join([*shown, f"{rest:,} of other names"] if rest else shown)
 
 
 def near_path(path: Path) -> Path | None:

@@ -43,6 +43,7 @@ _OTHER_FILES = {
     b"ID3": "an MP3 file",
     b"\x1aE\xdf\xa3": "a WebM or Matroska video",
 }
+_HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1"}
 _TEXTS = {
     "an HTML page": (b"<!doctype", b"<html", b"<head", b"<body"),
     "XML": (b"<?xml", b"<"),
@@ -88,13 +89,13 @@ def ends_early(data: bytes, kind: str) -> bool:
 
 
 def _iso_media(data: bytes) -> Signature:
-    brands = data[8:64]
+    brands = data[8 : min(64, int.from_bytes(data[:4]))]
     if b"avif" in brands or b"avis" in brands:
         if features.check("avif"):
             return Signature("AVIF")
         return Signature("this Pillow was built without AVIF", "FORMAT", "install a Pillow wheel with AVIF")
-    if data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return Signature("this is a HEIC photo, which is not read", "FORMAT", _CONVERT)
+    if any(brands[place : place + 4] in _HEIF for place in range(0, len(brands), 4)):
+        return Signature("HEIF")
     return Signature("this is a video (MP4 family), not an image", "NOT_IMAGE")
 
 

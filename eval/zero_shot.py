@@ -24,7 +24,7 @@ def main() -> None:
     began = time.perf_counter()
 
     # 1. Images with a class. The classes' names are the folders', or the values of the label column.
-    images = load_pairs(args.images, image=args.image, text=args.text, label=args.label)
+    images = load_pairs(args.images, image=args.image, label=args.label)
 
     # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you.
     evaluator = ZeroShotEvaluator(images, templates=args.template, batch_size=args.batch_size, progress=is_main())
@@ -47,7 +47,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("images", help="a folder of class folders, a table, or a data set of the hub")
     parser.add_argument("--model", required=True, help="a folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER")
     parser.add_argument("--image", default=None, help="column of the image")
-    parser.add_argument("--text", default=None, help="column of a text, where a table has one")
     parser.add_argument("--label", default=None, help="column of the class")
     parser.add_argument("--template", action="append", default=None, help="prompt with {}; repeat for several")
     parser.add_argument("--batch-size", type=int, default=64)

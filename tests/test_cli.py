@@ -1,11 +1,16 @@
 """The verbs on good and on bad input: exit codes, messages that tell what to do, JSON for scripts."""
 
 import csv
+import io
 import json
+import os
+import sys
 
 import pytest
 import tiny
 from command import clipkit
+
+from clipkit import cli
 
 VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
 
@@ -70,12 +75,28 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
 
     done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
     assert done.code == 0, done.err
+    done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
+    assert "32 images (0 new, 0 changed, 0 moved, 0 deleted, 32 as before)" in done.out, done.err
+    done = clipkit("index", tmp_path, "--model", model, "--to", tmp_path / "s.index")
+    assert (done.code, "another folder" in done.err, "--overwrite replaces" in done.err) == (2, True, True)
     hits = json.loads(clipkit("search", tmp_path / "s.index", "a red square left", "-k", 3, "--json").out)
     assert len(hits) == 3
     image = tmp_path / "squares" / "red_left.png"
     assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
     done = clipkit("search", tmp_path / "s.index", tmp_path / "nope.png")  # not a text that happens to end in .png
-    assert (done.code, "there is no such image" in done.err) == (2, True)
+    assert (done.code, "MISSING: no such file" in done.err) == (3, True)
+
+
+def test_no_name_costs_the_output(monkeypatch):
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
+    cli._never_fail_on_a_name()
+    cli._say("caf\udce9 漢字.png")
+    cli._print_json({"path": "caf\udce9 漢字.png"})
+    sys.stdout.flush()
+    text, _, data = bytes_written.getvalue().partition(b"\n")
+    assert "漢字.png" in text.decode()
+    assert os.fsencode(json.loads(data)["path"]) == b"caf\xe9 " + "漢字.png".encode()
 
 
 def test_check_data(table, model, tmp_path):
@@ -86,6 +107,28 @@ def test_check_data(table, model, tmp_path):
     done = clipkit("check", "data", table, "--json")
     assert done.code == 3
     assert "NOT_IMAGE" in done.out
+
+
+def test_labels_alone_are_measured_and_trained_on_by_templates(tmp_path, table, model):
+    rows = [f"squares/{colour}_{place}.png,{colour}" for colour in tiny.COLOURS for place in tiny.PLACES]
+    labels = tmp_path / "labels.csv"
+    labels.write_text("\n".join(["image,colour", *rows]))
+    done = clipkit("evaluate", labels, "--model", model, "--label", "colour", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["metrics"].keys() == {"zero_shot/top1", "zero_shot/top5", "zero_shot/mean_per_class"}
+    assert "retrieval is not measured" in done.err
+
+    settings = [f"model.name={model}", f"data.train={labels}", "data.label=colour", "train.max_steps=1"]
+    settings += ["train.batch_size=8", "train.progress=false", f"train.output_dir={tmp_path / 'run'}"]
+    done = clipkit("train", *settings)
+    assert done.code == 2
+    assert "make them out of the labels" in done.err
+    assert clipkit("train", *settings, "data.templates=a photo of a {}.").code == 0
+    # held out: labels alone beside training pairs with texts
+    texts = [f"model.name={model}", f"data.train={table}", f"data.test={labels}", "data.label=colour", *settings[3:]]
+    done = clipkit("train", *texts, f"train.output_dir={tmp_path / 'other'}", "evaluate.zero_shot=label")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "other/result.json").read_text())["n"]["zero_shot/images"] == 32
 
 
 def test_env():
@@ -102,6 +145,7 @@ def test_rejected_rows_are_counted_and_listed(table, model, tmp_path):
     assert done.code == 3
     assert "EMPTY" in done.err
     assert "red_left.png" in done.err
+    assert "leave them out with --on-bad skip\n" in done.err
     assert not (out / "metrics.jsonl").exists()
     done = clipkit("train", *settings, "train.on_bad=skip")
     assert done.code == 0, done.err

@@ -6,7 +6,8 @@ import pytest
 
 from clipkit import errors
 from clipkit.embedding.encode import BadText
-from clipkit.errors import BadImage, ClipkitError, exit_with_message
+from clipkit.errors import BadImage, ClipkitError, exit_with_message, option, speaking
+from clipkit.shell import as_setting
 
 
 def kinds(base=ClipkitError):
@@ -42,3 +43,16 @@ def test_a_program_ends_with_the_message_and_the_code(capsys):
         exit_with_message(program)
     assert stop.value.code == 3
     assert capsys.readouterr().err == "error: EMPTY: no bytes\n  where: a.jpg\n  fix:   copy it again\n"
+
+
+def test_a_fix_is_written_as_the_user_types():
+    assert (option("on_bad", "skip"), option("max_bad", 3), option("train.max_bad")) == (
+        'on_bad="skip"',
+        "max_bad=3",
+        "max_bad",
+    )
+    with speaking(as_setting):
+        assert option("on_bad", "skip", python="unused") == "train.on_bad=skip"
+        assert option("text", ["title", "a b"]) == "data.text='title,a b'"
+        assert option("model.freeze", ["image"]) == "model.freeze=image"
+    assert option("model.freeze", ["image"], python='model.freeze("image")') == 'model.freeze("image")'

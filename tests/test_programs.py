@@ -31,6 +31,8 @@ def world(tmp_path_factory):
             (folder / name).write_bytes(tiny.square(colour, place))
             lines.append({"image": name, "captions": [f"a {colour} square {place}", f"{place} {colour}"]})
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    labels = [f"{line['image']},{line['image'].split('/')[1]}" for line in lines]
+    (folder / "labels.csv").write_text("\n".join(["image,label", *labels]))
     tiny.make_model().save_pretrained(folder / "model")
     cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "crop_pct": 1.0}
     config = TimmWrapperConfig(architecture="mobilenetv2_035", pretrained_cfg=cfg)
@@ -104,7 +106,7 @@ def test_evaluation_programs(world, tmp_path):
     assert two.count("text_to_image_recall@1 ") == 1
     found = [json.loads((tmp_path / name).read_text())["metrics"] for name in ("one.json", "two.json")]
     assert found[0] == found[1]
-    out = start("accelerate", "eval/zero_shot.py", world / "classes", *ask, tmp_path / "z.json", folder=tmp_path)
+    out = start("accelerate", "eval/zero_shot.py", world / "labels.csv", *ask, tmp_path / "z.json", folder=tmp_path)
     assert "majority 0.1250" in out
     assert json.loads((tmp_path / "z.json").read_text())["n"]["zero_shot/images"] == 32
 

@@ -26,14 +26,17 @@ class Item:
     group: Any
 
 
-def assemble(pictures: Pictures, columns: Columns, items: Sequence[Item], classes: ClassLabel | None) -> Dataset:
-    """Columns image, texts, label (if there are classes) and the rest of the table, one row an item.
+def assemble(
+    pictures: Pictures, columns: Columns, items: Sequence[Item], classes: ClassLabel | None, *, texts: bool
+) -> Dataset:
+    """Columns image, texts (if there are any), label (if there are classes) and the rest of the table, one row an item.
 
     Args:
         pictures: the image column.
         columns: the columns used up.
         items: what to keep, in order.
         classes: the feature of the label.
+        texts: whether the items have texts.
     """
     from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 
@@ -47,8 +50,11 @@ def assemble(pictures: Pictures, columns: Columns, items: Sequence[Item], classe
         beside = [None] * len(table)
         for item in items:
             beside[item.row] = item
-    features: dict[str, Any] = {"texts": List(Value("string"))}
-    new: dict[str, Any] = {"texts": [item.texts if item else [] for item in beside]}
+    features: dict[str, Any] = {}
+    new: dict[str, Any] = {}
+    if texts:
+        features["texts"] = List(Value("string"))
+        new["texts"] = [item.texts if item else [] for item in beside]
     if classes is not None:
         number = {name: index for index, name in enumerate(classes.names)}
         features["label"] = classes

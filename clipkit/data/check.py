@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from clipkit.data.keys import has_texts
 from clipkit.data.rejects import Ledger, Reject
 from clipkit.errors import BadImage, DataError
 from clipkit.images import describe, is_image_name, load_image
@@ -99,11 +100,12 @@ def check_data(
         progress: show a bar.
 
     Raises:
-        DataError: `pairs` has no columns image and texts.
+        DataError: `pairs` has no column image, or neither texts nor label.
     """
-    for name in ("image", "texts"):
-        if name not in pairs.column_names:
-            raise DataError(f"expected the columns image and texts; {name!r} is missing", fix="load_pairs makes them")
+    if "image" not in pairs.column_names or not {"texts", "label"} & set(pairs.column_names):
+        found = ", ".join(map(repr, pairs.column_names))
+        fix = "load_pairs makes them"
+        raise DataError(f"expected the columns image, and texts or label or both; found {found}", fix=fix)
     looks = list(_look(pairs, threads or min(8, os.cpu_count() or 1), progress))
     report = DataReport(rows=len(pairs), rejects=[look.reject for look in looks if look.reject])
     good = [row for row, look in enumerate(looks) if look.reject is None]
@@ -113,7 +115,8 @@ def check_data(
         _spread(looks[row].size[1] for row in good),
     )
     _measure_images(report, pairs, looks, good)
-    _measure_captions(report, pairs, processor)
+    if has_texts(pairs):
+        _measure_captions(report, pairs, processor)
     if ledger is not None:
         report.rows = ledger.rows
         report.rejects = [*ledger.rejects, *report.rejects]
@@ -251,7 +254,8 @@ def _advise(report: DataReport) -> Iterator[str]:
 
 
 def _lines(report: DataReport) -> Iterator[str]:
-    yield f"{report.rows:,} rows, {report.images:,} images that decode, {report.captions:,} captions"
+    captions = f"{report.captions:,} captions" if report.captions_per_image else "no column of captions"
+    yield f"{report.rows:,} rows, {report.images:,} images that decode, {captions}"
     for name, spread, unit in (
         ("captions an image", report.captions_per_image, ""),
         ("words a caption", report.words, ""),

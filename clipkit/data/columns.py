@@ -21,13 +21,13 @@ LABEL_NAMES = ["label"]
 
 
 class Columns(NamedTuple):
-    """The columns chosen. `texts` is empty where templates make texts out of the label."""
+    """The columns chosen. `texts` is empty where templates make texts of the label, or where there are labels alone."""
 
     image: str
     texts: list[str]
     label: str | None
     label_needed: bool
-    """Whether a row without a label is to be rejected: it was asked for, or the texts are made of it."""
+    """Whether a row without a label is to be rejected: it was asked for, the texts are made of it, or it is all."""
 
 
 def choose(
@@ -38,7 +38,7 @@ def choose(
     label: str | None,
     templates: bool,
 ) -> Columns:
-    """Find the columns that were named, or that have an obvious name.
+    """Find the columns that were named, or that have an obvious name; a label alone does without texts.
 
     Raises:
         DataError: a named column is not there, or none has an obvious name; lists what there is.
@@ -54,13 +54,14 @@ def choose(
     the_texts = [_named(table, name, "text") for name in wanted]
     if not the_texts and not templates and (found := _obvious(table, TEXT_NAMES)):
         the_texts = [found]
-    if not the_texts and (not templates or the_label is None):
+    if not the_texts and the_label is None:
         raise _unknown(table, "label" if templates else "text", None)
-    chosen = [the_image, *the_texts] + ([the_label] if label or templates else [])
+    needed = bool(label or not the_texts)
+    chosen = [the_image, *the_texts] + ([the_label] if needed else [])
     if len(set(chosen)) != len(chosen):
         raise UsageError(f"a column can have one role; found {', '.join(map(repr, chosen))}", where=table.name)
     _refuse_overwriting(table, the_image, the_texts, the_label)
-    return Columns(the_image, the_texts, the_label, bool(label or templates))
+    return Columns(the_image, the_texts, the_label, needed)
 
 
 def texts_of(cell: Any) -> list[str]:
@@ -79,8 +80,8 @@ def texts_of(cell: Any) -> list[str]:
 
 
 def label_of(cell: Any) -> str | None:
-    """A label as text; None where the cell is empty."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    """A label as text; None where the cell is empty, or a list or an object."""
+    if cell is None or isinstance(cell, (list, dict)) or (isinstance(cell, float) and math.isnan(cell)):
         return None
     text = str(cell).strip()
     return text or None
@@ -128,8 +129,8 @@ def _unknown(table: Table, role: str, name: str | None) -> DataError:
     if name is None:
         message = f"COLUMN: no column is obviously the {role}; there are {columns}"
         fix = f"name it: {role}=..."
-        if role == "text" and _obvious(table, LABEL_NAMES):
-            fix += ', or make texts out of the label: templates="a photo of a {}."'
+        if role == "text":
+            fix += ", or the column of the class: label=..."
     else:
         message = f"COLUMN: no column {name!r} for the {role}; there are {columns}"
         lower = {column.lower(): column for column in table.names}

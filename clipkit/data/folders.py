@@ -10,7 +10,7 @@ from clipkit.data.rejects import Ledger
 from clipkit.data.tables import TABLE_SUFFIXES, Table, read_text
 from clipkit.errors import DataError
 from clipkit.images import find_images
-from clipkit.paths import show
+from clipkit.paths import show, walk
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
@@ -25,7 +25,7 @@ def read_folder(folder: Path, ledger: Ledger, *, encoding: str) -> Table:
     Raises:
         DataError: neither layout fits; says what was found.
     """
-    images = find_images(folder)
+    images = find_images(walk(folder))
     if not images:
         raise _no_images(folder)
     captions = {path for path in folder.rglob("*.txt") if not path.name.startswith(".")}

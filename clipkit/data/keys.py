@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipkit.data.map_style import as_table
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,22 @@ def require_column(pairs: Any, column: str) -> None:
             f"there is no column {column!r}; there are {', '.join(columns)}",
             fix=f"did you mean {near[0]!r}?" if near else "name one of these",
         )
+
+
+def has_texts(pairs: Any) -> bool:
+    """Whether a data set has captions; one of images and labels alone has none."""
+    return "texts" in as_table(pairs).column_names
+
+
+def require_texts(pairs: Any) -> None:
+    """Raises UsageError where a data set has no captions, and says how a label makes some."""
+    if has_texts(pairs):
+        return
+    columns = as_table(pairs).column_names
+    fix = f"name their column with {option('text')}"
+    if "label" in columns:
+        fix = f"make them out of the labels: {option('templates', 'a photo of a {}.')}; or {fix}"
+    raise UsageError(f"there are no texts to learn from or to find; there are {', '.join(columns)}", fix=fix)
 
 
 def _column(pairs: Any, column: str) -> Sequence[Any]:

@@ -1,7 +1,7 @@
 """Images with their texts, from wherever the user keeps them, as one kind of data set.
 
-The result is a `datasets.Dataset` with `image` (undecoded), `texts` (one or more), where there is one `label`
-(`ClassLabel`), and every other column as it was.
+The result is a `datasets.Dataset` with `image` (undecoded), `texts` (one or more) or `label` (`ClassLabel`) or both,
+and every other column as it was. Images and labels alone have no column `texts`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def load_pairs(
         image: column of the images: paths (absolute, or relative to the table; of a `Dataset`, to the working
             directory), or encoded images in a `Dataset` or Parquet file. URLs are refused. By default a column with an
             obvious name, such as image, file, filepath.
-        text: column or columns of the texts; each may hold a text or a list of them. By default one obvious column.
+        text: column or columns of the texts; each may hold a text or a list of them. By default one obvious column;
+            where there is none, but a label, the result has no column `texts`: it can be checked, labelled and measured
+            by zero-shot classification, and trained on with `templates`.
         label: column of the class. By default a column named label, if there is one.
         split: which split of a `DatasetDict` or of a data set of the hub.
         templates: one or more texts with {} for the class name (underscores become spaces). They make the texts out
@@ -86,7 +88,7 @@ def load_pairs(
     ledger.images = len(items)
     hint = _wrong_root(table, ledger)
     ledger.settle(table.name, on_bad=on_bad, max_bad=max_bad, rejects=rejects, hint=hint)
-    return assemble(pictures, columns, items, names)
+    return assemble(pictures, columns, items, names, texts=bool(columns.texts or filled))
 
 
 def _wrong_root(table: Table, ledger: Ledger) -> str | None:
@@ -105,7 +107,8 @@ class _BadRow(Exception):
 def _collect(
     table: Table, columns: Columns, pictures: Pictures, templates: Sequence[str], ledger: Ledger
 ) -> tuple[list[Item], ClassLabel | None]:
-    labels, classes = _labels(table, columns)
+    cells = table.cells(columns.label) if columns.label else []
+    labels, classes = _labels(table, columns, cells)
     texts = [table.cells(name) for name in columns.texts]
     groups = table.cells("group") if "group" in table.names else None
     items: dict[str | int, Item] = {}
@@ -115,7 +118,7 @@ def _collect(
             found, blank = _texts(texts, index, table.no_text) if texts else ([], 0)
             name = labels[index] if labels else None
             if name is None and columns.label_needed:
-                raise _BadRow("EMPTY_LABEL", "the label is empty")
+                raise _no_label(cells[index])
             key = _key(pictures, index)
             item = Item(index, key if isinstance(key, str) else None, found, name, groups[index] if groups else None)
             _merge(items, key, item, table)
@@ -164,13 +167,12 @@ def _merge(items: dict[str | int, Item], key: str | int, item: Item, table: Tabl
     first.texts += item.texts
 
 
-def _labels(table: Table, columns: Columns) -> tuple[list[str | None], ClassLabel | None]:
+def _labels(table: Table, columns: Columns, cells: list[Any]) -> tuple[list[str | None], ClassLabel | None]:
     """The name of each row's class, and all classes in order."""
     if columns.label is None:
         return [], None
     from datasets import ClassLabel
 
-    cells = table.cells(columns.label)
     if not columns.label_needed and any(isinstance(cell, (list, dict, float)) and cell == cell for cell in cells):
         return [], None  # a column that is merely called label
     feature = getattr(table.columns, "features", {}).get(columns.label)
@@ -183,6 +185,12 @@ def _labels(table: Table, columns: Columns) -> tuple[list[str | None], ClassLabe
         return names, None
     numbers = all(name.isdecimal() for name in found)
     return names, ClassLabel(names=sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
+
+
+def _no_label(cell: Any) -> _BadRow:
+    if isinstance(cell, (list, dict)):
+        return _BadRow("NOT_LABEL", f"expected the name or number of a class; found {type(cell).__name__}")
+    return _BadRow("EMPTY_LABEL", "the label is empty")
 
 
 def _take_notes(

@@ -9,7 +9,7 @@ import numpy as np
 
 from clipkit.data.dealing import Ints
 from clipkit.data.identity import opened, steady
-from clipkit.data.keys import key_values, require_column
+from clipkit.data.keys import key_values, require_texts
 from clipkit.data.map_style import as_table, caption_counts
 from clipkit.data.plan import Plan
 from clipkit.data.split import image_keys
@@ -41,7 +41,7 @@ def plan_of(
         DataError: a row without captions, or with an empty cell in `balanced` or `grouped`.
     """
     pairs = as_table(pairs)
-    require_column(pairs, "texts")
+    require_texts(pairs)
     keys = {name: _codes(pairs, name) for name in dict.fromkeys(distinct)}
     return Plan(
         caption_counts(pairs),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from typing import Literal
 
-from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
-from clipkit.files import write_text
+from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError, option
+from clipkit.files import dump_json, write_text
+from clipkit.paths import Tree, show
 
 log = logging.getLogger("clipkit")
 OnBad = Literal["error", "skip"]
@@ -24,16 +24,26 @@ class Reject:
     row: int
     """Line of a text table (from 1, as an editor counts), else index of the row (from 0)."""
     code: str
-    """Short reason: a code of `clipkit.images`, or EMPTY_TEXT, NOT_TEXT, EMPTY_LABEL, CONFLICT, BAD_JSON, BAD_NAME."""
+    """Short reason: a code of `clipkit.images`, or EMPTY_TEXT, NOT_TEXT, EMPTY_LABEL, NOT_LABEL, CONFLICT, BAD_JSON,
+    BAD_NAME."""
     message: str
     """The reason in words, with what to do where that is known."""
     where: str
     """As a person would look for it: ``birds.csv:12``."""
     path: str | None = None
-    """The image as the row names it."""
+    """The image as the row names it, also where that cannot be printed."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.code}: {self.message}" + (f" [{self.path}]" if self.path else "")
+        return f"{self.where}: {self.code}: {self.message}" + (f" [{show(self.path)}]" if self.path else "")
+
+
+def unreadable_folders(tree: Tree, row: int) -> list[Reject]:
+    """One reject for each folder that could not be listed, numbered from `row` on."""
+    message = "the folder cannot be listed: {}; give yourself permission to read it, or move it out of the way"
+    return [
+        Reject(row + i, "UNREADABLE", message.format(why), show(folder), str(folder))
+        for i, (folder, why) in enumerate(sorted(tree.unreadable.items()))
+    ]
 
 
 @dataclass
@@ -79,18 +89,18 @@ class Ledger:
         """
         self.rejects.sort(key=lambda reject: reject.row)
         if rejects is not None and self.rejects:
-            lines = [json.dumps(asdict(reject), ensure_ascii=False) + "\n" for reject in self.rejects]
+            lines = [dump_json(asdict(reject), indent=None) for reject in self.rejects]
             write_text(rejects, "".join(lines))
         if self.rows != self.used + len(self.rejects):
             raise ClipkitError(f"rows do not add up: {self.summary()}", where=source, fix="this is a bug: report it")
         log.info("%s: %s", source, self.summary())
         if self.rejects and on_bad == "error":
-            fix = hint or 'mend them, or leave them out with on_bad="skip" (--on-bad skip)'
+            fix = hint or f"mend them, or leave them out with {option('on_bad', 'skip')}"
             raise DataError(self._listed("cannot be used"), where=source, fix=fix)
         allowed = max_bad if isinstance(max_bad, int) else max_bad * self.rows
         if len(self.rejects) > allowed:
             budget = f"max_bad={max_bad}" if isinstance(max_bad, int) else f"max_bad={max_bad:g} of the rows"
-            fix = hint or "mend them, or raise max_bad if losing that many is right"
+            fix = hint or f"mend them, or raise {option('max_bad')} if losing that many is right"
             raise TooManyRejected(self._listed(f"are rejected; {budget} allows fewer"), where=source, fix=fix)
         if not self.used:
             raise DataError(self._listed("are rejected: none is left"), where=source, fix=hint)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,7 +18,6 @@ from clipkit.errors import BadImage, DataError, ModelError
 from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor
-from clipkit.paths import show
 
 Kind: TypeAlias = Literal["image", "text"]
 
@@ -31,7 +30,7 @@ def reject(row: int, item: Any, error: DataError) -> Reject:
 
 def _path(item: object) -> str | None:
     found = item.get("path") if isinstance(item, Mapping) else item
-    return show(found) if isinstance(found, (str, PathLike)) else None
+    return os.fsdecode(found) if isinstance(found, (str, os.PathLike)) else None
 
 
 def checked_text(item: object) -> str:

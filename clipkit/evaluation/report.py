@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from clipkit import __version__, distributed
+from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.extras import DISTRIBUTION
 from clipkit.models.dual_encoder import DualEncoder
 
 _PACKAGES = (
-    *("torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
+    *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),
 )
 
@@ -67,10 +68,10 @@ def build_result(
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that can change a figure; what is not installed is left out."""
-    found = {"python": platform.python_version(), "clipkit": __version__}
+    found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            found["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     return found

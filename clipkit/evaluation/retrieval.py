@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.data.keys import key_values
+from clipkit.data.keys import key_values, require_texts
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.encode import reject
 from clipkit.embedding.store import EmbeddingStore, content_hash
-from clipkit.errors import BadImage, DataError, UsageError
+from clipkit.errors import BadImage, DataError, UsageError, option
 from clipkit.images import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
@@ -86,7 +86,7 @@ class RetrievalEvaluator:
 
     Raises:
         DataError: no pair, a row without a caption, or an empty cell in ``group``.
-        UsageError: a column is missing.
+        UsageError: a column is missing; there are labels alone, and no texts.
 
     Call it with a model, on every process where there are several; keys are ``{name}/text_to_image_recall@1``,
     ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
@@ -106,7 +106,8 @@ class RetrievalEvaluator:
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
-        require_columns(pairs, ["image", "texts", *([group] if group else [])])
+        require_texts(pairs)
+        require_columns(pairs, ["image", *([group] if group else [])])
         if not ks or min(ks) < 1:
             raise UsageError(f"ks must be numbers from 1, found {list(ks)}")
         self.name, self.ks, self.store, self.features = name, tuple(ks), store, features
@@ -242,7 +243,8 @@ def require_columns(pairs: Any, columns: Iterable[str]) -> None:
     found = list(pairs.column_names)
     for column in columns:
         if column not in found:
-            raise UsageError(f"expected a column {column!r}; the data set has {', '.join(found)}")
+            fix = f"name the column of the class with {option('label')}" if column == "label" else None
+            raise UsageError(f"expected a column {column!r}; the data set has {', '.join(found)}", fix=fix)
     if not len(pairs):
         raise DataError("the data set has no row, so there is nothing to evaluate")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit.data.dealing import hash64
-from clipkit.data.keys import require_column
+from clipkit.data.keys import require_column, require_texts
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
@@ -52,7 +52,7 @@ class ValidationLoss:
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
         require_column(pairs, "image")
-        require_column(pairs, "texts")
+        require_texts(pairs)
         if size < 2:
             raise UsageError(f"a batch needs at least 2 pairs to have a negative, found size={size}")
         self.name, self.size, self.store, self.features = name, size, store, features

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +15,13 @@ from clipkit import distributed
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError
+from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError, option
 from clipkit.files import publish
-from clipkit.images import find_images
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.search.catalogue import Catalogue, Entry, is_index, read, write
-from clipkit.search.listing import listed
+from clipkit.search.changes import Changes, Stat, compare, stat_of, unchanged
+from clipkit.search.listing import Listing, listed
+from clipkit.search.presence import Present, moved_to, require_root
 from clipkit.search.query import Query, embed_queries
 
 _TILE = 2**24  # scores held at once: 64 MiB
@@ -31,25 +32,17 @@ class Hit:
     """One image found.
 
     Attributes:
-        path: the image.
+        path: the image, where it was when the index was made or last updated.
         score: cosine similarity with the query, in [-1, 1]. Between a text and an image a good match may have 0.25;
             scores of text queries and of image queries cannot be compared.
         rank: from 1.
+        missing: whether there is no such file now; such hits are given only where they are asked for.
     """
 
     path: Path
     score: float
     rank: int
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What `EmbeddingIndex.update` found."""
-
-    added: list[Path]
-    changed: list[Path]
-    removed: list[Path]
-    rejected: list[Reject]
+    missing: bool = False
 
 
 class EmbeddingIndex:
@@ -61,7 +54,7 @@ class EmbeddingIndex:
         vectors: (images, dim) float32, unit length.
         model_name: what the model was opened as.
         fingerprint: of the model that made it.
-        rejected: the images that the last `build` or `update` could not use.
+        rejected: the images that the last `build` or `update` could not use, and folders it could not list.
     """
 
     def __init__(self, path: Path, catalogue: Catalogue, model: DualEncoder | None, rejected: list[Reject]) -> None:
@@ -106,30 +99,34 @@ class EmbeddingIndex:
         """
         target = Path(path)
         distributed.together(lambda: _must_be_free(target, overwrite))
-        root, files = listed(images)
-        stats = [_stat(file) for file in files]
+        listing = listed(images, on_bad=on_bad)
+        files, stats = listing.files, {file: stat_of(file) for file in listing.files}
         draft = target.with_name(target.name + ".partial")
         with EmbeddingStore(draft) as store:
             found = embed(
                 model, files, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad=on_bad
             )
             distributed.together(store.close)  # before one of the processes turns the draft into the index
-        entries = _entries(files, stats, found, root)
+        entries = list(_entries(files, stats, found, listing.root).values())
 
         def finish() -> None:
             if distributed.is_main():
                 _require_some(files, found, images)
-                _write(draft, Catalogue(_reopenable(model), model.fingerprint(), root, entries, found.vectors))
+                _write(draft, Catalogue(_reopenable(model), model.fingerprint(), listing.root, entries, found.vectors))
                 publish(target, lambda fresh: _copy(draft, fresh), replace=overwrite)
                 for leftover in ("", "-wal", "-shm"):
                     draft.with_name(draft.name + leftover).unlink(missing_ok=True)
 
         distributed.together(finish)
-        return cls(target, _read(target), model, found.rejected)
+        return cls(target, _read(target), model, found.rejected + listing.rejected)
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], model: DualEncoder | str | os.PathLike[str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        model: DualEncoder | str | os.PathLike[str] | None = None,
+        *,
+        root: str | os.PathLike[str] | None = None,
     ) -> EmbeddingIndex:
         """Opens an index and verifies it.
 
@@ -137,16 +134,24 @@ class EmbeddingIndex:
             path: what `build` wrote.
             model: the model that made it, or where it is now; left out, the index opens it itself, by the name it had,
                 on the first query.
+            root: where the folder that was indexed is now, if it moved; `update` writes it down.
 
         Raises:
-            UsageError: there is no such file.
+            UsageError: there is no such file; or `root` is given for an index of a list of files.
+            DataError: none of the files that were indexed is below `root`.
             CorruptArtefact: it is damaged, or no index.
             ModelMismatch: another model was given.
         """
-        index = cls(Path(path), _read(Path(path)), None, [])
+        catalogue = _read(Path(path))
+        index = cls(Path(path), catalogue if root is None else moved_to(catalogue, Path(root), Path(path)), None, [])
         if model is not None:
             index._adopt(model if isinstance(model, DualEncoder) else DualEncoder.from_pretrained(model))
         return index
+
+    @property
+    def root(self) -> Path | None:
+        """The folder that was indexed; None for a list of files."""
+        return self._catalogue.root
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -166,7 +171,7 @@ class EmbeddingIndex:
                 raise UsageError(
                     f"the index was made with the model {self.model_name!r}, which cannot be opened: {error.message}",
                     where=self.path,
-                    fix="open the model from where it is now, and pass it: EmbeddingIndex.open(path, model=model)",
+                    fix=f"say where it is now: {option('model', python='EmbeddingIndex.open(path, model=...)')}",
                 ) from error
             return self._adopt(found)
         return self._model
@@ -175,83 +180,113 @@ class EmbeddingIndex:
         differences = self.fingerprint.difference(model.fingerprint())
         if differences:
             shown = "\n  ".join(differences[:10])
+            again = option("overwrite", python="overwrite=True")
             raise ModelMismatch(
                 f"the index was made with {self.model_name!r}; {model.name!r} gives other embeddings "
                 f"(index != model):\n  {shown}",
                 where=self.path,
-                fix="use the model the index was made with, or build the index anew with this one",
+                fix=f"use the model the index was made with, or build it anew with this one ({again})",
             )
         self._model = model
         return model
 
-    def search(self, query: Query, k: int = 10) -> list[Hit]:
+    def search(self, query: Query, k: int = 10, *, missing: bool = False) -> list[Hit]:
         """The k images nearest to a query, best first; of equal scores, the first in the index.
 
         Args:
-            query: a text; or an image: a Path, a PIL image, bytes, an array (a str that is the name of an image file
-                that exists is that image); or a (dim,) Tensor, an embedding.
+            query: a text; or an image: a Path, a PIL image, bytes, an array (a str that is the path of an image is
+                that image); or a (dim,) Tensor, an embedding.
             k: how many, from 1; all there are if there are fewer.
-        """
-        return self.search_many([query], k)[0]
+            missing: give files that are no longer there, too, flagged. Without it the next ones take their place.
 
-    def search_many(self, queries: Sequence[Query], k: int = 10) -> list[list[Hit]]:
+        Raises:
+            BadImage: the query is the path of an image, and cannot be opened.
+            DataError: the folder that was indexed is not there at all.
+        """
+        return self.search_many([query], k, missing=missing)[0]
+
+    def search_many(self, queries: Sequence[Query], k: int = 10, *, missing: bool = False) -> list[list[Hit]]:
         """`search` for several queries at once, texts and images mixed."""
         if isinstance(queries, (str, bytes)):
             raise UsageError("expected a list of queries, found one", fix="use search() for one query")
         if k < 1:
             raise UsageError(f"k must be at least 1, found {k}")
+        present = Present(self.paths, self.root, self.path, needed=not missing)
         vectors = embed_queries(queries, lambda: self.model, self.vectors.shape[1])
         step = max(1, _TILE // max(1, len(self)))
         hits: list[list[Hit]] = []
         for part in torch.split(vectors, step):
-            hits += [self._best(scores, k) for scores in part @ self.vectors.T]
+            hits += [self._best(scores, k, present) for scores in part @ self.vectors.T]
+        present.tell()
         return hits
 
-    def _best(self, scores: Tensor, k: int) -> list[Hit]:
-        k = min(k, len(scores))
-        if not k:
-            return []
-        # topk leaves open which of equal scores it takes; the rows that reach the k-th score are in order
-        reach = (scores >= scores.topk(k).values[-1]).nonzero().flatten()
-        order = reach[scores[reach].argsort(descending=True, stable=True)][:k].tolist()
-        return [Hit(self.paths[row], float(scores[row]), rank) for rank, row in enumerate(order, 1)]
+    def _best(self, scores: Tensor, k: int, present: Present) -> list[Hit]:
+        k = reach = min(k, len(self))
+        rows = _highest(scores, k)
+        while present.needed and len(there := [row for row in rows if present[row]]) < k and reach < len(self):
+            reach = min(2 * reach, len(self))
+            rows = _highest(scores, reach)
+        rows = (there if present.needed else rows)[:k]
+        return [Hit(self.paths[row], float(scores[row]), rank, not present[row]) for rank, row in enumerate(rows, 1)]
 
     def update(
-        self, model: DualEncoder | None = None, *, batch_size: int = 64, workers: int = 0, progress: bool = False
+        self,
+        model: DualEncoder | None = None,
+        *,
+        verify: bool = False,
+        batch_size: int = 64,
+        workers: int = 0,
+        progress: bool = False,
+        on_bad: Literal["error", "skip"] = "skip",
     ) -> Changes:
-        """Looks at the folder again (or at the listed files): embeds what is new or changed, drops what is gone.
+        """Looks at the folder again (or at the listed files): embeds new content, drops what is gone.
 
-        The file changes in one transaction. Arguments as for `build`; unusable images are listed, not fatal.
+        The file changes in one transaction. What lies in a folder that cannot be listed now stays as it is.
+
+        Args:
+            verify: read every file, to see those that were replaced with the same size and time, too.
+            model, batch_size, workers, progress, on_bad: as for `build`.
+
+        Raises:
+            DataError: the folder is not there.
         """
         if model is not None:
             self._adopt(model)
         old = {self._catalogue.path_of(entry): entry for entry in self._catalogue.entries}
-        root = self._catalogue.root
-        files = find_images(root) if root else [file for file in old if file.is_file()]
-        now = {file: _stat(file) for file in files}
-        fresh = [file for file in files if file not in old or (old[file].size, old[file].mtime_ns) != now[file]]
+        root = self.root
+        require_root(root, self.path)
+        listing = listed(root, on_bad=on_bad) if root else Listing(None, [file for file in old if file.is_file()])
+        stats = {file: stat_of(file) for file in listing.files}
+        same = unchanged(listing.files, stats, old, verify=verify)
+        fresh = [file for file in listing.files if file not in same]
         with EmbeddingStore(self.path) as store:
             found = embed(
-                self.model, fresh, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad="skip"
+                self.model, fresh, store=store, batch_size=batch_size, workers=workers, progress=progress, on_bad=on_bad
             )
             distributed.together(store.close)
-        refused = {fresh[reject.row] for reject in found.rejected}
-        entries = {file: old[file] for file in files if file in old and file not in fresh}
-        entries |= {self._catalogue.path_of(e): e for e in _entries(fresh, [now[f] for f in fresh], found, root)}
-        kept = [entries[file] for file in files if file in entries]
+        blocked = {file for file in old if any(file.is_relative_to(folder) for folder in listing.unreadable)}
+        entries = {file: old[file] for file in old if file in same | blocked} | _entries(fresh, stats, found, root)
+        order = sorted(entries, key=str) if root else [file for file in old if file in entries]
+        row_of = {file: row for row, file in enumerate(listing.files)}
+        rejected = [replace(reject, row=row_of[fresh[reject.row]]) for reject in found.rejected]
 
         def finish() -> None:
             if distributed.is_main():
+                kept = [entries[file] for file in order]
                 _write(self.path, Catalogue(self.model_name, self.fingerprint, root, kept, self.vectors))
 
         distributed.together(finish)
-        self._hold(_read(self.path), found.rejected)
-        return Changes(
-            added=[file for file in fresh if file not in old and file not in refused],
-            changed=[file for file in fresh if file in old and file not in refused],
-            removed=[file for file in old if file not in entries],
-            rejected=found.rejected,
-        )
+        self._hold(_read(self.path), rejected + listing.rejected)
+        return compare(old, {file: entries[file] for file in order}, same | blocked, self.rejected)
+
+
+def _highest(scores: Tensor, k: int) -> list[int]:
+    """The k highest, best first; of equal ones the first."""
+    if k == 0:
+        return []
+    reach = (scores >= scores.topk(k).values[-1]).nonzero().flatten()
+    order: list[int] = reach[scores[reach].argsort(descending=True, stable=True)][:k].tolist()
+    return order
 
 
 def _must_be_free(target: Path, overwrite: bool) -> None:
@@ -264,21 +299,13 @@ def _must_be_free(target: Path, overwrite: bool) -> None:
         raise UsageError("only an index may be overwritten, and this is none", where=target, fix="choose another path")
 
 
-def _stat(file: Path) -> tuple[int, int]:
-    try:
-        found = file.stat()
-    except OSError:  # gone or unreadable: embed() says so, with its reason
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
-
-
 def _entries(
-    files: Sequence[Path], stats: Sequence[tuple[int, int]], found: Embedded, root: Path | None
-) -> list[Entry]:
-    return [
-        Entry(os.fsencode(files[row].relative_to(root) if root else files[row]), *stats[row], content)
-        for row, content in zip(found.rows, found.content, strict=True)
-    ]
+    files: Sequence[Path], stats: Mapping[Path, Stat], found: Embedded, root: Path | None
+) -> dict[Path, Entry]:
+    def entry(file: Path, content: bytes) -> Entry:
+        return Entry(os.fsencode(file.relative_to(root) if root else file), *stats[file], content)
+
+    return {files[row]: entry(files[row], content) for row, content in zip(found.rows, found.content, strict=True)}
 
 
 def _require_some(files: Sequence[Path], found: Embedded, images: object) -> None:

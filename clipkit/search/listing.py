@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from clipkit.data.rejects import OnBad, Reject, unreadable_folders
 from clipkit.errors import DataError, UsageError
 from clipkit.images import describe, find_images
+from clipkit.paths import walk
+
+log = logging.getLogger("clipkit")
 
 
-def list_images(path: str | os.PathLike[str]) -> list[Path]:
-    """The images below a folder, sorted, or the one file that `path` is.
+@dataclass(frozen=True)
+class Listing:
+    """What is to be labelled or indexed.
+
+    Attributes:
+        root: the folder, if one was given.
+        files: the images, each once; below a folder sorted by name.
+        unreadable: folders below the root that could not be listed.
+        rejected: those again, as entries of a list of rejects, numbered after the files.
+    """
+
+    root: Path | None
+    files: Sequence[Path]
+    unreadable: Sequence[Path] = ()
+    rejected: list[Reject] = field(default_factory=list)
+
+
+def list_images(path: str | os.PathLike[str], *, on_bad: OnBad = "skip") -> Listing:
+    """The images below a folder, or the one file that `path` is.
 
     Raises:
-        DataError: there is nothing at `path`, or a folder without an image.
+        DataError: there is nothing at `path`, or a folder without an image; or a folder cannot be listed, and
+            `on_bad` is "error".
     """
     if Path(path).is_file():
-        return [Path(path)]
-    found = find_images(path)
-    if not found:
+        return Listing(None, [Path(path)])
+    listing = _folder(Path(path), on_bad)
+    if not listing.files:
         raise DataError("there is no image here", where=path, fix="check the folder; images are told by their suffix")
-    return found
+    return listing
 
 
-def listed(images: str | os.PathLike[str] | Iterable[object]) -> tuple[Path | None, list[Path]]:
-    """The folder, if one was given, and the absolute paths of the images, each once.
+def listed(images: str | os.PathLike[str] | Iterable[object], *, on_bad: OnBad = "skip") -> Listing:
+    """The images below a folder, or those of a list, by their absolute paths.
 
     Raises:
-        DataError: the folder does not exist.
+        DataError: the folder does not exist; or one below it cannot be listed, and `on_bad` is "error".
         UsageError: an item of a list is no path.
     """
     if isinstance(images, (str, os.PathLike)):
-        root = Path(images).absolute()
-        return root, find_images(root)
+        return _folder(Path(images).absolute(), on_bad)
     files: list[Path] = []
     for row, item in enumerate(images):
         if not isinstance(item, (str, os.PathLike)):
             message = f"an index is made of files, found {describe(item)}"
             raise UsageError(message, where=f"item {row}", fix="save the images, or use embed() on them")
         files.append(Path(item).absolute())
-    return None, list(dict.fromkeys(files))
+    return Listing(None, list(dict.fromkeys(files)))
+
+
+def _folder(root: Path, on_bad: OnBad) -> Listing:
+    tree = walk(root)
+    files = find_images(tree)
+    rejected = unreadable_folders(tree, row=len(files))
+    if rejected and on_bad == "error":
+        raise DataError(f"{rejected[0].code}: {rejected[0].message}", where=rejected[0].where)
+    if (line := tree.passed_over(files)) is not None:
+        log.info(line)
+    return Listing(root, files, list(tree.unreadable), rejected)

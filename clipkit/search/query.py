@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,8 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.images import ImageSource, is_image_name
+from clipkit.images import ImageSource, is_image_name, probe_image
 from clipkit.models.dual_encoder import DualEncoder
+
+log = logging.getLogger("clipkit")
 
 Query: TypeAlias = "ImageSource | Tensor"
 
@@ -43,16 +45,42 @@ def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], di
 
 
 def kind_of(query: object) -> Literal["text", "image", "vector"]:
-    """How a query is read. A str is a text, unless it is the name of an image file that exists."""
+    """How a query is read.
+
+    Raises:
+        BadImage: it is a path, and no image that can be opened is there.
+        UsageError: it is empty, or no query.
+    """
     if isinstance(query, Tensor):
         return "vector"
     if isinstance(query, str):
         if not query.strip():
             raise UsageError("the query is empty", fix="ask for something, such as 'two dogs on a beach'")
-        return "image" if is_image_name(query) and Path(query).is_file() else "text"
-    if isinstance(query, (os.PathLike, bytes, Image.Image, np.ndarray, Mapping)):
+        if not is_path(query):
+            return "text"
+    if isinstance(query, (str, os.PathLike)):
+        probe_image(query)  # before a model is opened for it
+    if isinstance(query, (str, os.PathLike, bytes, Image.Image, np.ndarray, Mapping)):
         return "image"
     raise UsageError(f"a query is a text, an image or an embedding; found {type(query).__name__}")
+
+
+def is_path(query: str) -> bool:
+    """Whether a query means a file: there is one, or it has an image's suffix and either a separator or no space.
+
+    A word that is also the name of a folder, such as a class, is a text, and the log says so.
+
+    >>> is_path("photos/a dog.jpg"), is_path("dog.jpg"), is_path("a dog, not a .jpg"), is_path("cat/dog")
+    (True, True, False, False)
+    """
+    separated = "/" in query or os.sep in query
+    if (is_image_name(query) and (separated or " " not in query)) or os.path.isfile(query):  # noqa: PTH113
+        return True
+    if os.path.isdir(query):  # noqa: PTH112 (Path raises for a long text)
+        if separated:
+            return True
+        log.info("there is a folder %s; it is searched for as a text", query)
+    return False
 
 
 def _unit(vector: Tensor, dim: int) -> Tensor:

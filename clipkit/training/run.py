@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from clipkit import distributed
+from clipkit.data.keys import has_texts, require_texts
 from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
 from clipkit.embedding.features import with_image_features
@@ -147,19 +148,14 @@ def change_model(model: DualEncoder, config: ModelConfig) -> None:
 def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any, Any]:
     """Training and test pairs; what was left out is listed in `folder`, in rejects.jsonl and test_rejects.jsonl."""
 
-    def load(source: str, rejects: str) -> Any:
-        return _load(source, config, loop, folder / rejects)
-
+    train = _load(config.train, config, loop, folder / "rejects.jsonl")
+    require_texts(train)
     if config.test == 0:
-        return load(config.train, "rejects.jsonl"), None
+        return train, None
     if isinstance(config.test, str):
-        return load(config.train, "rejects.jsonl"), load(config.test, "test_rejects.jsonl")
-    return split_pairs(
-        load(config.train, "rejects.jsonl"),
-        test=int(config.test) if config.test >= 1 else config.test,
-        by=config.split_by,
-        seed=loop.seed,
-    )
+        return train, _load(config.test, config, loop, folder / "test_rejects.jsonl")
+    size = int(config.test) if config.test >= 1 else config.test
+    return split_pairs(train, test=size, by=config.split_by, seed=loop.seed)
 
 
 def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig, rejects: Path) -> Any:
@@ -200,7 +196,9 @@ def evaluators(
         return []
     wanted: list[Evaluator] = []
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "features": features}
-    if config.retrieval:
+    if config.retrieval and not has_texts(test):
+        logger.info("the held-out images have labels, but no texts: retrieval is not measured")
+    elif config.retrieval:
         wanted.append(RetrievalEvaluator(test, group=config.group, **options))
     if config.loss:
         wanted.append(ValidationLoss(test, **options))
@@ -208,11 +206,9 @@ def evaluators(
         templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
         wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))
     if not wanted:
-        raise UsageError(
-            "nothing would be measured",
-            where="evaluate",
-            fix="set evaluate.retrieval=true or evaluate.loss=true; data.test=0 holds nothing out",
-        )
+        more = "evaluate.retrieval=true or evaluate.loss=true" if has_texts(test) else "evaluate.zero_shot=label"
+        fix = f"set {more}; data.test=0 holds nothing out"
+        raise UsageError("nothing would be measured", where="evaluate", fix=fix)
     return wanted
 
 
@@ -221,6 +217,7 @@ def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evalua
     if config.reference is None:
         return None
     pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
+    require_texts(pairs)
     return RetrievalEvaluator(pairs, name="reference", on_bad=loop.on_bad, workers=loop.workers)
 
 

@@ -98,6 +98,13 @@ def test_shared_and_empty_and_long_captions() -> None:
     assert report.captions_per_image["max"] == 2
 
 
+def test_labels_without_captions() -> None:
+    pairs = pairs_of([encoded(n) for n in range(3)], [["x"]] * 3, [0, 1, 1]).remove_columns("texts")
+    report = check_data(pairs, processor=Words())
+    assert (report.ok, report.captions, report.labels) == (True, 0, {"cat": 1, "dog": 2, "unused": 0})
+    assert str(report).splitlines()[0] == "3 rows, 3 images that decode, no column of captions"
+
+
 def test_uneven_classes() -> None:
     labels = [0] * 30 + [1]
     report = check_data(pairs_of([encoded(n) for n in range(31)], [[str(n)] for n in range(31)], labels))
@@ -137,5 +144,5 @@ def test_threads_and_bar_change_nothing(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_other_data_is_refused() -> None:
-    with pytest.raises(DataError, match="'texts' is missing"):
+    with pytest.raises(DataError, match="and texts or label or both; found 'image'"):
         check_data(Dataset.from_dict({"image": ["a"]}))

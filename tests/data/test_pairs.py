@@ -228,7 +228,7 @@ COLUMN_FAULTS: list[tuple[str, str, dict[str, Any], type[ClipkitError], str]] = 
     ("far", "image,text", {"image": "zzz"}, DataError, "no column 'zzz' for the image"),
     ("missing-label", "image,text", {"label": "class"}, DataError, "no column 'class' for the label"),
     ("separator", "image;text,foo", {}, DataError, "sep=';'"),
-    ("label-only", "image,label", {}, DataError, 'templates="a photo of a {}."'),
+    ("labels-of-another-name", "image,class", {}, DataError, "or the column of the class: label"),
     ("no-label", "image,foo", {"templates": "{}"}, DataError, "obviously the label"),
     ("two-roles", "image,text", {"label": "text"}, UsageError, "one role"),
     ("both", "image,text", {"text": "text", "templates": "{}"}, UsageError, "give one of the two"),
@@ -262,6 +262,22 @@ def test_labels(folder: Path) -> None:
     assert "t.csv:4: EMPTY_LABEL" in str(refused(path, label="label"))
     pairs = load_pairs(path, templates="class {}", on_bad="skip", max_bad=1)
     assert list(pairs["texts"]) == [["class 10"], ["class 9"]]
+
+
+def test_labels_without_texts(folder: Path) -> None:
+    path = table(folder, "image,label,kind\nimg/0.png,dog,x\nimg/1.png,cat,y\nimg/2.png,,z\n")
+    assert "t.csv:4: EMPTY_LABEL" in str(refused(path))
+    pairs = load_pairs(path, on_bad="skip", max_bad=1)
+    assert pairs.column_names == ["image", "label", "kind"]
+    assert [pairs.features["label"].int2str(n) for n in pairs["label"]] == ["dog", "cat"]
+    other = table(folder, "image,kind\nimg/0.png,y\nimg/1.png,x\n", "kinds.csv")
+    assert load_pairs(other, label="kind").features["label"].names == ["x", "y"]
+    embedded = Dataset.from_dict({"image": [png(1), png(2)], "label": [7, 3]})
+    assert load_pairs(embedded).column_names == ["image", "label"]
+    boxes = "".join(json.dumps({"image": f"img/{n}.png", "label": {"box": n}}) + "\n" for n in range(2))
+    assert "NOT_LABEL: expected the name or number of a class; found dict" in str(
+        refused(table(folder, boxes, "t.jsonl"))
+    )
 
 
 def test_a_class_label_keeps_its_names(folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from clipkit.errors import UsageError, exit_with_message
+from clipkit.prompts import DEFAULT_TEMPLATE
 from clipkit.shell import Verb
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: thi
 Templates = Annotated[
     list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
 ]
-DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 @app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")
@@ -156,6 +156,7 @@ def evaluate(
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
+    options["progress"] = not as_json
     evaluators: list[Any] = []
     if has_texts(pairs):
         evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
@@ -203,7 +204,7 @@ def label(
 
     listing = list_images(folder, on_bad=on_bad)
     paths = listing.files
-    classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE)
+    classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE, progress=not as_json)
     found = classify.label(
         paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
@@ -215,7 +216,15 @@ def label(
     if to:
         _write_csv(to, ["image", "label", "score"], [[str(path), p.label, f"{p.score:.4f}"] for path, p in rows])
     if as_json:
-        _print_json([{"image": str(path), "label": p.label, "score": p.score, "top": p.top} for path, p in rows])
+        said = {
+            name: [each.as_dict() for each in classify.notices if name in each.texts] for name in classify.class_names
+        }
+        _print_json(
+            [
+                {"image": str(path), "label": p.label, "score": p.score, "top": p.top, "warnings": said[p.label]}
+                for path, p in rows
+            ]
+        )
     elif not to:
         for path, each in rows:
             _say(f"{path}\t" + "\t".join(f"{name} {score:.2f}" for name, score in each.top))
@@ -265,14 +274,20 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find images by text or by image."""
+    from clipkit.models.text_notices import text_notices
     from clipkit.paths import show
     from clipkit.search.index import EmbeddingIndex
     from clipkit.search.query import kind_of
 
     kind_of(query)  # what cannot be asked is told before anything is opened
-    hits = EmbeddingIndex.open(index, model=model, root=root).search(query, k=k, missing=missing)
+    opened = EmbeddingIndex.open(index, model=model, root=root)
+    hits = opened.search(query, k=k, missing=missing)
     if as_json:
-        _print_json([{"path": hit.path, "score": hit.score, "missing": hit.missing} for hit in hits])
+        notices = text_notices(opened.model.processor, [query]) if kind_of(query) == "text" else []
+        warnings = [notice.as_dict() for notice in notices]
+        _print_json(
+            [{"path": hit.path, "score": hit.score, "missing": hit.missing, "warnings": warnings} for hit in hits]
+        )
         return
     for hit in hits:
         _say(f"{hit.score:.3f}  {show(hit.path)}" + ("  (missing)" if hit.missing else ""))
@@ -395,6 +410,7 @@ def _run_config(settings: Sequence[str]) -> RunConfig:
 
 
 def _open(model: str) -> DualEncoder:
+    logging.getLogger("clipkit").info("opening %s", model)
     from clipkit import distributed
     from clipkit.models.dual_encoder import DualEncoder
 
@@ -467,8 +483,9 @@ def main() -> NoReturn:
     # OpenMP threads that spin while they wait make a step ten times slower once another program wants their core;
     # threads that never spin make it a fifth slower when none does
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "accelerate", "transformers", "datasets"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("clipkit").setLevel(logging.INFO)  # and no other library: theirs would fill the screen
+    if not sys.stderr.isatty():  # or their bars would fill a log
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     exit_with_message(app)
     sys.exit(0)

@@ -16,6 +16,7 @@ from clipkit.distributed import is_main, start
 from clipkit.errors import exit_with_message
 from clipkit.evaluation.report import build_result
 from clipkit.files import write_json
+from clipkit.prompts import DEFAULT_TEMPLATE
 
 
 def main() -> None:
@@ -26,8 +27,10 @@ def main() -> None:
     # 1. Images with a class. The classes' names are the folders', or the values of the label column.
     images = load_pairs(args.images, image=args.image, label=args.label)
 
-    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you.
-    evaluator = ZeroShotEvaluator(images, templates=args.template, batch_size=args.batch_size, progress=is_main())
+    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you; of `sea_lion` both make
+    #    "a photo of a sea lion.", as training does.
+    templates = args.template or DEFAULT_TEMPLATE
+    evaluator = ZeroShotEvaluator(images, templates=templates, batch_size=args.batch_size, progress=is_main())
     model = DualEncoder.from_pretrained(args.model, device=device)
     metrics = evaluator(model)
 
@@ -48,12 +51,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER")
     parser.add_argument("--image", default=None, help="column of the image")
     parser.add_argument("--label", default=None, help="column of the class")
-    parser.add_argument("--template", action="append", default=None, help="prompt with {}; repeat for several")
+    parser.add_argument(
+        "--template", action="append", default=None, help="prompt with {} for the class; repeat for several"
+    )
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--to", type=Path, default=None, help="write result.json here")
-    args = parser.parse_args()
-    args.template = args.template or ["a photo of a {}."]
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

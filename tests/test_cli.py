@@ -37,6 +37,10 @@ def table(tmp_path):
     return tmp_path / "squares.csv"
 
 
+def image_of(folder):
+    return folder / "squares" / "red_left.png"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb):
     done = clipkit(*verb.split(), "--help")
@@ -81,7 +85,15 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
     assert (done.code, "another folder" in done.err, "--overwrite replaces" in done.err) == (2, True, True)
     hits = json.loads(clipkit("search", tmp_path / "s.index", "a red square left", "-k", 3, "--json").out)
     assert len(hits) == 3
-    image = tmp_path / "squares" / "red_left.png"
+    assert [hit["warnings"] for hit in hits] == [[]] * 3
+    done = clipkit("search", tmp_path / "s.index", "zebra", "-k", 2, "--json")  # not a word of the model
+    assert [warning["code"] for hit in json.loads(done.out) for warning in hit["warnings"]] == ["UNKNOWN"] * 2
+    assert "the model knows nothing of 'zebra'" in done.err
+    done = clipkit("label", image_of(tmp_path), "-m", model, "-c", "zebra", "-c", "gnu", "--json")
+    (row,) = json.loads(done.out)
+    assert [warning["code"] for warning in row["warnings"]] == ["UNKNOWN", "SAME"]
+    assert "the model cannot tell the classes 'zebra' and 'gnu' apart" in done.err
+    image = image_of(tmp_path)
     assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
     done = clipkit("search", tmp_path / "s.index", tmp_path / "nope.png")  # not a text that happens to end in .png
     assert (done.code, "MISSING: no such file" in done.err) == (3, True)

@@ -87,26 +87,6 @@ def label_of(cell: Any) -> str | None:
     return text or None
 
 
-def check_templates(templates: str | Sequence[str] | None) -> list[str]:
-    """Templates as a list.
-
-    Raises:
-        UsageError: there is none, or one has no place for the name.
-    """
-    found = [templates] if isinstance(templates, str) else list(templates or ())
-    for template in found:
-        if template.count("{}") != 1:
-            raise UsageError(f"a template has one {{}} for the class name; found {template!r}", fix="a photo of a {}.")
-    if templates is not None and not found:
-        raise UsageError("expected at least one template; found none")
-    return found
-
-
-def fill(templates: Sequence[str], name: str) -> list[str]:
-    """One text a template. Plain replacement: str.format would evaluate what stands in braces."""
-    return [template.replace("{}", name.replace("_", " ")) for template in templates]
-
-
 def _named(table: Table, name: str, role: str) -> str:
     if name not in table.names:
         raise _unknown(table, role, name)

@@ -11,8 +11,8 @@ from clipkit.data.tables import TABLE_SUFFIXES, Table, read_text
 from clipkit.errors import DataError
 from clipkit.images import find_images
 from clipkit.paths import show, walk
+from clipkit.prompts import DEFAULT_TEMPLATE
 
-DEFAULT_TEMPLATE = "a photo of a {}."
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 _LAYOUTS = "images with same-named .txt files, or one folder of images a class"
 

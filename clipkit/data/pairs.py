@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from clipkit.data.assemble import Item, assemble
-from clipkit.data.columns import Columns, check_templates, choose, fill, label_of, texts_of
+from clipkit.data.columns import Columns, choose, label_of, texts_of
 from clipkit.data.pictures import Pictures
 from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
 from clipkit.data.sources import open_source
 from clipkit.data.tables import Table
 from clipkit.errors import BadImage
 from clipkit.paths import show
+from clipkit.prompts import Templates, captions, check_templates
 
 if TYPE_CHECKING:
     from datasets import ClassLabel, Dataset
@@ -33,7 +34,7 @@ def load_pairs(
     text: str | Sequence[str] | None = None,
     label: str | None = None,
     split: str = "train",
-    templates: str | Sequence[str] | None = None,
+    templates: Templates | None = None,
     sep: str | None = None,
     encoding: str = "utf-8-sig",
     on_bad: OnBad = "error",
@@ -60,8 +61,9 @@ def load_pairs(
             by zero-shot classification, and trained on with `templates`.
         label: column of the class. By default a column named label, if there is one.
         split: which split of a `DatasetDict` or of a data set of the hub.
-        templates: one or more texts with {} for the class name (underscores become spaces). They make the texts out
-            of the label. For class folders "a photo of a {}." by default.
+        templates: one or more texts with {} for the class name (underscores become spaces), or a mapping from each
+            class to its own, as for `prompts`. They make the texts out of the label. For class folders
+            "a photo of a {}." by default.
         sep: separator of a text table, if not comma (tab for .tsv).
         encoding: of text files.
         on_bad: ``error`` lists the rows that cannot be used and stops; ``skip`` leaves them out and counts them.
@@ -79,7 +81,7 @@ def load_pairs(
     if not isinstance(source, str) and isinstance(source, os.PathLike):
         source = Path(source)
     table = open_source(source, ledger, split=split, sep=sep, encoding=encoding)
-    filled = check_templates(templates) or list(table.templates)
+    filled = list(table.templates) if templates is None else check_templates(templates)
     columns = choose(table, image=image, text=text, label=label, templates=bool(filled))
     pictures = Pictures.of(table, columns.image)
     ledger.rows = len(table) + len(table.rejects)
@@ -105,7 +107,7 @@ class _BadRow(Exception):
 
 
 def _collect(
-    table: Table, columns: Columns, pictures: Pictures, templates: Sequence[str], ledger: Ledger
+    table: Table, columns: Columns, pictures: Pictures, templates: Templates, ledger: Ledger
 ) -> tuple[list[Item], ClassLabel | None]:
     cells = table.cells(columns.label) if columns.label else []
     labels, classes = _labels(table, columns, cells)
@@ -130,8 +132,9 @@ def _collect(
             ledger.used += 1
             empty += blank
     if templates and not texts:
+        made = captions({str(item.label) for item in items.values()}, templates)
         for item in items.values():
-            item.texts = fill(templates, str(item.label))
+            item.texts = list(made[str(item.label)])
     _take_notes(ledger, table, items, empty, classes)
     return list(items.values()), classes
 

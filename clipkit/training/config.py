@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
@@ -25,9 +25,11 @@ from clipkit.errors import ConfigError, UsageError
 from clipkit.losses.contrastive import TILE
 from clipkit.losses.graded import Graded
 from clipkit.losses.similar import Head, Paired, SameGroup, Side, Similar, Treat, Views
+from clipkit.prompts import DEFAULT_TEMPLATE
 from clipkit.training.yaml_file import dump_yaml, read_yaml, set_value
 
 _STRICT = ConfigDict(extra="forbid")
+_Templates: TypeAlias = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class TrainConfig:
         save_minutes: between checkpoints: as much work is lost at most.
         save_steps: a checkpoint also after each so many steps; None: by the clock alone.
         skip_nonfinite: steps with a loss or gradient that is no number that may be left out before the run stops.
-        trackers: of Accelerate: ``tensorboard``, ``wandb``, ``mlflow`` …
-        progress: whether to show a progress bar.
+        trackers: of Accelerate: ``tensorboard``, ``wandb``, ``mlflow``, ``trackio`` … See `Trackers`.
+        progress: whether to show a progress bar, or lines where no one watches. All else is said without it, too.
     """
 
     output_dir: str
@@ -283,7 +285,7 @@ class DataConfig:
         test: pairs held out: a part (0.1), a number (500), another table or folder; 0: none, and nothing is measured.
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
-        templates: captions for class folders, e.g. ``a photo of a {}.``
+        templates: captions for class folders, e.g. ``a photo of a {}.``; or for each class its own (see `prompts`).
         features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each image, by
             the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
             this run or in an earlier one, and steps and evaluations cost the text side alone. None: it runs in each.
@@ -299,7 +301,7 @@ class DataConfig:
     test: float | str = 0.1
     split_by: str = "image"
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
     features: str | None = None
     feature_draws: int = 4
 
@@ -386,7 +388,7 @@ class ReferenceConfig:
     text: str | tuple[str, ...] | None = None
     label: str | None = None
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
 
     __pydantic_config__ = _STRICT
 
@@ -400,7 +402,7 @@ class EvaluateConfig:
         loss: the loss itself, in fixed batches (see `ValidationLoss`).
         group: column whose members all count as correct; None: an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
-        templates: prompts of the classes.
+        templates: prompts of the classes; or for each class its own.
         reference: pairs on which retrieval must not get worse than `train.forget_budget` allows; None: the built-in
             sample.
     """
@@ -409,7 +411,7 @@ class EvaluateConfig:
     loss: bool = False
     group: str | None = None
     zero_shot: str | None = None
-    templates: str | tuple[str, ...] = "a photo of a {}."
+    templates: _Templates = DEFAULT_TEMPLATE
     reference: Annotated[
         ReferenceConfig | None, BeforeValidator(lambda found: {"data": found} if isinstance(found, str) else found)
     ] = None
@@ -434,8 +436,8 @@ class RunConfig:
             message = "a reference is given, and nothing that it is for"
             raise ConfigError(message, where="evaluate.reference", fix="train.forget_budget=0.01, or leave it out")
         if self.data.features is not None and "image" not in self.model.freeze:
-            message = "features can be kept only of an image tower that stands still"
-            raise ConfigError(message, where="data.features", fix="model.freeze=[image], or leave out data.features")
+            message = "features can be kept only of an image tower that stands still; a saved model is opened with none"
+            raise ConfigError(message, where="data.features", fix="model.freeze=image, or leave out data.features")
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:

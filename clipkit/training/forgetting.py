@@ -144,6 +144,10 @@ class Guardrail:
                 raise ClipkitError(f"a reference must be a finite number, found {value}", where=key)
         return found
 
+    def keys(self) -> list[str]:
+        """The keys of the metrics, where the reference knows them before it measures."""
+        return [_key(key) for key in getattr(self.reference, "keys", list)()]
+
     def n(self) -> dict[str, int]:
         """What the reference rests on."""
         return {_key(key): count for key, count in getattr(self.reference, "n", dict)().items()}
@@ -157,10 +161,8 @@ class Guardrail:
         """Of the reference, what could not be used."""
         return list(getattr(self.reference, "rejected", []))
 
-    def begin(self) -> dict[str, float] | None:
-        """Keep the start and measure it, once in a run: its reference, or None if that was done before."""
-        if self.baseline:
-            return None
+    def begin(self) -> dict[str, float]:
+        """Keep the start and measure it, once in a run: its reference."""
         self.line.keep()
         self.baseline = distributed.broadcast_object(self(self.model))
         key, value = next(iter(self.baseline.items()))

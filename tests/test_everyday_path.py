@@ -177,7 +177,7 @@ def look(hashed: Hashed, clip: Path, native: Native) -> None:
     gone = sorted(Path("photos/coco").iterdir())[7]
     shutil.move(gone, ".")
     done = hashed.run("index", "photos", "--model", clip, "--to", "photos.index")
-    assert re.search(r"39 images \(1 new, .*, 1 deleted, 38 as before\)", done.err)
+    assert re.search(r"39 images \(1 new, .*, 1 deleted, 38 as before\)", done.out + done.err)
     assert hashed.times(clip) <= 1.001
     shutil.move(gone.name, gone)
 

@@ -310,7 +310,7 @@ def _class_names(typed: Sequence[str], file: Path | None) -> list[str]:
         parts = [part.strip() for part in each.split(",") if part.strip()]
         names += parts or [each]
         if len(parts) > 1:
-            _tell(f"-c {shlex.quote(each)}: {len(parts)} classes, {' and '.join(map(repr, parts))}; "
+            _tell(f"-c {shlex.quote(each)}: {len(parts)} classes, {', '.join(map(repr, parts))}; "
                   "a name with a comma goes into a file: --classes FILE")  # fmt: skip
     if file is not None:
         names += [line.strip() for line in read_text(file, "utf-8-sig").splitlines() if line.strip()]

@@ -18,6 +18,7 @@ from clipkit.data.keys import has_texts
 from clipkit.data.rejects import Ledger, Reject
 from clipkit.errors import BadImage, DataError, option
 from clipkit.images import describe, is_image_name, load_image
+from clipkit.progress import track
 from clipkit.texts import is_blank
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def check_data(
         found = ", ".join(map(repr, pairs.column_names))
         fix = "load_pairs makes them"
         raise DataError(f"expected the columns image, and texts or label or both; found {found}", fix=fix)
-    looks = list(_look(pairs, threads or min(8, os.cpu_count() or 1), progress))
+    decoded = _look(pairs, threads or min(8, os.cpu_count() or 1))
+    looks = list(track(decoded, len(pairs), "decoding", unit="image", shown=progress))
     report = DataReport(rows=len(pairs), rejects=[look.reject for look in looks if look.reject])
     good = [row for row, look in enumerate(looks) if look.reject is None]
     report.images = len(good)
@@ -147,16 +149,11 @@ class _Look(NamedTuple):
     reject: Reject | None = None
 
 
-def _look(pairs: Dataset, threads: int, progress: bool) -> Iterator[_Look]:
+def _look(pairs: Dataset, threads: int) -> Iterator[_Look]:
     from datasets import Image
 
     column = pairs.select_columns(["image"]).cast_column("image", Image(decode=False))
-    rows: Iterable[int] = range(len(column))
-    if progress:
-        from rich.progress import track
-
-        rows = track(rows, description="decoding")
-    pending = iter(rows)
+    pending = iter(range(len(column)))
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes outside the interpreter's lock
         while window := list(islice(pending, _WINDOW)):
             yield from pool.map(_decode, window, column.select(window)["image"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from clipkit.embedding.store import EmbeddingStore, Key, content_hash
 from clipkit.errors import BadImage, ClipkitError, DataError, UsageError
 from clipkit.images import bytes_of
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.progress import track
 from clipkit.texts import checked_text
 
 T = TypeVar("T")
@@ -96,11 +98,12 @@ def embed(
 
     def compute() -> tuple[list[int], dict[int, Reject]]:
         mine = batches[distributed.rank() :: distributed.world_size()]
-        for numbers, fresh in shown(encode.batches(mine), len(mine), kind, progress):
-            vectors[numbers] = fresh
-            done.extend(numbers)
-            if store is not None and numbers:
-                store.put([keys[n] for n in numbers], fresh.numpy())
+        with closing(shown(encode.batches(mine), [len(each) for each in mine], kind, progress)) as encoded:
+            for numbers, fresh in encoded:
+                vectors[numbers] = fresh
+                done.extend(numbers)
+                if store is not None and numbers:
+                    store.put([keys[n] for n in numbers], fresh.numpy())
         return done, encode.rejected
 
     shares = distributed.together(compute)
@@ -200,15 +203,10 @@ def _recall(store: EmbeddingStore, keys: Sequence[Key], vectors: Tensor) -> set[
     return known
 
 
-def shown(batches: Iterator[T], total: int, kind: Kind, progress: bool) -> Iterator[T]:
-    if not progress or not distributed.is_main() or not total:
-        yield from batches
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, transient=True) as bar:
-        yield from bar.track(batches, total=total, description=f"embedding {kind}s, in batches")
+def shown(batches: Iterator[T], sizes: Sequence[int], kind: Kind, progress: bool) -> Generator[T, None, None]:
+    """Batches of so many items, and how far they are, of this process's share."""
+    main = progress and distributed.is_main()
+    return track(batches, sum(sizes), f"embedding {kind}s", unit=kind, shown=main, sizes=sizes)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -145,15 +146,16 @@ def _cells(
     def compute() -> dict[Version, Vector]:
         done: dict[Version, Vector] = {}
         loaded = DataLoader(source, batch_size=None, sampler=batches, num_workers=min(workers, len(batches)))
-        for part in shown(iter(loaded), len(batches), "image", progress):
-            if isinstance(part, BadImage):
-                raise part
-            fresh, pixels = part
-            if fresh:
-                vectors = _features(model, pixels, fresh)
-                if store is not None:
-                    store.put([keys[each] for each in fresh], vectors)
-                done.update(zip(fresh, vectors, strict=True))
+        with closing(shown(iter(loaded), [len(each) for each in batches], "image", progress)) as parts:
+            for part in parts:
+                if isinstance(part, BadImage):
+                    raise part
+                fresh, pixels = part
+                if fresh:
+                    vectors = _features(model, pixels, fresh)
+                    if store is not None:
+                        store.put([keys[each] for each in fresh], vectors)
+                    done.update(zip(fresh, vectors, strict=True))
         return done
 
     for share in distributed.together(compute):

@@ -17,6 +17,7 @@ from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.images import load_image
 from clipkit.models.backend import Part
 from clipkit.models.processor import Processor
+from clipkit.progress import Progress
 from clipkit.texts import checked_text, is_broken
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def encode(
         model.to(device)
     found = torch.empty(len(items), dim or model.dim)
     done = 0
-    with _inference(model, dtype), _progress(f"{side}s", len(items), progress) as advance:
+    bar = Progress(len(items), f"embedding {side}s", unit=side, shown=progress)
+    with _inference(model, dtype), bar:
         for inputs in chunks:
             vectors = getattr(model(**{name: value.to(model.device) for name, value in inputs.items()}), side)
             finite = torch.isfinite(vectors).all(1)
@@ -55,7 +57,7 @@ def encode(
                 vectors = F.normalize(vectors[:, :dim], dim=-1)
             found[done : done + len(vectors)] = vectors
             done += len(vectors)
-            advance(len(vectors))
+            bar.advance(len(vectors))
     return found
 
 
@@ -149,17 +151,3 @@ def _positive(batch_size: int) -> int:
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, found {batch_size}")
     return batch_size
-
-
-@contextmanager
-def _progress(title: str, total: int, show: bool) -> Iterator[Any]:
-    """A function that moves a bar on stderr, if one was asked for."""
-    if not show:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)

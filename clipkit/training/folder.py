@@ -19,7 +19,7 @@ from clipkit.files import resource_errors, write_text
 from clipkit.metrics.direction import worth
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import Saved, check_saved, save
-from clipkit.training.progress import Progress
+from clipkit.progress import Progress
 from clipkit.training.state import require_names
 
 logger = logging.getLogger("clipkit")

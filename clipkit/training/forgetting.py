@@ -157,10 +157,8 @@ class Guardrail:
         """Of the reference, what could not be used."""
         return list(getattr(self.reference, "rejected", []))
 
-    def begin(self) -> dict[str, float] | None:
-        """Keep the start and measure it, once in a run: its reference, or None if that was done before."""
-        if self.baseline:
-            return None
+    def begin(self) -> dict[str, float]:
+        """Keep the start and measure it, once in a run: its reference."""
         self.line.keep()
         self.baseline = distributed.broadcast_object(self(self.model))
         key, value = next(iter(self.baseline.items()))

@@ -65,4 +65,5 @@ class NonFinite(Facts):
                 fix="look at these rows for broken images or captions, lower learning_rate, or use precision=fp32; "
                 "skip_nonfinite=N leaves out N such steps",
             )
-        logger.warning("step %d: %s; the step was not applied (%d of %d allowed)", step, what, count, self.allowed)
+        if distributed.is_main():
+            logger.warning("step %d: %s; the step was not applied (%d of %d allowed)", step, what, count, self.allowed)

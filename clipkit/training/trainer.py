@@ -34,6 +34,7 @@ from clipkit.training.result import TrainResult
 from clipkit.training.resume import run_identity
 from clipkit.training.signals import StopSignal
 from clipkit.training.step import Contrast, backward
+from clipkit.training.trackers import check_trackers
 
 logger = logging.getLogger("clipkit")
 
@@ -113,6 +114,7 @@ class Trainer:
         self._refuse_batch_norm()
         if config.layer_decay is not None:
             layer_factors(model, config.layer_decay)  # or raises
+        check_trackers(config.trackers)
         self.accelerator = make_accelerator(config)
         model.card = model.card.updated(
             {

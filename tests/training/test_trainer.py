@@ -196,13 +196,6 @@ def test_a_broken_image_stops_the_run_or_is_listed(tmp_path, pairs, make_model):
     assert [(row["row"], row["stage"]) for row in listed] == [(3, "train")]
 
 
-def test_trackers(tmp_path, pairs, make_model):
-    with pytest.raises(UsageError, match=r"the tracker 'nonesuch'|nonesuch"):
-        Trainer(make_model(), pairs, config(tmp_path / "a", trackers=("nonesuch",)))
-    with pytest.raises(UsageError, match=r"the tracker 'comet_ml' is not to be had(?s:.)*pip install comet_ml"):
-        Trainer(make_model(), pairs, config(tmp_path / "b", trackers=("comet_ml",)))
-
-
 def test_bf16(tmp_path, pairs, make_model):
     settings = config(tmp_path / "run", precision="bf16", max_steps=3, evaluate_every=2)  # saves inside the loop
     result = Trainer(make_model(), pairs, settings, evaluators=[lambda _: {"score": 1.0}]).train()

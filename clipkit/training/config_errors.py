@@ -183,7 +183,7 @@ def _full(name: str) -> str:
     """A key with its section, where it came without one."""
     if "." in name or name in _fields(_root(), []):
         return name
-    order = ("data", "train", "model", "evaluate")
+    order = ("data", "train", "model", "evaluate", "similar")
     return next((f"{section}.{name}" for section in order if name in _fields(_root(), [section])), f"train.{name}")
 
 

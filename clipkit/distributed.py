@@ -98,7 +98,7 @@ def lost_processes() -> Iterator[None]:
             raise
         raise ClipkitError(
             f"another process of this run is gone; rank {rank()} of {world_size()} cannot go on alone",
-            fix=f"see what ended it, then start again with {option('resume', 'auto')}, to go on from the last checkpoint",
+            fix=f"see what ended it; {option('resume', 'auto')} goes on from the last checkpoint",
         ) from error
 
 

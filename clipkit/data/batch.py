@@ -211,8 +211,7 @@ def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[st
         raise DataError(
             f"none of the {len(draws)} images of this process's part of a batch can be used",
             where=rejected[0]["path"] if rejected else "the data",
-            fix=f"`clipkit check data` lists what is broken; a larger {option('batch_size')}, or fewer processes, leave "
-            "some",
+            fix=f"see `clipkit check data`; a larger {option('batch_size')}, or fewer processes, leave some",
         )
 
 

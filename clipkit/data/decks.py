@@ -135,7 +135,7 @@ class Grouped:
             raise UsageError(
                 f"grouped batches hold P groups of group_size rows, at least 2; found batch_size={size}, "
                 f"group_size={group_size}",
-                fix=option("batch_size", max(2, group_size) * max(1, size // max(2, group_size))),
+                fix=f"a {option('batch_size')} that is a multiple of {option('group_size')}",
             )
         counts = np.bincount(groups)
         self.chunks = counts // group_size

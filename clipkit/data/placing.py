@@ -143,5 +143,6 @@ def _impossible(keys: Mapping[str, Key], units: Ints, size: int, steps: int) -> 
         f"batches of {size} without a repeated {' or '.join(f'`{key}`' for key in keys)} can show {steps * size:,} of "
         f"{n:,} rows an epoch: one value of `{column}` stands in {often[column].max():,} rows, and a batch takes one",
         where=f"distinct, row {row}: {column}",
-        fix=f"{smaller}leave out repeated rows, or take {column!r} from {option('distinct')} and let what is equal count as alike: {alike}",
+        fix=f"{smaller}leave out repeated rows, or take {column!r} from {option('distinct')} and let what is equal "
+        f"count as alike: {alike}",
     )

@@ -227,6 +227,8 @@ def _spread(values: Iterable[int]) -> dict[str, float]:
 
 
 def _advise(report: DataReport, place: dict[int, str]) -> Iterator[str]:
+    split = option("data.split_by", "image", python='split_pairs(by="image")')
+    alike = option("similar.group", "COLUMN", python="similar=SameGroup(column)")
     if report.rejects:
         skip = option("train.on_bad", "skip")
         yield f"mend the rows listed, or train with {skip}, which leaves them out and counts them"
@@ -237,14 +239,14 @@ def _advise(report: DataReport, place: dict[int, str]) -> Iterator[str]:
         extra = sum(len(rows) - 1 for rows in report.duplicates)
         rows = ", ".join(place[row] for row in report.duplicates[0][:_SHOWN])
         yield (
-            f"{extra:,} rows repeat an image, e.g. {rows}: split files that are equal with split_pairs(by='image'); in "
-            "one batch they are false negatives of each other, which similar=SameGroup(column) mends"
+            f"{extra:,} rows repeat an image, e.g. {rows}: split files that are equal with {split}; in one batch they "
+            f"are false negatives of each other, which {alike} mends"
         )
     if report.shared_captions:
         text, n = next(iter(report.shared_captions.items()))
         yield (
             f"{len(report.shared_captions):,} captions stand for several images, {text[:40]!r} for {n:,}: retrieval "
-            "counts only one of them as right; similar=SameGroup(column) treats them as alike"
+            f"counts only one of them as right; {alike} treats them as alike"
         )
     if report.truncated:
         share = report.truncated / report.captions

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, UsageError, option
 from clipkit.evaluation.retrieval import Rows, require_columns
 from clipkit.evaluation.small import small_test
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
@@ -222,7 +222,10 @@ def _align(
 def _numbered(own_names: Sequence[str] | None, class_names: Names | None, column: str) -> Names:
     if class_names is None:
         if own_names is None:
-            raise UsageError(f"the labels in {column!r} are bare numbers", fix="pass class_names, in their order")
+            raise UsageError(
+                f"the labels in {column!r} are bare numbers",
+                fix=option("evaluate.zero_shot", "COLUMN", python="class_names=[…], in their order"),
+            )
         return own_names
     if own_names is None:
         return class_names

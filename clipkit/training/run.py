@@ -18,7 +18,7 @@ from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
 from clipkit.embedding.features import with_image_features
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import UsageError, within
+from clipkit.errors import UsageError, option, within
 from clipkit.evaluation.report import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.validation_loss import ValidationLoss
@@ -97,7 +97,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
             raise UsageError(
                 "this is not the config of the run that the folder holds:\n  " + "\n  ".join(changed),
                 where=path,
-                fix="undo these changes to go on with it, or choose another output_dir for a run of its own",
+                fix=f"undo these changes to go on with it, or choose another {option('output_dir')}",
             )
     write_text(path, config.dump())
 

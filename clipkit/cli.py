@@ -35,10 +35,15 @@ app.add_typer(check, name="check")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER."),
 ]
-ImageColumn = Annotated[str | None, typer.Option("--image", help="Column of the image; found by itself if obvious.")]
-TextColumn = Annotated[list[str] | None, typer.Option("--text", help="Column of the text; repeat for several.")]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image", metavar="COLUMN", help="Column of the image; found by itself if obvious.")
+]
+TextColumn = Annotated[
+    list[str] | None, typer.Option("--text", metavar="COLUMN", help="Column of the text; repeat for several.")
+]
 Separator = Annotated[
     str | None, typer.Option(help="Of a CSV file: a character, or comma, semicolon, tab, bar; a tab in .tsv files.")
 ]
@@ -47,7 +52,7 @@ Quoting = Annotated[
     Literal["double", "backslash", "none"],
     typer.Option(help='How a quotation mark within a quoted cell is written: "" or \\"; none: nothing is quoted.'),
 ]
-LabelColumn = Annotated[str | None, typer.Option("--label", help="Column of the class.")]
+LabelColumn = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Column of the class.")]
 OnBad = Annotated[
     Literal["error", "skip"], typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it.")
 ]
@@ -68,23 +73,26 @@ MaxBad = Annotated[
     ),
 ]
 Split = Annotated[str, typer.Option(help="Of a data set of the hub.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace the file that --to names.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file that --to names.")]
 BatchSize = Annotated[int, typer.Option(help="Items embedded at once.", min=1)]
 Rejects = Annotated[Path, typer.Option(help="Where images and rows that cannot be used are listed, if there are any.")]
 Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: this one.", min=0)]
 Templates = Annotated[
-    list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
+    list[str] | None,
+    typer.Option("--template", metavar="TEXT", help="Prompt with {} for the class; repeat to average several."),
 ]
 
 
 @app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
-    overwrite: Annotated[bool, typer.Option(help="Replace the folder of an earlier quickstart.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder of an earlier quickstart.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Draws the unseen characters, the weights and the batches.")] = 0,
     max_steps: Annotated[int | None, typer.Option(help="Stop early, to try the command out.", min=1)] = None,
 ) -> None:
-    """The main job on embedded data: train, evaluate, label, index, search, report."""
+    """Do the main job on embedded data, from pairs to a report."""
     from clipkit.quickstart import main
 
     main(output, overwrite=overwrite, seed=seed, max_steps=max_steps)
@@ -96,7 +104,9 @@ def quickstart(
 )
 def train(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both.")],
-    print_config: Annotated[bool, typer.Option(help="Print the whole config and stop.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole config, every key of it, and stop.")
+    ] = False,
     resume: Annotated[
         Literal["never", "auto"] | None,
         typer.Option(help="auto: go on with the run that the folder holds, or begin; sets train.resume."),
@@ -162,7 +172,9 @@ def evaluate(
     image: ImageColumn = None,
     text: TextColumn = None,
     label: LabelColumn = None,
-    group: Annotated[str | None, typer.Option(help="Column whose members all count as correct.")] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column whose members all count as correct.")
+    ] = None,
     template: Templates = None,
     split: Split = "train",
     separator: Separator = None,
@@ -177,7 +189,7 @@ def evaluate(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: retrieval both ways, and zero-shot classification where there is a label."""
+    """Measure retrieval, and zero-shot classification by labels."""
     import time
 
     from clipkit import distributed
@@ -200,9 +212,14 @@ def evaluate(
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
+    options["progress"] = not as_json
     evaluators: list[Any] = []
     if has_texts(pairs):
         evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
+    elif group is not None:
+        raise UsageError(
+            "--group is of retrieval, and there are no texts to be retrieved", fix="--text COLUMN, or leave it out"
+        )
     else:
         _tell("the images have labels, but no texts: retrieval is not measured")
     if "label" in pairs.column_names and (label or None not in key_values(pairs, "label")):
@@ -235,7 +252,9 @@ def label(
     model: ModelName,
     classes: Annotated[
         list[str] | None,
-        typer.Option("--class", "-c", help="A class, in words; repeat, or put commas between several."),
+        typer.Option(
+            "--class", "-c", metavar="NAMES", help="A class, in words; repeat, or put commas between several."
+        ),
     ] = None,
     class_file: Annotated[
         Path | None, typer.Option("--classes", help="A file of classes, one a line; commas are part of their names.")
@@ -277,7 +296,7 @@ def label(
     else:
         listing = list_images(images, on_bad=on_bad)
         paths, items, ledger = list(map(str, listing.files)), list(listing.files), listing.ledger()
-    classify = ZeroShotClassifier(_open(model), names, templates=template or DEFAULT_TEMPLATE)
+    classify = ZeroShotClassifier(_open(model), names, templates=template or DEFAULT_TEMPLATE, progress=not as_json)
     found = classify.label(
         items, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
@@ -295,7 +314,16 @@ def label(
         cells = [[path, *(cell for name, score in best for cell in (name, f"{score:.4f}"))] for path, best in rows]
         _write_csv(to, ["image", *heads], cells)
     if as_json:
-        _print_json([{"image": path, "label": best[0][0], "score": best[0][1], "top": best} for path, best in rows])
+        warnings = {
+            name: [notice.as_dict() for notice in classify.notices if name in notice.texts]
+            for name in classify.class_names
+        }
+        _print_json(
+            [
+                {"image": path, "label": best[0][0], "score": best[0][1], "top": best, "warnings": warnings[best[0][0]]}
+                for path, best in rows
+            ]
+        )
     elif not to:
         for path, best in rows:
             _say(f"{show(path)}\t" + "\t".join(f"{name} {score:.2f}" for name, score in best))
@@ -310,7 +338,7 @@ def _class_names(typed: Sequence[str], file: Path | None) -> list[str]:
         parts = [part.strip() for part in each.split(",") if part.strip()]
         names += parts or [each]
         if len(parts) > 1:
-            _tell(f"-c {shlex.quote(each)}: {len(parts)} classes, {' and '.join(map(repr, parts))}; "
+            _tell(f"-c {shlex.quote(each)}: {len(parts)} classes, {', '.join(map(repr, parts))}; "
                   "a name with a comma goes into a file: --classes FILE")  # fmt: skip
     if file is not None:
         names += [line.strip() for line in read_text(file, "utf-8-sig").splitlines() if line.strip()]
@@ -329,13 +357,14 @@ def index(
     rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     verify: Annotated[
-        bool, typer.Option(help="Read all files again, to see those replaced with the same size and time, too.")
+        bool,
+        typer.Option("--verify", help="Read all files again, to see those replaced with the same size and time, too."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed a folder of images, to be searched; or bring its index up to date."""
+    """Embed a folder of images for search, or update its index."""
     from clipkit import distributed
     from clipkit.search.index import EmbeddingIndex
     from clipkit.search.standing import index_of_folder
@@ -363,19 +392,29 @@ def search(
     index: Annotated[Path, typer.Argument(help="An index that `clipkit index` wrote.")],
     query: Annotated[str, typer.Argument(help="A text, or the path of an image.")],
     k: Annotated[int, typer.Option("-k", help="Images to show.", min=1)] = 10,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="Where the model is now, if it moved.")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Where the folder that was indexed is now, if it moved.")] = None,
-    missing: Annotated[bool, typer.Option(help="Show files that are no longer there, too, marked as missing.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Show files that are no longer there, too, marked as missing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find images by text or by image."""
+    from clipkit.models.text_notices import text_notices
     from clipkit.search.index import EmbeddingIndex
     from clipkit.search.query import kind_of
 
     kind_of(query)  # what cannot be asked is told before anything is opened
-    hits = EmbeddingIndex.open(index, model=model, root=root).search(query, k=k, missing=missing)
+    opened = EmbeddingIndex.open(index, model=model, root=root)
+    hits = opened.search(query, k=k, missing=missing)
     if as_json:
-        _print_json([{"path": hit.path, "score": hit.score, "missing": hit.missing} for hit in hits])
+        notices = text_notices(opened.model.processor, [query]) if kind_of(query) == "text" else []
+        warnings = [notice.as_dict() for notice in notices]
+        _print_json(
+            [{"path": hit.path, "score": hit.score, "missing": hit.missing, "warnings": warnings} for hit in hits]
+        )
         return
     for hit in hits:
         _say(f"{hit.score:.3f}  {show(hit.path)}" + ("  (missing)" if hit.missing else ""))
@@ -386,10 +425,10 @@ def export(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[Literal["transformers", "open_clip", "onnx"], typer.Option(help="The format.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an export that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another library's format, and say how close the two are."""
+    """Write a model in another library's format, and compare the two."""
     from dataclasses import asdict
 
     from clipkit.models.dual_encoder import DualEncoder
@@ -406,7 +445,7 @@ def check_gradients_command(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both, as for train.")],
     as_json: Json = False,
 ) -> None:
-    """Compare the gradients of a config's first step, under this launcher, with those of the big batch."""
+    """Compare a launch's first gradients with those of one process."""
     import tempfile
     from dataclasses import replace
 
@@ -436,12 +475,12 @@ def check_data_command(
     encoding: Encoding = "utf-8-sig",
     quoting: Quoting = "double",
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="Count tokens with this model's tokenizer.")
     ] = None,
     rejects: Rejects = Path("rejects.jsonl"),
     as_json: Json = False,
 ) -> None:
-    """Open every image and caption of a data set and tell what is wrong with it."""
+    """Open every image and caption, and tell what is wrong."""
     from clipkit.data.check import check_data
     from clipkit.data.pairs import load_pairs
     from clipkit.data.rejects import Ledger, write_rejects
@@ -464,10 +503,12 @@ def check_data_command(
 def check_model_command(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     other: Annotated[str | None, typer.Argument(help="A second model: tell why the two disagree.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let the model run Python code that it brings.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model run Python code that it brings.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what a model is and what is wrong with it, or why two models disagree."""
+    """Tell what is wrong with a model, or why two disagree."""
     from clipkit.models.comparison import Comparison, compare_models
     from clipkit.models.doctor import Report, examine
 
@@ -508,6 +549,7 @@ def _run_config(settings: Sequence[str]) -> RunConfig:
 
 
 def _open(model: str) -> DualEncoder:
+    logging.getLogger("clipkit").info("opening %s", model)
     from clipkit import distributed
     from clipkit.models.dual_encoder import DualEncoder
 
@@ -562,8 +604,9 @@ def main() -> NoReturn:
     # OpenMP threads that spin while they wait make a step ten times slower once another program wants their core;
     # threads that never spin make it a fifth slower when none does
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "accelerate", "transformers", "datasets"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("clipkit").setLevel(logging.INFO)  # and no other library: theirs would fill the screen
+    if not sys.stderr.isatty():  # or their bars would fill a log
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     exit_with_message(app)
     sys.exit(0)

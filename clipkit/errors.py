@@ -131,9 +131,13 @@ def option(name: str, value: object = None, *, python: str | None = None) -> str
     >>> option("on_bad", "skip")  # `--on-bad skip` or `train.on_bad=skip` in a shell
     'on_bad="skip"'
     """
-    if python is not None and _front_end is as_python:
-        return python
-    return _front_end(name, value)
+    written = _front_end(name, value)
+    return written if python is None else typed(python=python, shell=written)
+
+
+def typed(*, python: str, shell: str) -> str:
+    """What the user types where they are, where that is no option."""
+    return python if _front_end is as_python else shell
 
 
 def as_python(name: str, value: object) -> str:
@@ -141,7 +145,9 @@ def as_python(name: str, value: object) -> str:
     name = name.rpartition(".")[2]
     if value is None:
         return name
-    return f"{name}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"
+    plain = isinstance(value, str | list | tuple)  # in double quotes, as in the documentation
+    text = json.dumps(value, ensure_ascii=False) if plain else repr(value)
+    return f"{name}={f'({text[1:-1]})' if isinstance(value, tuple) else text}"
 
 
 _front_end: FrontEnd = as_python

@@ -36,7 +36,9 @@ def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, re
     """
     target = Path(target).absolute()
     if target.exists() and not replace:
-        raise UsageError("the target exists already", where=target, fix="choose another path, or ask to overwrite it")
+        raise UsageError(
+            "the target exists already", where=target, fix=f"choose another path, or {option('overwrite', True)}"
+        )
     with resource_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))

@@ -156,7 +156,7 @@ def near_path(path: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     # img_0001 and img_0002 are two files, not one and its misspelling
-    alike = [name for name in names if _digits(name) == _digits(path.name)]
+    alike = [name for name in names if _digits(name) == _digits(path.name) and names[name] != path.name]
     close = difflib.get_close_matches(_plain(path.name), alike, n=1, cutoff=0.8)
     return path.parent / names[close[0]] if close else None
 

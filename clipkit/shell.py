@@ -69,7 +69,7 @@ def _typed(params: Sequence[Any], name: str, value: object) -> str:
         if each.name == word and each.opts[0].startswith("-"):
             flag = value is None or value is True
             return each.opts[0] if flag else f"{each.opts[0]} {shlex.quote(str(value))}"
-    if any(each.name == "settings" for each in params):
+    if "." in name or any(each.name == "settings" for each in params):
         from clipkit.training.config_errors import as_setting
 
         return as_setting(name, value)

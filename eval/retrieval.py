@@ -24,7 +24,7 @@ def main() -> None:
     device = start()
     began = time.perf_counter()
 
-    # 1. Every caption is a query of its own, and an item of its own, as in the papers.
+    # 1. Every caption is a query and an item of its own, as in the papers; equal captions are one, equal images, too.
     form = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
     pairs = load_pairs(args.pairs, image=args.image, text=args.text, on_bad=args.on_bad, **form)
     options = {"batch_size": args.batch_size, "progress": is_main(), "on_bad": args.on_bad}

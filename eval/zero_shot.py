@@ -29,9 +29,10 @@ def main() -> None:
     form = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
     images = load_pairs(args.images, image=args.image, label=args.label, on_bad=args.on_bad, **form)
 
-    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you.
+    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you; of `sea_lion` both make
+    #    "a photo of a sea lion.", as training does.
     options = {"batch_size": args.batch_size, "progress": is_main(), "on_bad": args.on_bad}
-    evaluator = ZeroShotEvaluator(images, templates=args.template, **options)
+    evaluator = ZeroShotEvaluator(images, templates=args.template or DEFAULT_TEMPLATE, **options)
     model = DualEncoder.from_pretrained(args.model, device=device)
     metrics = evaluator(model)
 
@@ -59,9 +60,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--on-bad", default="error", choices=["error", "skip"], help="rows that cannot be used")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--to", type=Path, default=None, help="write result.json here")
-    args = parser.parse_args()
-    args.template = args.template or [DEFAULT_TEMPLATE]
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

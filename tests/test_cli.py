@@ -5,12 +5,14 @@ import io
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 from command import clipkit
 
 from clipkit import cli, shell
+from clipkit.cli import main
 
 VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
 
@@ -35,6 +37,10 @@ def table(tmp_path):
                 (tmp_path / name).write_bytes(tiny.square(colour, place))
                 rows.writerow([name, f"a {colour} square {place}", colour])
     return tmp_path / "squares.csv"
+
+
+def image_of(folder):
+    return folder / "squares" / "red_left.png"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -81,7 +87,15 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
     assert (done.code, "another folder" in done.err, "--overwrite replaces" in done.err) == (2, True, True)
     hits = json.loads(clipkit("search", tmp_path / "s.index", "a red square left", "-k", 3, "--json").out)
     assert len(hits) == 3
-    image = tmp_path / "squares" / "red_left.png"
+    assert [hit["warnings"] for hit in hits] == [[]] * 3
+    done = clipkit("search", tmp_path / "s.index", "zebra", "-k", 2, "--json")  # not a word of the model
+    assert [warning["code"] for hit in json.loads(done.out) for warning in hit["warnings"]] == ["UNKNOWN"] * 2
+    assert "the model knows nothing of 'zebra'" in done.err
+    done = clipkit("label", image_of(tmp_path), "-m", model, "-c", "zebra", "-c", "gnu", "--json")
+    (row,) = json.loads(done.out)
+    assert [warning["code"] for warning in row["warnings"]] == ["UNKNOWN", "SAME"]
+    assert "the model cannot tell the classes 'zebra' and 'gnu' apart" in done.err
+    image = image_of(tmp_path)
     assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
     done = clipkit("search", tmp_path / "s.index", tmp_path / "nope.png")  # not a text that happens to end in .png
     assert (done.code, "MISSING: no such file" in done.err) == (3, True)
@@ -327,3 +341,96 @@ def test_what_is_no_config_is_told_what_to_type(tmp_path, table, monkeypatch):
     ]:
         done = clipkit("train", *typed)
         assert (done.code, done.err.splitlines()[-1].strip()) == (2, f"fix:   {fix}")
+
+
+def test_label_reads_a_table_and_writes_what_was_found(tmp_path, model, monkeypatch):
+    """Names as the table has them, also those that a spreadsheet would run; each image once; three classes a row."""
+    monkeypatch.chdir(tmp_path)
+    names = ["=red.png", "'blue'.png", "@left/caf\u00e9, one.png"]
+    (tmp_path / "@left").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes(tiny.square("red", "left"))
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "label"], *([name, "x"] for name in names), [names[0], "x"]])
+    (tmp_path / "classes.txt").write_text("\ufeffa dog, black\n\n=cat\nsea_lion\n")
+    typed = ["label", "t.csv", "-m", model, "--classes", "classes.txt", "--top", 3, "--to", "out.csv"]
+    done = clipkit(*typed)
+    assert (done.code, done.out) == (0, "")
+    assert "t.csv: 4 rows = 4 used + 0 rejected; 3 images\n" in done.err
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [row["image"] for row in rows] == names
+    for row in rows:
+        found = [row["label"], row["label_2"], row["label_3"]]
+        assert sorted(found) == ["=cat", "a dog, black", "sea_lion"]
+        scores = [float(row[name]) for name in ("score", "score_2", "score_3")]
+        assert scores == sorted(scores, reverse=True)
+        assert sum(scores) == pytest.approx(1, abs=2e-4)
+    top = [[row["label"], row["label_2"], row["label_3"]] for row in rows]
+    assert [[name for name, _ in row["top"]] for row in json.loads(clipkit(*typed[:-2], "--json").out)] == top
+
+    done = clipkit(*typed)
+    assert (done.code, done.err.splitlines()[-1]) == (2, "  fix:   --overwrite, or another path")
+    assert clipkit(*typed, "--overwrite").code == 0
+
+
+def test_classes_with_commas_between_them_are_several_and_that_is_said(tmp_path, table, model):
+    done = clipkit("label", tmp_path / "squares" / "red_left.png", "-m", model, "-c", "cat, dog", "-c", "cow", "--json")
+    (row,) = json.loads(done.out)
+    assert row["label"] in ("cat", "dog", "cow")
+    assert "-c 'cat, dog': 2 classes, 'cat', 'dog'; a name with a comma goes into a file: --classes FILE" in done.err
+    done = clipkit("label", tmp_path / "squares", "-m", model)
+    assert (done.code, "fix:   -c robin -c crow, or --classes FILE" in done.err) == (2, True)
+
+
+def test_images_that_are_all_broken_are_bad_data_for_every_verb(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(tiny.square("red", "left")[:60])
+    (tmp_path / "t.csv").write_text("image,label\nphotos/a.png,x\n")
+    for typed in (["label", "photos", "-c", "a"], ["label", "t.csv", "-c", "a"], ["index", "photos", "--to", "i"]):
+        done = clipkit(*typed, "-m", model, "--on-bad", "skip", "--max-bad", "1.0")
+        assert (done.code, "1 of 1 rows are rejected: none is left" in done.err) == (3, True), done.err
+        assert json.loads((tmp_path / "rejects.jsonl").read_text())["code"] == "TRUNCATED"
+        (tmp_path / "rejects.jsonl").unlink()
+
+
+def test_a_name_that_is_no_utf8_comes_out_as_its_bytes(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    name = b"photos/caf\xe9.png"
+    (tmp_path / os.fsdecode(name)).write_bytes(tiny.square("red", "left"))
+    done = clipkit("label", "photos", "-m", model, "-c", "a", "--to", "out.csv", "--json")
+    assert os.fsencode(json.loads(done.out)[0]["image"]) == name
+    assert (tmp_path / "out.csv").read_bytes() == b"image,label,score\n" + name + b",a,1.0000\n"
+    done = clipkit("label", "photos", "-m", model, "-c", "a")
+    assert done.out == "photos/caf\\udce9.png\ta 1.00\n"
+
+
+def test_a_reader_that_leaves_ends_a_verb_quietly(monkeypatch):
+    """As `clipkit env | head -c 0`: the pipe is closed before a line is written."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "argv", ["clipkit", "env", "--json"])
+    with os.fdopen(write, "w") as pipe:  # which is closed as the interpreter does it at its end
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert stop.value.code == 141
+
+
+def test_ctrl_c_ends_a_verb_quietly(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clipkit.evaluation.report.environment", interrupted)
+    assert clipkit("env") == (130, "", "")
+
+
+def test_a_file_that_may_not_be_read_is_an_error_in_words(tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "run.yaml"))
+
+    (tmp_path / "run.yaml").touch()
+    monkeypatch.setattr(Path, "read_text", refused)  # root may read everything
+    done = clipkit("train", tmp_path / "run.yaml")
+    assert (done.code, done.err) == (5, f"error: Permission denied\n  where: {tmp_path / 'run.yaml'}\n")

@@ -15,7 +15,7 @@ from torch import Tensor
 from clipkit.data.augment import Augmentation, augment
 from clipkit.data.map_style import drawn
 from clipkit.data.plan import Draw, hash64
-from clipkit.errors import BadImage, DataError
+from clipkit.errors import BadImage, DataError, option
 from clipkit.images import describe, load_image
 from clipkit.texts import is_blank
 
@@ -211,7 +211,7 @@ def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[st
         raise DataError(
             f"none of the {len(draws)} images of this process's part of a batch can be used",
             where=rejected[0]["path"] if rejected else "the data",
-            fix="`clipkit check data` lists what is broken; a larger batch_size, or fewer processes, leave some",
+            fix=f"see `clipkit check data`; a larger {option('batch_size')}, or fewer processes, leave some",
         )
 
 

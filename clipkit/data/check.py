@@ -18,6 +18,7 @@ from clipkit.data.keys import has_texts
 from clipkit.data.rejects import Ledger, Reject
 from clipkit.errors import BadImage, DataError, option
 from clipkit.images import describe, is_image_name, load_image
+from clipkit.progress import track
 from clipkit.texts import is_blank
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ def check_data(
         found = ", ".join(map(repr, pairs.column_names))
         fix = "load_pairs makes them"
         raise DataError(f"expected the columns image, and texts or label or both; found {found}", fix=fix)
-    looks = list(_look(pairs, threads or min(8, os.cpu_count() or 1), progress))
+    decoded = _look(pairs, threads or min(8, os.cpu_count() or 1))
+    looks = list(track(decoded, len(pairs), "decoding", unit="image", shown=progress))
     report = DataReport(rows=len(pairs), rejects=[look.reject for look in looks if look.reject])
     good = [row for row, look in enumerate(looks) if look.reject is None]
     report.images = len(good)
@@ -147,16 +149,11 @@ class _Look(NamedTuple):
     reject: Reject | None = None
 
 
-def _look(pairs: Dataset, threads: int, progress: bool) -> Iterator[_Look]:
+def _look(pairs: Dataset, threads: int) -> Iterator[_Look]:
     from datasets import Image
 
     column = pairs.select_columns(["image"]).cast_column("image", Image(decode=False))
-    rows: Iterable[int] = range(len(column))
-    if progress:
-        from rich.progress import track
-
-        rows = track(rows, description="decoding")
-    pending = iter(rows)
+    pending = iter(range(len(column)))
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes outside the interpreter's lock
         while window := list(islice(pending, _WINDOW)):
             yield from pool.map(_decode, window, column.select(window)["image"])
@@ -230,6 +227,8 @@ def _spread(values: Iterable[int]) -> dict[str, float]:
 
 
 def _advise(report: DataReport, place: dict[int, str]) -> Iterator[str]:
+    split = option("data.split_by", "image", python='split_pairs(by="image")')
+    alike = option("similar.group", "COLUMN", python="similar=SameGroup(column)")
     if report.rejects:
         skip = option("train.on_bad", "skip")
         yield f"mend the rows listed, or train with {skip}, which leaves them out and counts them"
@@ -240,14 +239,14 @@ def _advise(report: DataReport, place: dict[int, str]) -> Iterator[str]:
         extra = sum(len(rows) - 1 for rows in report.duplicates)
         rows = ", ".join(place[row] for row in report.duplicates[0][:_SHOWN])
         yield (
-            f"{extra:,} rows repeat an image, e.g. {rows}: split files that are equal with split_pairs(by='image'); in "
-            "one batch they are false negatives of each other, which similar=SameGroup(column) mends"
+            f"{extra:,} rows repeat an image, e.g. {rows}: split files that are equal with {split}; in one batch they "
+            f"are false negatives of each other, which {alike} mends"
         )
     if report.shared_captions:
         text, n = next(iter(report.shared_captions.items()))
         yield (
             f"{len(report.shared_captions):,} captions stand for several images, {text[:40]!r} for {n:,}: retrieval "
-            "counts only one of them as right; similar=SameGroup(column) treats them as alike"
+            f"counts only one of them as right; {alike} treats them as alike"
         )
     if report.truncated:
         share = report.truncated / report.captions

@@ -11,7 +11,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from clipkit.data.dealing import Ints, deal, full_batches, places
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 
 Shown: TypeAlias = tuple[Ints, Ints]
 LEAST = 0.5  # of the rows an epoch has to show: a demand that leaves out more than it trains on is taken for an error
@@ -31,7 +31,8 @@ class Shuffled:
 
     def __init__(self, n: int, size: int) -> None:
         self.n, self.size, self.steps = n, size, n // size
-        self.notes: tuple[str, ...] = ()
+        left = f"{n % size:,} of {n:,} rows are left out an epoch, others each time: they fill no batch"
+        self.notes = (left,) if n % size else ()
 
     def epoch(self, number: int, rng: np.random.Generator) -> Shown:
         rows = rng.permutation(self.n)[: self.steps * self.size].reshape(self.steps, self.size)
@@ -91,26 +92,34 @@ class Balanced:
                     f"balanced batches show {sizes[worst]:,} rows that share a value of `distinct` up to "
                     f"{drawn[worst]:,} times an epoch, which has {self.steps:,} batches of {size}: they would meet",
                     where=f"row {int(np.flatnonzero(units == worst)[0])}",
-                    fix=f"batch_size of at most the number of classes ({len(self.counts)}), or leave out `distinct`",
+                    fix=f"{option('batch_size', len(self.counts))} (the number of classes) or less, or leave out "
+                    f"{option('distinct')}",
                 )
         rare, common = int(self.counts.min()), int(self.counts.max())
         often = self.steps * size / len(self.counts)
         again = -(-most // rare) > self.steps
+        left = int(np.maximum(0, self.counts - self._draws(0)[1] + self._draws(0)[0]).sum())
         self.notes = (
             f"balanced: {len(self.counts):,} classes of {rare:,} to {common:,} rows; an epoch shows each row of the "
             f"rarest {often / rare:.3g} times, of the commonest {often / common:.3g} times"
+            + (f", and leaves out {left:,} of {len(classes):,} rows, others each time" if left else "")
             + ("; rows of the rarest meet themselves in a batch" if again else ""),
         )
 
     def epoch(self, number: int, rng: np.random.Generator) -> Shown:
-        total, which = self.steps * self.size, np.arange(len(self.counts))
-        # sum over c < C of floor((x + c) / C) is x (Hermite), so the classes' turns always add up
-        before, after = ((each * total + which) // len(which) for each in (number, number + 1))
-        classes = np.repeat(which, after - before)
+        before, after = self._draws(number)
+        classes = np.repeat(np.arange(len(self.counts)), after - before)
         turn = before[classes] + places(classes)
         rows = self.order[self.starts[classes] + turn % self.counts[classes]]
         at = deal(self.units[rows], self.steps, self.size, rng, strata=classes)
         return rows[at], (turn // self.counts[classes])[at]
+
+    def _draws(self, number: int) -> tuple[Ints, Ints]:
+        """How many rows of each class were shown before an epoch, and after it."""
+        total, which = self.steps * self.size, np.arange(len(self.counts))
+        # sum over c < C of floor((x + c) / C) is x (Hermite), so the classes' turns always add up
+        before, after = ((each * total + which) // len(which) for each in (number, number + 1))
+        return before, after
 
 
 class Grouped:
@@ -134,7 +143,7 @@ class Grouped:
             raise UsageError(
                 f"grouped batches hold P groups of group_size rows, at least 2; found batch_size={size}, "
                 f"group_size={group_size}",
-                fix="make batch_size a multiple of group_size",
+                fix=f"a {option('batch_size')} that is a multiple of {option('group_size')}",
             )
         counts = np.bincount(groups)
         self.chunks = counts // group_size
@@ -152,7 +161,7 @@ class Grouped:
                 f"{n:,} rows an epoch: {np.count_nonzero(self.chunks):,} groups have that many rows that may meet, "
                 f"{small:,} rows are of smaller ones, and the largest group has {counts.max():,}",
                 where="grouped",
-                fix="lower batch_size or group_size, or leave out the rows of small groups",
+                fix=f"lower {option('batch_size')} or {option('group_size')}, or leave out the rows of small groups",
             )
         self.notes = (
             f"grouped: {np.count_nonzero(self.chunks):,} groups; {n - self.steps * size:,} of {n:,} rows are left out "
@@ -175,15 +184,15 @@ class Grouped:
         return rows, np.full_like(rows, number)
 
 
-def _nested(units: Ints, outer: Ints, option: str) -> None:
+def _nested(units: Ints, outer: Ints, name: str) -> None:
     """Raises UsageError where rows that must not meet are of two classes or groups."""
     first = np.zeros(int(units.max()) + 1, dtype=np.int64)
     first[units[::-1]] = np.arange(len(units))[::-1]
     if (wrong := np.flatnonzero(outer != outer[first[units]])).size:
         row = int(wrong[0])
         raise UsageError(
-            f"`distinct` with `{option}` needs equal things to be of one class or group; rows {first[units[row]]} and "
+            f"`distinct` with `{name}` needs equal things to be of one class or group; rows {first[units[row]]} and "
             f"{row} are not, but share a value",
             where=f"row {row}",
-            fix=f"leave out `distinct` or `{option}`, or mend the column",
+            fix=f"leave out `distinct` or `{name}`, or mend the column",
         )

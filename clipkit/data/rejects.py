@@ -67,6 +67,8 @@ class Ledger:
     """See `source_rows`."""
     told: set[Reject] = field(default_factory=set)
     """Rejects that were logged already."""
+    said: str = ""
+    """The sum that was logged last."""
 
     def summary(self) -> str:
         """One line: ``1,003 rows = 1,000 used + 3 rejected (2 MISSING, 1 EMPTY_TEXT); 200 images``."""
@@ -118,7 +120,9 @@ class Ledger:
         if self.rows != self.used + len(self.rejects):
             raise ClipkitError(f"rows do not add up: {self.summary()}", where=source, fix="this is a bug: report it")
         place = f"; listed in {rejects}" if rejects is not None and self.rejects else ""
-        log.info("%s: %s%s", source, self.summary(), place)
+        if (line := f"{source}: {self.summary()}{place}") != self.said:
+            self.said = line
+            log.info(line)
         if self.rejects and on_bad == "error":
             fix = hint or f"mend them, or leave them out with {option('on_bad', 'skip')}"
             raise DataError(self._listed("cannot be used"), where=source, fix=fix)

@@ -13,7 +13,7 @@ import numpy as np
 from clipkit.data.identity import file_or_bytes, raw_cells
 from clipkit.data.keys import key_values, require_column
 from clipkit.data.map_style import as_table
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, UsageError, option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,24 +53,32 @@ def image_keys(pairs: Any) -> list[Hashable]:
     Of the files only those of one size can be equal, so only these are read and hashed. A file that cannot be read is
     known by its path, an image that was decoded already by its pixels.
     """
+    kept = known_images(pairs)
+    often = Counter(size for size, _, _ in set(kept))
+    digests = {path: digest(path) for size, path, _ in set(kept) if path and size is not None and often[size] > 1}
+    return [
+        content or (digests.get(path, size) if path and size is not None else path or ("row", row))
+        for row, (size, path, content) in enumerate(kept)
+    ]
+
+
+def known_images(pairs: Any) -> list[tuple[int | None, str | None, bytes]]:
+    """What is known of each row's image without reading a file: its size in bytes, the path of a file, and the SHA-256
+    of what is no file. Without a size there is nothing that could be read."""
     pairs = as_table(pairs)
     require_column(pairs, "image")
-    kept: list[tuple[int | None, str | None, bytes]] = []  # size, path of a file, or the hash of what is no file
+    kept: list[tuple[int | None, str | None, bytes]] = []
     for cell in raw_cells(pairs, "image"):
         data = None if cell is None else file_or_bytes(cell)
         if data is None or isinstance(data, str):
             kept.append((_file_size(data), data, b""))
         else:
             kept.append((len(data), None, hashlib.sha256(data).digest()))
-    often = Counter(size for size, _, _ in set(kept))
-    digests = {path: _digest(path) for size, path, _ in set(kept) if path and size is not None and often[size] > 1}
-    return [
-        digest or (digests.get(path, size) if path and size is not None else path or ("row", row))
-        for row, (size, path, digest) in enumerate(kept)
-    ]
+    return kept
 
 
-def _digest(path: str) -> Hashable:
+def digest(path: str) -> Hashable:
+    """SHA-256 of a file; its path where it cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).digest()
     except OSError:
@@ -87,7 +95,10 @@ def _file_size(path: str | None) -> int | None:
 def _column(pairs: Dataset, name: str) -> list[Any]:
     if name not in pairs.column_names:
         columns = ", ".join(map(repr, pairs.column_names))
-        raise UsageError(f"no column {name!r} to split by; there are {columns}", fix='by="image", or one of them')
+        raise UsageError(
+            f"no column {name!r} to split by; there are {columns}",
+            fix=option("data.split_by", "image", python='by="image"'),
+        )
     values = key_values(pairs, name)
     if None in values:
         where = f"row {values.index(None)}"
@@ -98,7 +109,7 @@ def _column(pairs: Dataset, name: str) -> list[Any]:
 def _size(test: float | int, units: int, by: str) -> int:
     kind = "images" if by == "image" else f"values of {by!r}"
     if isinstance(test, bool) or not (0 < test < 1 if isinstance(test, float) else test > 0):
-        raise UsageError(f"test is a fraction in (0, 1) or a number of {kind}; found {test!r}", fix="test=0.1")
+        raise UsageError(f"test is a fraction in (0, 1) or a number of {kind}; found {test!r}", fix=option("test", 0.1))
     size = max(1, round(test * units)) if isinstance(test, float) else test
     if size >= units:
         fix = f"test must be less than {units}" if units > 1 else "more data is needed"

@@ -17,6 +17,7 @@ from clipkit.embedding.store import content_hash
 from clipkit.errors import BadImage, DataError, ModelError
 from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.encode import encode, text_chunks
 from clipkit.models.processor import Processor
 from clipkit.texts import BadText
 
@@ -68,7 +69,9 @@ class Encoder:
     def _texts(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         for numbers in batches:
             texts = [self.items[self.first[n]] for n in numbers]
-            yield numbers, self.model.encode_texts(texts, batch_size=len(texts))
+            # not encode_texts, which would tell of the long texts of each batch
+            chunks = text_chunks(texts, self.model.processor, len(texts))
+            yield numbers, encode(self.model, chunks, "text", texts, None, None, False)
 
     def _images(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         source = _Images(self.items, self.first, self.content, self.model.processor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,11 +20,12 @@ from clipkit.data.plan import hash64
 from clipkit.embedding.embed import Embedded, batched, shown
 from clipkit.embedding.encode import evaluating, reject
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
-from clipkit.errors import BadImage, ModelError, UsageError
+from clipkit.errors import BadImage, ModelError, UsageError, option
 from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import tower_hash
 from clipkit.models.processor import Processor
+from clipkit.progress import track
 
 Vector: TypeAlias = NDArray[np.float32]
 
@@ -69,8 +71,11 @@ def with_image_features(
         ModelError: a feature is not finite.
     """
     if trained := _trained(model):
+        fix = option("model.freeze", "image", python='model.freeze("image")')
         raise UsageError(
-            "features can be kept only of a tower that stands still", where=trained[0], fix='model.freeze("image")'
+            "features can be kept only of a frozen tower; a saved model is opened with nothing frozen",
+            where=trained[0],
+            fix=fix,
         )
     pairs = as_table(pairs)
     draws = 1 if augmentation == "none" else draws
@@ -124,7 +129,9 @@ def _cells(
 ) -> list[Vector | list[Vector] | None]:
     """The features of each image, or of each of several versions of it; None of one that cannot be used."""
     hashed = store is not None or augmentation != "none"
-    contents = [_content(image, on_bad) if hashed else b"" for image in images]
+    main = progress and distributed.is_main()
+    read = track(images, len(images), "reading images", unit="image", shown=hashed and main)
+    contents = [_content(image, on_bad) if hashed else b"" for image in read]
     numbers = range(draws)
     versions = [Version(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
     keys: dict[Version, Key] = {}
@@ -145,15 +152,16 @@ def _cells(
     def compute() -> dict[Version, Vector]:
         done: dict[Version, Vector] = {}
         loaded = DataLoader(source, batch_size=None, sampler=batches, num_workers=min(workers, len(batches)))
-        for part in shown(iter(loaded), len(batches), "image", progress):
-            if isinstance(part, BadImage):
-                raise part
-            fresh, pixels = part
-            if fresh:
-                vectors = _features(model, pixels, fresh)
-                if store is not None:
-                    store.put([keys[each] for each in fresh], vectors)
-                done.update(zip(fresh, vectors, strict=True))
+        with closing(shown(iter(loaded), [len(each) for each in batches], "image", progress)) as parts:
+            for part in parts:
+                if isinstance(part, BadImage):
+                    raise part
+                fresh, pixels = part
+                if fresh:
+                    vectors = _features(model, pixels, fresh)
+                    if store is not None:
+                        store.put([keys[each] for each in fresh], vectors)
+                    done.update(zip(fresh, vectors, strict=True))
         return done
 
     for share in distributed.together(compute):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -13,6 +14,8 @@ from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.extras import DISTRIBUTION
 from clipkit.models.dual_encoder import DualEncoder
+
+logger = logging.getLogger("clipkit")
 
 _PACKAGES = (
     *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import CorruptArtefact, ModelError
+from clipkit.errors import CorruptArtefact, ModelError, option
 
 # What transformers, open_clip, timm and peft read; other files with such names (data_config.json, ds_config.json) are
 # not read by any of them. `config.4.57.0.json` is what config.json may name for another version of transformers.
@@ -60,7 +60,8 @@ def refuse_code(folder: Path, *, trust_remote_code: bool = False) -> None:
     for path in sorted({path for name in _READ for path in folder.glob(name) if path.is_file()}):
         asked = list(_asked(read_json(path)))
         if asked:
-            fix = "read that code, then pass trust_remote_code=True with a fixed revision="
+            agree = option("trust_remote_code", True, python="trust_remote_code=True with a fixed revision=")
+            fix = f"read that code, then {agree}"
             raise ModelError(f"the model asks to run its own code ({', '.join(asked[:5])})", where=path, fix=fix)
 
 

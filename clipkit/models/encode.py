@@ -17,6 +17,7 @@ from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.images import load_image
 from clipkit.models.backend import Part
 from clipkit.models.processor import Processor
+from clipkit.progress import Progress
 from clipkit.texts import checked_text, is_broken
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def encode(
         model.to(device)
     found = torch.empty(len(items), dim or model.dim)
     done = 0
-    with _inference(model, dtype), _progress(f"{side}s", len(items), progress) as advance:
+    bar = Progress(len(items), f"embedding {side}s", unit=side, shown=progress)
+    with _inference(model, dtype), bar:
         for inputs in chunks:
             vectors = getattr(model(**{name: value.to(model.device) for name, value in inputs.items()}), side)
             finite = torch.isfinite(vectors).all(1)
@@ -55,7 +57,7 @@ def encode(
                 vectors = F.normalize(vectors[:, :dim], dim=-1)
             found[done : done + len(vectors)] = vectors
             done += len(vectors)
-            advance(len(vectors))
+            bar.advance(len(vectors))
     return found
 
 
@@ -128,14 +130,15 @@ def text_chunks(items: Sequence[Any], processor: Processor, batch_size: int) -> 
         yield processor.texts(items[start : start + batch_size])
 
 
-def report_cut(texts: Sequence[str], processor: Processor) -> None:
-    """One line in the log if texts were longer than the model reads."""
-    length = processor.context_length
+def report_cut(model: DualEncoder, texts: Sequence[str]) -> None:
+    """One line in the log if texts were longer than the model reads; none if it has told of all of them before."""
+    length = model.processor.context_length
     # A token stands for at least one byte, and the special ones are few: most texts need no second look.
     long = [text for text in texts if len(text.encode(errors="replace")) + 4 > length]
-    cut = sum(count > length for count in processor.token_counts(long)) if long else 0
-    if cut:
-        logger.warning("%d of %d texts were cut at %d tokens", cut, len(texts), length)
+    counts = model.processor.token_counts(long) if long else []
+    cut = [text for text, count in zip(long, counts, strict=True) if count > length]
+    if sum(model.once(("cut", length, hash(text))) for text in cut):
+        logger.warning("%d of %d texts were cut at %d tokens", len(cut), len(texts), length)
 
 
 def listed(items: Any, caller: str, single: tuple[type, ...]) -> list[Any]:
@@ -149,17 +152,3 @@ def _positive(batch_size: int) -> int:
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, found {batch_size}")
     return batch_size
-
-
-@contextmanager
-def _progress(title: str, total: int, show: bool) -> Iterator[Any]:
-    """A function that moves a bar on stderr, if one was asked for."""
-    if not show:
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)

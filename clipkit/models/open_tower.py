@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-from clipkit.errors import ModelError
+from clipkit.errors import ModelError, option, typed
 from clipkit.models.backend import Part
 from clipkit.models.configs import read_json, refuse_code
 from clipkit.models.layouts import steps_after
@@ -114,7 +114,8 @@ def open_tokenizer(tokenizer: Any, trust: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        fix = "pass tokenizer=, or a folder with tokenizer.json"
+        name = option("model.tokenizer", "FOLDER", python="tokenizer=")
+        fix = f"name it: {name}; or copy tokenizer.json into the folder"
         raise ModelError(f"no tokenizer could be opened: {error}", where=folder, fix=fix) from error
 
 
@@ -164,7 +165,8 @@ def image_side_for(
         if resize in (None, known.resize):
             return replace(known, mean=tuple(mean), std=tuple(std))
     elif folder is not None and not asked:
-        fix = "pass image_processor=, or image_size= with image_mean= and image_std="
+        ways = "image_processor=, or image_size= with image_mean= and image_std="
+        fix = typed(python=f"pass {ways}", shell="copy preprocessor_config.json from the original model into it")
         raise ModelError("no preprocessor_config.json: the image transform is unknown", where=folder, fix=fix)
     size = image_size or getattr(tower.config, "image_size", None)
     if not isinstance(size, int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from clipkit import distributed
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError, option
+from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError, option, typed
 from clipkit.files import publish
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.paths import did_you_mean
 from clipkit.search.catalogue import Catalogue, Entry, is_index, read, write
 from clipkit.search.changes import Changes, Stat, compare, stat_of, unchanged
 from clipkit.search.listing import Listing, listed
@@ -358,7 +360,11 @@ def _copy(draft: Path, fresh: Path) -> None:
 def _read(path: Path) -> Catalogue:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        fix = "give the index file" if path.is_dir() else "build it first: EmbeddingIndex.build(model, folder, path)"
+        build = typed(
+            python="EmbeddingIndex.build(model, folder, path)",
+            shell=f"clipkit index FOLDER --model MODEL --to {shlex.quote(str(path))}",
+        )
+        fix = "give the index file" if path.is_dir() else did_you_mean(path) or f"build it first: {build}"
         raise UsageError(f"expected an index file; it {found}", where=path, fix=fix)
     with EmbeddingStore(path, readonly=True) as store:
         return read(store)

@@ -15,6 +15,7 @@ from torch import Tensor
 from clipkit.errors import UsageError
 from clipkit.images import ImageSource, is_image_name, probe_image
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.text_notices import tell, text_notices
 from clipkit.texts import checked_text, is_blank
 
 log = logging.getLogger("clipkit")
@@ -23,7 +24,7 @@ Query: TypeAlias = "ImageSource | Tensor"
 
 
 def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], dim: int) -> Tensor:
-    """(queries, dim) float32, unit length.
+    """(queries, dim) float32, unit length. What the model cannot see of a text is told in the log.
 
     Encoded here and not by `embed`: a search is one process's own affair, not work that ranks share. The model is asked
     for only where a query is not an embedding already.
@@ -41,8 +42,11 @@ def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], di
             continue
         if kind == "vector":
             vectors[rows] = torch.stack([_unit(vector, dim) for vector in some])
+        elif kind == "image":
+            vectors[rows] = model().encode_images(some)
         else:
-            vectors[rows] = model().encode_texts(some) if kind == "text" else model().encode_images(some)
+            vectors[rows] = model().encode_texts(some)
+            tell(text_notices(model().processor, some), model().processor.text_side)
     return vectors
 
 

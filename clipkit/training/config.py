@@ -92,8 +92,8 @@ class TrainConfig:
         save_minutes: between checkpoints: as much work is lost at most.
         save_steps: a checkpoint also after each so many steps; None: by the clock alone.
         skip_nonfinite: steps with a loss or gradient that is no number that may be left out before the run stops.
-        trackers: of Accelerate: ``tensorboard``, ``wandb``, ``mlflow`` …
-        progress: whether to show a progress bar.
+        trackers: of Accelerate: ``tensorboard``, ``wandb``, ``mlflow``, ``trackio`` … See `Trackers`.
+        progress: whether to show a progress bar, or lines where no one watches. All else is said without it, too.
     """
 
     output_dir: str
@@ -472,7 +472,7 @@ class RunConfig:
                 message, where="evaluate.reference", fix=f"{option('forget_budget', 0.01)}, or leave it out"
             )
         if self.data.features is not None and "image" not in self.model.freeze:
-            message = "features can be kept only of an image tower that stands still"
+            message = "features can be kept only of an image tower that stands still; a saved model is opened with none"
             raise ConfigError(message, where="data.features", fix=option("model.freeze", ["image"]))
 
     @classmethod

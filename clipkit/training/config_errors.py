@@ -88,18 +88,48 @@ def config_error(error: ValidationError, root: type, path: str | Path | None, ov
         path: the file, if there was one.
         overrides: what was typed beside it.
     """
-    messages, fixes, places = [], [], []
+    fixes: list[str] = []
+    places: list[object] = []
+    said: dict[str, list[str]] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        typed = next((each for each in overrides if f"{each.partition('=')[0]}.".startswith(f"{key}.")), None)
-        typed = typed or next((each for each in overrides if key.startswith(f"{each.partition('=')[0]}.")), None)
+        key = _key(problem["loc"])
+        typed = min(
+            (each for each in overrides if _about(each, key)), key=lambda each: _distance(each, key), default=None
+        )
         places.append(typed or path)
         message, fix = _said(problem, key, root, typed, in_file=path is not None and typed is None)
-        messages.append(message)
+        said.setdefault(key, []).append(message)
         fixes += [fix] if fix else []
-    places = list(dict.fromkeys(place for place in places if place is not None))
-    where = ", ".join(map(str, places)) or None
-    return ConfigError("; ".join(dict.fromkeys(messages)), where=where, fix=fixes[0] if fixes else None)
+    where = ", ".join(dict.fromkeys(str(place) for place in places if place is not None)) or None
+    message = "; ".join(_joined(messages) for messages in said.values())
+    return ConfigError(message, where=where, fix=fixes[0] if fixes else None)
+
+
+def _key(place: Sequence[Any]) -> str:
+    """The dotted key, without the member of a union that pydantic tried."""
+    parts = [str(part) for part in place]
+    while len(parts) > 1 and (parts[-1] in ("int", "float", "str", "bool") or "[" in parts[-1]):
+        parts.pop()
+    return ".".join(parts)
+
+
+def _distance(override: str, key: str) -> int:
+    return abs(override.partition("=")[0].count(".") - key.count("."))
+
+
+def _joined(messages: Sequence[str]) -> str:
+    """What pydantic says of each member of a union, as one."""
+    parts = [message.partition(": ")[2].rpartition(", found ") for message in messages]
+    if len(messages) == 1 or not all(found for _, found, _ in parts):
+        return "; ".join(dict.fromkeys(messages))
+    expected = " or ".join(dict.fromkeys(said.removeprefix("input should be ") for said, _, _ in parts))
+    return f"{messages[0].partition(': ')[0]}: input should be {expected}, found {parts[0][2]}"
+
+
+def _about(override: str, key: str) -> bool:
+    """Whether an override sets this key, a part of it, or what it is a part of."""
+    name = override.partition("=")[0]
+    return f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
 
 
 def _said(problem: Any, key: str, root: type, typed: str | None, *, in_file: bool) -> tuple[str, str | None]:
@@ -115,8 +145,13 @@ def _said(problem: Any, key: str, root: type, typed: str | None, *, in_file: boo
     if problem["type"] == "tuple_type":
         return f"`{key}` is a list, found {found!r}", None
     if problem["type"].startswith("dataclass_type"):
-        return f"`{key}` is a section, found {found!r}", f"known in it: {', '.join(_fields(root, problem['loc']))}"
-    return f"`{key}`: {problem['msg'][0].lower()}{problem['msg'][1:]}, found {found!r}", None
+        known = _fields(root, problem["loc"])
+        return (
+            f"`{key}` is a section, found {found!r}",
+            f"known in it: {', '.join(known[:12])}{', …' * (len(known) > 12)}",
+        )
+    expected = problem["msg"].partition(", unable to parse")[0]
+    return f"`{key}`: {expected[0].lower()}{expected[1:]}, found {found!r}", None
 
 
 def _meant(place: Sequence[Any], value: Any, root: type, typed: str | None, *, in_file: bool) -> str:
@@ -183,7 +218,7 @@ def _full(name: str) -> str:
     """A key with its section, where it came without one."""
     if "." in name or name in _fields(_root(), []):
         return name
-    order = ("data", "train", "model", "evaluate")
+    order = ("data", "train", "model", "evaluate", "similar")
     return next((f"{section}.{name}" for section in order if name in _fields(_root(), [section])), f"train.{name}")
 
 

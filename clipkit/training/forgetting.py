@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.errors import ClipkitError, UsageError
+from clipkit.errors import ClipkitError, UsageError, option
 from clipkit.files import write_json, write_text
 from clipkit.metrics.direction import lower_is_better, worth
 from clipkit.models.card_forgetting import forgetting_lines
@@ -123,10 +123,11 @@ class Guardrail:
         self.line = Line(model, folder / "start.safetensors")
         self.baseline: dict[str, float] = {}
         if reference is None and self.line.fresh:
+            given = option("evaluate.reference", "FILE", python="reference=RetrievalEvaluator(pairs)")
             raise UsageError(
                 "what a model finds alike through weights that began at random is nothing to be kept",
                 where=self.line.fresh[0],
-                fix="reference=an evaluator of what is not to be forgotten, or train the heads in a run of their own",
+                fix=f"{given} of what is not to be forgotten, or train the heads in a run of their own",
             )
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
@@ -144,6 +145,10 @@ class Guardrail:
                 raise ClipkitError(f"a reference must be a finite number, found {value}", where=key)
         return found
 
+    def keys(self) -> list[str]:
+        """The keys of the metrics, where the reference knows them before it measures."""
+        return [_key(key) for key in getattr(self.reference, "keys", list)()]
+
     def n(self) -> dict[str, int]:
         """What the reference rests on."""
         return {_key(key): count for key, count in getattr(self.reference, "n", dict)().items()}
@@ -157,10 +162,8 @@ class Guardrail:
         """Of the reference, what could not be used."""
         return list(getattr(self.reference, "rejected", []))
 
-    def begin(self) -> dict[str, float] | None:
-        """Keep the start and measure it, once in a run: its reference, or None if that was done before."""
-        if self.baseline:
-            return None
+    def begin(self) -> dict[str, float]:
+        """Keep the start and measure it, once in a run: its reference."""
         self.line.keep()
         self.baseline = distributed.broadcast_object(self(self.model))
         key, value = next(iter(self.baseline.items()))

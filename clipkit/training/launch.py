@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 from clipkit.training.config import TrainConfig
 
 logger = logging.getLogger("clipkit")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, with the precision and trackers of a config, on the devices that are there.
+    """Accelerate, with the precision of a config, on the devices that are there.
 
     Raises:
-        UsageError: a precision or tracker that is not to be had; FSDP or DeepSpeed was asked for and is not active.
+        UsageError: a precision that is not to be had; FSDP or DeepSpeed was asked for and is not active.
     """
     cpu = not torch.accelerator.is_available()
     precision = config.precision
@@ -28,22 +27,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # or the first Trainer of a process would set the precision of all
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of trackers: said better below
-            accelerator = Accelerator(
-                cpu=cpu,
-                mixed_precision="no" if precision == "fp32" else precision,
-                log_with=list(config.trackers) or None,
-                project_dir=config.output_dir,
-            )
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
     except (ValueError, ImportError) as error:
-        raise UsageError(
-            f"Accelerate cannot be set up: {error}", fix="see precision and trackers of TrainConfig"
-        ) from error
-    ready = {str(getattr(each, "value", each)) for each in accelerator.log_with}
-    if missing := set(config.trackers) - ready:  # Accelerate would go on without them
-        raise UsageError(
-            f"the tracker {min(missing)!r} is not to be had", where="trackers", fix=f"pip install {min(missing)}"
-        )
+        raise UsageError(f"Accelerate cannot be set up: {error}", fix=option("precision", "fp32")) from error
     _check_sharding(accelerator)
     return accelerator
 

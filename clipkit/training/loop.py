@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,24 +16,25 @@ import torch
 from clipkit import distributed
 from clipkit.data.batch import Batch
 from clipkit.data.plan import hash64
-from clipkit.errors import ClipkitError, Interrupted, TooManyRejected
+from clipkit.errors import ClipkitError, Interrupted, TooManyRejected, option
 from clipkit.files import write_json
 from clipkit.losses.contrastive import Loss
+from clipkit.progress import WAIT, Progress
 from clipkit.training import resume
 from clipkit.training.average import Average
 from clipkit.training.checkpoint import Checkpoints, Snapshot, read, size_of
 from clipkit.training.folder import Best, Log, write_rejects, write_timing
-from clipkit.training.forgetting import Forgetting
+from clipkit.training.forgetting import ALPHAS, Forgetting
 from clipkit.training.memory import explained
 from clipkit.training.nonfinite import NonFinite
 from clipkit.training.optim import build_optimizer, schedule
 from clipkit.training.preflight import preflight
-from clipkit.training.progress import Progress
 from clipkit.training.record import Attempts, draw_curves, topology
 from clipkit.training.result import TrainResult
 from clipkit.training.signals import StopSignal
 from clipkit.training.state import Adam, Facts, Part, Weights
 from clipkit.training.step import backward
+from clipkit.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from clipkit.training.trainer import Trainer
@@ -94,6 +96,7 @@ class Loop:
         self.every = self.config.evaluate_every or trainer.plan.steps_per_epoch
         here = topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
         self.attempts = Attempts(self.folder, asdict(self.config), here)
+        self.trackers = Trackers(self.config.trackers, self.folder)
 
     def run(self) -> TrainResult:
         """Go on from the newest checkpoint, or begin; to the end.
@@ -111,10 +114,10 @@ class Loop:
         how = "done"
         try:
             self._settle()
-            shown = self.config.progress and distributed.is_main()
-            with self.log, Progress(self.total, "training", shown=shown, done=self.step) as progress:
+            self.trackers.start(self.model.card.config, self.step)
+            with self.log, self._progress(self.total, "training", done=self.step) as progress:
                 self._say_first(progress)
-                self._look_back()
+                self._look_back(progress)
                 self._catch_up(progress)
                 self._steps(progress)
                 return self._finish(progress)
@@ -122,7 +125,12 @@ class Loop:
             how = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise
         finally:
+            self.trackers.finish("FINISHED" if how == "done" else "KILLED" if self.stop.wanted else "FAILED")
             self.attempts.end(self.step, how)
+
+    def _progress(self, total: int, what: str, *, unit: str = "step", done: int = 0) -> Progress:
+        main = distributed.is_main()
+        return Progress(total, what, unit=unit, done=done, shown=self.config.progress, silent=not main)
 
     # -- before the first step
 
@@ -175,13 +183,17 @@ class Loop:
             self.model, trainer.pairs, trainer.plan, trainer.similar, self.config, steps=self.total, sigmoid=sigmoid
         )
         write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(trainer.plan.notes)})
-        for line in [*trainer.plan.notes, *found.lines()]:
+        epochs = self.total / trainer.plan.steps_per_epoch
+        length = f"training: {self.total:,} steps of {self.config.batch_size:,} pairs, {epochs:.3g} epochs"
+        for line in [length, *trainer.plan.notes, *found.lines()]:
             progress.note(line)
 
-    def _look_back(self) -> None:
+    def _look_back(self, progress: Progress) -> None:
         """Keep the start for the guardrail, once in a run; its reference is the line of step 0."""
-        if self.guardrail is not None and (baseline := self.guardrail.begin()) is not None:
-            self.log.write({"step": 0, **baseline})
+        if self.guardrail is None or self.guardrail.baseline:
+            return
+        progress.note("before the first step: measuring what must not be forgotten")
+        self._record(0, self.guardrail.begin())
 
     # -- the steps
 
@@ -189,10 +201,11 @@ class Loop:
         self.wrapped.train()
         if self._over():  # a run that was done, or stopped early
             return
+        progress.begin()
         with closing(self._batches()) as batches:
             for batch in batches:
                 loss, norm = self._step(batch)
-                self._write(loss, norm, progress)
+                self._tell(loss, norm, progress)
                 stop, due = self._agree(self.stop.wanted is not None, self._is_due())
                 if stop or due:
                     self.save()
@@ -207,7 +220,7 @@ class Loop:
         return Interrupted(
             f"stopped by {by} after step {self.step} of {self.total}; {state}",
             where=self.folder,
-            fix='start the same command with --resume auto (resume="auto") to go on',
+            fix=f"start the same again with {option('resume', 'auto')} to go on",
         )
 
     def _over(self) -> bool:
@@ -236,7 +249,7 @@ class Loop:
             yield batch.to(self.accelerator.device)
 
     def _step(self, batch: Batch) -> tuple[Loss, float]:
-        """One update of the weights, unless loss or gradient are not finite."""
+        """One update of the weights, unless loss or gradient are not finite; the loss, and the gradient's norm."""
         config, trainer = self.config, self.trainer
         self.step += 1
         self.clock.values["evaluated"] = False
@@ -258,11 +271,11 @@ class Loop:
             )
         norm = self._clip()
         # gradients are summed over ranks before this, so that all ranks see the same norm; a loss is a rank's own
-        (lost,) = self._agree(not math.isfinite(float(loss.loss)))
+        mean = _mean(loss)
         scaler = getattr(self.accelerator, "scaler", None)
         lowering = scaler is not None and scaler.get_scale() >= 1  # fp16: too large a scale is halved until it fits
-        if lost or (not math.isfinite(norm) and not lowering):
-            self.nonfinite.refuse(self.step, float(loss.loss), norm, self.learner)
+        if not math.isfinite(float(mean.loss)) or (not math.isfinite(norm) and not lowering):
+            self.nonfinite.refuse(self.step, float(mean.loss), norm, self.learner)
             if scaler is not None:
                 scaler.update()
         else:
@@ -272,7 +285,7 @@ class Loop:
                 self.model.logit_scale.clamp_(max=self.ceiling)
             if self.average is not None and not self.accelerator.optimizer_step_was_skipped:
                 self.average.update()
-        return loss, norm
+        return mean, norm
 
     def _clip(self) -> float:
         """The norm of the gradient, clipped if it is finite: a clipped NaN would spread to every parameter."""
@@ -286,28 +299,27 @@ class Loop:
             torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
         return float(norm)
 
-    def _write(self, loss: Loss, norm: float, progress: Progress) -> None:
-        step = self.step
+    def _tell(self, loss: Loss, norm: float, progress: Progress) -> None:
+        """Show every step, and log those that `log_every` asks for, the first and the last."""
+        step, scale = self.step, float(self.model.logit_scale.detach().exp())
+        progress.show(step, loss=float(loss.loss), scale=scale)
         if step % self.config.log_every and step not in (1, self.total):
-            progress.show(step)
             return
-        line = self._measured(loss, norm)
-        self.log.write(line)
-        self.accelerator.log({key: value for key, value in line.items() if key != "step"}, step=step)
-        write_timing(self.folder, step, self._seconds(), self.config.batch_size)
-        progress.show(step, loss=math.nan if line["loss"] is None else line["loss"], scale=line["logit_scale"])
-
-    def _measured(self, loss: Loss, norm: float) -> dict[str, Any]:
-        mean = distributed.gather_rows(torch.stack(loss).detach().float().reshape(1, 2)).mean(dim=0)
-        return {
-            "step": self.step,
-            "epoch": round(self.step / self.trainer.plan.steps_per_epoch, 4),
-            "loss": _finite(float(mean[0])),
-            "kl": _finite(float(mean[1])),
-            "logit_scale": float(self.model.logit_scale.detach().exp()),
+        line = {
+            "epoch": round(step / self.trainer.plan.steps_per_epoch, 4),
+            "loss": _finite(float(loss.loss)),
+            "kl": _finite(float(loss.kl)),
+            "logit_scale": scale,
             "gradient_norm": _finite(norm),
-            "learning_rate": self.config.learning_rate * schedule(self.step - 1, self.total, self.config.warmup),
+            "learning_rate": self.config.learning_rate * schedule(step - 1, self.total, self.config.warmup),
         }
+        self._record(step, line)
+        write_timing(self.folder, step, self._seconds(), self.config.batch_size)
+
+    def _record(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl, and the same for the trackers."""
+        self.log.write({"step": step, **values})
+        self.trackers.log(values, step)
 
     def _agree(self, *flags: bool) -> list[bool]:
         """Which of these hold on any rank."""
@@ -322,7 +334,7 @@ class Loop:
             raise TooManyRejected(
                 f"{found} of {rows} images cannot be used, more than max_bad={limit} allows",
                 where=self.folder,
-                fix="`clipkit check data` lists them; mend them, or raise max_bad",
+                fix=f"`clipkit check data` lists them; mend them, or raise {option('max_bad')}",
             )
 
     # -- between the steps
@@ -363,11 +375,12 @@ class Loop:
         """The evaluation that is due after this step, unless it is done."""
         if not self.step or not self._is_measured() or self.clock.values["evaluated"]:
             return
+        if not 0 < self.evaluation < WAIT:  # of the first one nobody knows how long it takes
+            progress.note(f"step {self.step}: measuring")
         begin = time.monotonic()
         with nullcontext() if self.average is None else self.average.applied():
             metrics = self.trainer.evaluate()
-            self.log.write({"step": self.step, **metrics})
-            self.accelerator.log(metrics, step=self.step)
+            self._record(self.step, metrics)
             self.best.offer(self.step, metrics, self.trainer.counts(), progress)
         self.clock.values["evaluated"] = True
         self.evaluation = time.monotonic() - begin
@@ -395,8 +408,6 @@ class Loop:
         found = self._guard(progress)
         metrics = metrics if found is None else found.chosen.metrics
         self.model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
-        for tracker in self.accelerator.trackers:  # end_training would also end the process group
-            tracker.finish()
         rejected = self.rejected.values
         lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected, key=int)]
         measured = self.trainer.measured()
@@ -410,7 +421,14 @@ class Loop:
         """Walk back as far as the budget asks; a walk that is interrupted is done again by the next attempt."""
         if self.guardrail is None:
             return None
-        found = self.guardrail.settle(self.trainer.evaluate, self.best.key, self.trainer.counts(), self._heed)
+        with self._progress(len(ALPHAS), "walking back to the start", unit="point") as walk:
+            done = count()
+
+            def heed() -> None:
+                self._heed()
+                walk.show(next(done))
+
+            found = self.guardrail.settle(self.trainer.evaluate, self.best.key, self.trainer.counts(), heed)
         for line in found.lines():
             progress.note(line)
         return found
@@ -420,6 +438,12 @@ class Loop:
         (stop,) = self._agree(self.stop.wanted is not None)
         if stop:
             raise self._interrupted("all steps are taken, and the last checkpoint holds them")
+
+
+def _mean(loss: Loss) -> Loss:
+    """Of all ranks; not finite where that of one is not."""
+    own = torch.stack(loss).detach().float().reshape(1, 2)
+    return Loss(*distributed.gather_rows(own, [1] * distributed.world_size()).mean(dim=0))
 
 
 def _finite(value: float) -> float | None:

@@ -75,38 +75,38 @@ def _is_one(value: Any, kinds: Sequence[Any]) -> bool:
     return Ellipsis in get_args(listed) and not absent and not _takes_text(kinds)
 
 
-def _read(text: str, kinds: Sequence[Any], *, commas: bool) -> Any:
+def _read(text: Override, kinds: Sequence[Any], *, commas: bool) -> Any:
     lists = any(get_origin(kind) is tuple for kind in kinds)
     if type(None) in kinds and text in ("", "null", "~"):
         return None
     if text[:1] == "{" and any(_is_nested(kind) for kind in [*kinds, *_item_hints(kinds)]):
         return _mapping(text, kinds)
     if lists and text[:1] == "[":
-        return parse_yaml(text, text)
+        return parse_yaml(text, text.typed)
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     if lists and commas and ("," in text or not text):
         return [plain(part.strip()) for part in text.split(",") if part.strip()]
-    return text if _takes_text(kinds) and text in ("null", "~") else plain(text)
+    return str(text) if _takes_text(kinds) and text in ("", "null", "~") else plain(text)
 
 
 def _is_nested(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) or get_origin(kind) is dict
 
 
-def _mapping(text: str, kinds: Sequence[Any]) -> Any:
+def _mapping(text: Override, kinds: Sequence[Any]) -> Any:
     """The mapping that a text in braces is; a template such as "{} in the wild" may begin with braces, too."""
     if not _takes_text(kinds):
-        return parse_yaml(text, text)
+        return parse_yaml(text, text.typed)
     with contextlib.suppress(ConfigError):
-        found = parse_yaml(text, text)
+        found = parse_yaml(text, text.typed)
         if (
             isinstance(found, dict)
             and found
             and all(getattr(item, "value", item) is not None for item in found.values())
         ):
             return found
-    return text
+    return str(text)
 
 
 def _scalar(value: Any, kinds: Sequence[Any]) -> Any:

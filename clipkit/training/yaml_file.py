@@ -30,7 +30,9 @@ class Scalar(str):
 
 
 class Override(str):
-    """The text after `key=`, not read yet: how depends on its field (see `typed.fit`)."""
+    """The text after `key=`, not read yet: how depends on its field (see `typed.fit`). `typed` is the whole."""
+
+    typed: str
 
 
 class _Loader(yaml.SafeLoader):
@@ -99,6 +101,10 @@ def parse_yaml(text: str, where: object) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"not valid YAML: {error.problem or error.context}{place}", where=where) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {error}", where=where) from None
 
@@ -139,3 +145,4 @@ def set_value(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{parent!r} is {kind}, not a section", where=override)
         values = inner
     values[leaf] = Override(text)
+    values[leaf].typed = override

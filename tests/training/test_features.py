@@ -111,7 +111,7 @@ def test_a_tower_that_trains_has_no_features_to_keep(pairs, tmp_path):
     with pytest.raises(UsageError, match="a tower that stands still"):
         with_image_features(tiny.make_model().freeze("image", blocks=1), pairs)
     basic = ["model.name=a/b", "data.train=b.csv", f"train.output_dir={tmp_path}", "data.features=f.sqlite"]
-    with pytest.raises(ConfigError, match=r"stands still(?s:.)*model.freeze=\[image\]"):
+    with pytest.raises(ConfigError, match=r"stands still(?s:.)*model.freeze=image"):
         RunConfig.load(None, basic)
     RunConfig.load(None, [*basic, "model.freeze=[image]"])
     with pytest.raises(ConfigError, match="feature_draws must be at least 1, found 0"):

@@ -151,7 +151,7 @@ def test_an_evaluation_metric_that_is_not_there(tmp_path, pairs, make_model):
     trainer = Trainer(
         make_model(), pairs, config(tmp_path / "run", max_steps=1, best="recall"), evaluators=[lambda _: {"a": 1}]
     )
-    with pytest.raises(UsageError, match=r"no evaluator gives the metric 'recall'(?s:.)*one of: a"):
+    with pytest.raises(UsageError, match=r"no evaluator gives the metric 'recall'(?s:.)*best=\"a\""):
         trainer.train()
 
 
@@ -169,7 +169,7 @@ def test_what_cannot_start_does_not(tmp_path, pairs, make_model):
         Trainer(model, pairs, config(tmp_path / "b"), similar=SameGroup("color"))
     with pytest.raises(UsageError, match="nothing counts as similar"):
         Trainer(model, pairs, config(tmp_path / "b"), similar=[])
-    with pytest.raises(UsageError, match="no column 'texts'"):
+    with pytest.raises(UsageError, match="no texts to learn from"):
         Trainer(model, pairs.remove_columns("texts"), config(tmp_path / "b"))
 
 
@@ -194,13 +194,6 @@ def test_a_broken_image_stops_the_run_or_is_listed(tmp_path, pairs, make_model):
         Trainer(make_model(), broken, config(tmp_path / "c", on_bad="skip", max_bad=0)).train()
     listed = [json.loads(line) for line in (tmp_path / "b/rejects.jsonl").read_text().splitlines()]
     assert [(row["row"], row["stage"]) for row in listed] == [(3, "train")]
-
-
-def test_trackers(tmp_path, pairs, make_model):
-    with pytest.raises(UsageError, match=r"the tracker 'nonesuch'|nonesuch"):
-        Trainer(make_model(), pairs, config(tmp_path / "a", trackers=("nonesuch",)))
-    with pytest.raises(UsageError, match=r"the tracker 'comet_ml' is not to be had(?s:.)*pip install comet_ml"):
-        Trainer(make_model(), pairs, config(tmp_path / "b", trackers=("comet_ml",)))
 
 
 def test_bf16(tmp_path, pairs, make_model):

@@ -212,6 +212,7 @@ def evaluate(
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
+    options["progress"] = not as_json
     evaluators: list[Any] = []
     if has_texts(pairs):
         evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
@@ -295,7 +296,7 @@ def label(
     else:
         listing = list_images(images, on_bad=on_bad)
         paths, items, ledger = list(map(str, listing.files)), list(listing.files), listing.ledger()
-    classify = ZeroShotClassifier(_open(model), names, templates=template or DEFAULT_TEMPLATE)
+    classify = ZeroShotClassifier(_open(model), names, templates=template or DEFAULT_TEMPLATE, progress=not as_json)
     found = classify.label(
         items, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
@@ -313,7 +314,16 @@ def label(
         cells = [[path, *(cell for name, score in best for cell in (name, f"{score:.4f}"))] for path, best in rows]
         _write_csv(to, ["image", *heads], cells)
     if as_json:
-        _print_json([{"image": path, "label": best[0][0], "score": best[0][1], "top": best} for path, best in rows])
+        warnings = {
+            name: [notice.as_dict() for notice in classify.notices if name in notice.texts]
+            for name in classify.class_names
+        }
+        _print_json(
+            [
+                {"image": path, "label": best[0][0], "score": best[0][1], "top": best, "warnings": warnings[best[0][0]]}
+                for path, best in rows
+            ]
+        )
     elif not to:
         for path, best in rows:
             _say(f"{show(path)}\t" + "\t".join(f"{name} {score:.2f}" for name, score in best))
@@ -392,13 +402,19 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find images by text or by image."""
+    from clipkit.models.text_notices import text_notices
     from clipkit.search.index import EmbeddingIndex
     from clipkit.search.query import kind_of
 
     kind_of(query)  # what cannot be asked is told before anything is opened
-    hits = EmbeddingIndex.open(index, model=model, root=root).search(query, k=k, missing=missing)
+    opened = EmbeddingIndex.open(index, model=model, root=root)
+    hits = opened.search(query, k=k, missing=missing)
     if as_json:
-        _print_json([{"path": hit.path, "score": hit.score, "missing": hit.missing} for hit in hits])
+        notices = text_notices(opened.model.processor, [query]) if kind_of(query) == "text" else []
+        warnings = [notice.as_dict() for notice in notices]
+        _print_json(
+            [{"path": hit.path, "score": hit.score, "missing": hit.missing, "warnings": warnings} for hit in hits]
+        )
         return
     for hit in hits:
         _say(f"{hit.score:.3f}  {show(hit.path)}" + ("  (missing)" if hit.missing else ""))
@@ -533,6 +549,7 @@ def _run_config(settings: Sequence[str]) -> RunConfig:
 
 
 def _open(model: str) -> DualEncoder:
+    logging.getLogger("clipkit").info("opening %s", model)
     from clipkit import distributed
     from clipkit.models.dual_encoder import DualEncoder
 
@@ -557,7 +574,7 @@ def _harmless(text: str) -> str:
 def _print_json(value: Any) -> None:
     from clipkit.files import dump_json
 
-    typer.echo(dump_json(value).encode(), nl=False)  # JSON is UTF-8, whatever the terminal is
+    typer.echo(dump_json(value), nl=False)
 
 
 def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = None) -> None:
@@ -587,8 +604,9 @@ def main() -> NoReturn:
     # OpenMP threads that spin while they wait make a step ten times slower once another program wants their core;
     # threads that never spin make it a fifth slower when none does
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "accelerate", "transformers", "datasets"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("clipkit").setLevel(logging.INFO)  # and no other library: theirs would fill the screen
+    if not sys.stderr.isatty():  # or their bars would fill a log
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     exit_with_message(app)
     sys.exit(0)

@@ -22,7 +22,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import ClassVar, TypeAlias
 
 FrontEnd: TypeAlias = Callable[[str, object], str]
@@ -162,6 +162,18 @@ def speaking(front_end: FrontEnd) -> Iterator[None]:
         yield
     finally:
         _front_end = before
+
+
+@contextlib.contextmanager
+def within(section: str, names: Collection[str]) -> Iterator[None]:
+    """Within it, settings of these names are those of this section of a config, such as ``evaluate.reference``."""
+    outer = _front_end
+
+    def front_end(name: str, value: object) -> str:
+        return outer(f"{section}.{name}" if name in names else name, value)
+
+    with speaking(outer if outer is as_python else front_end):
+        yield
 
 
 def exit_with_message(program: Callable[[], object]) -> None:

@@ -173,7 +173,10 @@ def _load(source: ImageSource, limits: _Limits) -> Image.Image:
     inner = _unwrap(source)
     if isinstance(inner, Image.Image):
         _check_size(inner.size, limits)
+        rawmode = depth.rawmode_of(inner)
         _load_pixels(inner, b"")
+        if depth.is_dark(inner, rawmode):
+            _warn("WARN_DEPTH", "16-bit samples hold small values, of which Pillow drops half: pass the file", source)
         return _to_rgb(inner, source)
     if isinstance(inner, np.ndarray):
         return _from_array(inner, limits)

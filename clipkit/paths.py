@@ -127,7 +127,7 @@ def _skip(name: str, kind: str, skipped: Counter[str]) -> bool:
     if not name.startswith(".") and name.lower() not in _LEFT_BEHIND:
         return False
     by_name = kind == "folder" or name == ".DS_Store" or not name.startswith(".")
-    skipped[show(name) if by_name else "hidden file(s)"] += 1
+    skipped[show(name) if by_name else "other hidden"] += 1
     return True
 
 

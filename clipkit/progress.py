@@ -35,6 +35,7 @@ class Progress:
     """
 
     _display: ClassVar[Bar | None] = None  # of this process: rich can draw one at a time
+    _rows: ClassVar[int] = 0  # of it
 
     def __init__(
         self, total: int, what: str, *, unit: str = "step", shown: bool = True, silent: bool = False, done: int = 0
@@ -45,7 +46,7 @@ class Progress:
         self.start = self.last = time.monotonic()
         self.bar: Bar | None = None
         self.own = False  # whether the display is this one's
-        self.moved: list[logging.StreamHandler[Any]] = []
+        self.before, self.moved = sys.stderr, list[logging.StreamHandler[Any]]()
 
     def __enter__(self) -> Progress:
         self.begin()
@@ -59,11 +60,13 @@ class Progress:
         if self.bar is None:
             return
         self.bar.remove_task(self.task)
+        self.bar.refresh()  # so that as many rows stand there as are counted
+        Progress._rows -= 1
         if self.own:
             Progress._display = None
             self.bar.stop()
             for handler in self.moved:
-                handler.setStream(sys.stderr)
+                handler.setStream(self.before)
         self.bar = None
 
     def begin(self) -> None:
@@ -106,11 +109,13 @@ class Progress:
         )
         self.task = self.bar.add_task(self.what, total=self.total, completed=self.now, values="")
         if self.own:
-            Progress._display, before = self.bar, sys.stderr
-            self.bar.start()  # puts a stream into the place of sys.stderr that prints above the bar
-            self.moved = [each for each in _handlers() if each.stream is before]
+            Progress._display, self.before = self.bar, sys.stderr
+            self.bar.start()
+            self.moved = [each for each in _handlers() if each.stream is self.before]
             for handler in self.moved:
-                handler.setStream(sys.stderr)
+                handler.setStream(_Above(self.bar.console))
+        self.bar.refresh()
+        Progress._rows += 1
 
     def _line(self) -> None:
         now = time.monotonic()
@@ -140,6 +145,27 @@ def track(
         for item in items:
             yield item
             progress.advance(1 if counts is None else next(counts))
+
+
+def aside(text: str) -> str:
+    """A line as a handler of signals may write it to standard error: it takes no lock, and a bar comes again below."""
+    rows = Progress._rows
+    erase = "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (rows - 1) if rows else ""
+    return f"{erase}{text}" + "\n" * max(1, rows)  # the bar goes up by its rows before it is drawn
+
+
+class _Above:
+    """A stream that prints above the bar, and leaves it to the terminal to wrap long lines."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def write(self, text: str) -> int:
+        self.console.print(text.removesuffix("\n"), markup=False, soft_wrap=True)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
 
 def pace(done: int, seconds: float, unit: str) -> str:

@@ -56,10 +56,10 @@ def _is_broken(stream: TextIO) -> bool:
 
 
 def never_fail_on_a_name() -> None:
-    """One odd character, in a locale that lacks it, must not cost the output of an hour."""
+    """One odd character, in a locale that lacks it, must not cost the output of an hour. JSON is UTF-8 anywhere."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _at_home(value: Any) -> Any:
@@ -79,4 +79,10 @@ def _typed(params: Sequence[Any], name: str, value: object) -> str:
         from clipkit.training.config_errors import as_setting
 
         return as_setting(name, value)
-    return word if value is None else f"{word}={shlex.quote(str(value))}"
+    return as_option(name, value)  # of another verb
+
+
+def as_option(name: str, value: object) -> str:
+    """As an option of a program: ``--on-bad skip``."""
+    flag = f"--{name.rpartition('.')[2].replace('_', '-')}"
+    return flag if value is None else f"{flag} {shlex.quote(str(value))}"

@@ -1,6 +1,7 @@
 """The verbs on good and on bad input: exit codes, messages that tell what to do, JSON for scripts."""
 
 import csv
+import io
 import json
 import os
 import sys
@@ -10,6 +11,7 @@ import pytest
 import tiny
 from command import clipkit
 
+from clipkit import cli, shell
 from clipkit.cli import main
 
 VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
@@ -35,6 +37,10 @@ def table(tmp_path):
                 (tmp_path / name).write_bytes(tiny.square(colour, place))
                 rows.writerow([name, f"a {colour} square {place}", colour])
     return tmp_path / "squares.csv"
+
+
+def image_of(folder):
+    return folder / "squares" / "red_left.png"
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -75,15 +81,40 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
 
     done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
     assert done.code == 0, done.err
+    done = clipkit("index", tmp_path / "squares", "--model", model, "--to", tmp_path / "s.index")
+    assert "32 images (0 new, 0 changed, 0 moved, 0 deleted, 32 as before)" in done.out, done.err
+    done = clipkit("index", tmp_path, "--model", model, "--to", tmp_path / "s.index")
+    assert (done.code, "another folder" in done.err, "--overwrite replaces" in done.err) == (2, True, True)
     hits = json.loads(clipkit("search", tmp_path / "s.index", "a red square left", "-k", 3, "--json").out)
     assert len(hits) == 3
-    image = tmp_path / "squares" / "red_left.png"
+    assert [hit["warnings"] for hit in hits] == [[]] * 3
+    done = clipkit("search", tmp_path / "s.index", "zebra", "-k", 2, "--json")  # not a word of the model
+    assert [warning["code"] for hit in json.loads(done.out) for warning in hit["warnings"]] == ["UNKNOWN"] * 2
+    assert "the model knows nothing of 'zebra'" in done.err
+    done = clipkit("label", image_of(tmp_path), "-m", model, "-c", "zebra", "-c", "gnu", "--json")
+    (row,) = json.loads(done.out)
+    assert [warning["code"] for warning in row["warnings"]] == ["UNKNOWN", "SAME"]
+    assert "the model cannot tell the classes 'zebra' and 'gnu' apart" in done.err
+    image = image_of(tmp_path)
     assert clipkit("search", tmp_path / "s.index", image, "-k", 1).out == f"1.000  {image}\n"
     done = clipkit("search", tmp_path / "s.index", tmp_path / "nope.png")  # not a text that happens to end in .png
     assert (done.code, "MISSING: no such file" in done.err) == (3, True)
 
 
-def test_check_data(table, model, tmp_path):
+def test_no_name_costs_the_output(monkeypatch):
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
+    shell.never_fail_on_a_name()
+    cli._say("caf\udce9 漢字.png")
+    cli._print_json({"path": "caf\udce9 漢字.png"})
+    sys.stdout.flush()
+    text, _, data = bytes_written.getvalue().partition(b"\n")
+    assert "漢字.png" in text.decode()
+    assert os.fsencode(json.loads(data)["path"]) == b"caf\xe9 " + "漢字.png".encode()
+
+
+def test_check_data(table, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the rejects are listed
     done = clipkit("check", "data", table, "--label", "colour", "--model", model)
     assert done.code == 0, done.err
     assert "32" in done.out
@@ -91,6 +122,27 @@ def test_check_data(table, model, tmp_path):
     done = clipkit("check", "data", table, "--json")
     assert done.code == 3
     assert "NOT_IMAGE" in done.out
+
+
+def test_how_a_table_is_written_is_typed_as_the_error_says(tmp_path, table, model):
+    rows = table.read_text().replace(",", ";").replace("a red", "a caf\xe9 red")
+    (tmp_path / "other.csv").write_text(rows, encoding="cp1252")
+    typed = []
+    settings = [f"model.name={model}", f"data.train={tmp_path / 'other.csv'}", f"train.output_dir={tmp_path / 'run'}"]
+    settings += ["train.batch_size=8", "train.max_steps=1", "data.test=0", "train.progress=false"]
+    for fix in ("--encoding cp1252", "--separator semicolon"):
+        done = clipkit("check", "data", tmp_path / "other.csv", *typed)
+        assert (done.code, fix in done.err) == (3, True), done.err
+        typed += fix.split()
+    done = clipkit("check", "data", tmp_path / "other.csv", *typed, "--json")
+    assert json.loads(done.out)["rows"] == 32
+    for fix in ("data.encoding=cp1252", "data.separator=semicolon"):
+        done = clipkit(
+            "train", f"data.train={tmp_path / 'other.csv'}", *settings, f"train.output_dir={tmp_path / 'run'}"
+        )
+        assert (done.code, fix in done.err) == (3, True), done.err
+        settings.append(fix)
+    assert clipkit("train", *settings).code == 0
 
 
 def test_labels_alone_are_measured_and_trained_on_by_templates(tmp_path, table, model):

@@ -84,7 +84,7 @@ def test_several_nodes_need_a_meeting_place(world, tmp_path):
     assert "HEAD: the name of one of the nodes" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_accelerate(world, tmp_path):
     options = "--num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no --cpu"
     done = launch("accelerate.sh", world, tmp_path / "run", "train.max_steps=2", ACCELERATE=options)

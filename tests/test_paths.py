@@ -46,7 +46,7 @@ def test_what_is_passed_over_is_said_in_one_line(tmp_path: Path) -> None:
     head, unread, skipped = line.replace("; skipped: ", "|").replace(": not read: ", "|").split("|")
     assert head == str(tmp_path)
     assert set(unread.split(", ")) == {"2 .dng", "1 .jp2", "2 without a suffix"}
-    names = {"2 .DS_Store", "1 hidden file(s)", "1 .thumbnails", "2 @eaDir", "1 __MACOSX", "1 Thumbs.db"}
+    names = {"2 .DS_Store", "1 other hidden", "1 .thumbnails", "2 @eaDir", "1 __MACOSX", "1 Thumbs.db"}
     assert set(skipped.split(", ")) == names
     touch(tmp_path / "clean", "a.jpg")
     assert walk(tmp_path / "clean").passed_over([tmp_path / "clean" / "a.jpg"]) is None

@@ -50,7 +50,7 @@ def start(launcher, program, *arguments, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("accelerate", marks=pytest.mark.full), "torchrun"])
 def test_finetune(world, tmp_path, launcher):
     settings = ["--test", 0.25, "--epochs", 1, "--batch-size", 8, "--output", tmp_path / "run"]
     out = start(

@@ -31,7 +31,8 @@ class Shuffled:
 
     def __init__(self, n: int, size: int) -> None:
         self.n, self.size, self.steps = n, size, n // size
-        self.notes: tuple[str, ...] = ()
+        left = f"{n % size:,} of {n:,} rows are left out an epoch, others each time: they fill no batch"
+        self.notes = (left,) if n % size else ()
 
     def epoch(self, number: int, rng: np.random.Generator) -> Shown:
         rows = rng.permutation(self.n)[: self.steps * self.size].reshape(self.steps, self.size)
@@ -97,21 +98,28 @@ class Balanced:
         rare, common = int(self.counts.min()), int(self.counts.max())
         often = self.steps * size / len(self.counts)
         again = -(-most // rare) > self.steps
+        left = int(np.maximum(0, self.counts - self._draws(0)[1] + self._draws(0)[0]).sum())
         self.notes = (
             f"balanced: {len(self.counts):,} classes of {rare:,} to {common:,} rows; an epoch shows each row of the "
             f"rarest {often / rare:.3g} times, of the commonest {often / common:.3g} times"
+            + (f", and leaves out {left:,} of {len(classes):,} rows, others each time" if left else "")
             + ("; rows of the rarest meet themselves in a batch" if again else ""),
         )
 
     def epoch(self, number: int, rng: np.random.Generator) -> Shown:
-        total, which = self.steps * self.size, np.arange(len(self.counts))
-        # sum over c < C of floor((x + c) / C) is x (Hermite), so the classes' turns always add up
-        before, after = ((each * total + which) // len(which) for each in (number, number + 1))
-        classes = np.repeat(which, after - before)
+        before, after = self._draws(number)
+        classes = np.repeat(np.arange(len(self.counts)), after - before)
         turn = before[classes] + places(classes)
         rows = self.order[self.starts[classes] + turn % self.counts[classes]]
         at = deal(self.units[rows], self.steps, self.size, rng, strata=classes)
         return rows[at], (turn // self.counts[classes])[at]
+
+    def _draws(self, number: int) -> tuple[Ints, Ints]:
+        """How many rows of each class were shown before an epoch, and after it."""
+        total, which = self.steps * self.size, np.arange(len(self.counts))
+        # sum over c < C of floor((x + c) / C) is x (Hermite), so the classes' turns always add up
+        before, after = ((each * total + which) // len(which) for each in (number, number + 1))
+        return before, after
 
 
 class Grouped:

@@ -37,20 +37,20 @@ def read_folder(folder: Path, ledger: Ledger, form: TextFormat) -> Table:
     captions = CaptionFiles(tree, form.encoding)
     texts = [captions.of(image) for image in images]
     metadata = [path for path in tree.files if is_metadata(path)]
+    absolute, places = [str(image.absolute()) for image in images], [show(image) for image in images]
     used = [*images, *metadata, *captions.read]
     if metadata:
         table = read_metadata(tree, images, metadata, captions, form)
         decided = _sources(table, [show(path.relative_to(folder)) for path in metadata], captions.read)
     elif any(text is not None and not _is_broken_json(text) for text in texts):
-        absolute = [str(image.absolute()) for image in images]
         no_text = f"there is no caption beside the image, in a file that ends in {', '.join(SUFFIXES)}"
-        table = Table(show(folder), folder, {"image": absolute, "texts": texts}, no_text=no_text)
+        table = Table(show(folder), folder, {"image": absolute, "texts": texts}, places=places, no_text=no_text)
         decided = _sources(table, [], captions.read)
     else:
         _refuse_tables(tree)
         labels = classes_of(tree, images)
-        columns = {"image": [str(image.absolute()) for image in images], "label": labels}
-        table = Table(show(folder), folder, columns, templates=(DEFAULT_TEMPLATE,))
+        columns = {"image": absolute, "label": labels}
+        table = Table(show(folder), folder, columns, places=places, templates=(DEFAULT_TEMPLATE,))
         names, used = sorted(set(labels)), images
         decided = f"{len(names):,} class{'es' if len(names) > 1 else ''}: {_some(names)}"
     table.rejects.extend(unreadable_folders(tree, len(table)))

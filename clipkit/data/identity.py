@@ -23,6 +23,7 @@ from clipkit.data.keys import require_column
 from clipkit.data.map_style import MapStyle, as_table, drawn
 from clipkit.errors import BadImage
 from clipkit.images import bytes_of
+from clipkit.progress import track
 
 _VERSION = b"clipkit data 1"
 _WHOLE, _WINDOW = 64 * 1024, 16 * 1024  # files up to here are read whole, of longer ones three windows
@@ -30,12 +31,13 @@ _SAMPLE = 1000
 _READ = ("texts", "image", "image_features", "hard_texts", "hard_images")  # by every training, where they are there
 
 
-def data_identity(source: Any, columns: Sequence[str] = ()) -> str:
+def data_identity(source: Any, columns: Sequence[str] = (), *, progress: bool = False) -> str:
     """sha256 (64 hex digits) of what a training reads from a data set.
 
     Args:
         source: as `Trainer` takes it.
         columns: the key columns that are read beside the captions and images.
+        progress: whether to show how far it is.
 
     Raises:
         UsageError: a stream, or there is no such column.
@@ -49,7 +51,8 @@ def data_identity(source: Any, columns: Sequence[str] = ()) -> str:
         column = hashlib.sha256(name.encode())
         seen: dict[str, bytes] = {}
         with drawn(0):  # a data set that draws of its own draws the same each time
-            for cell in _sample(source) if name == "image" and opened(source) else raw_cells(source, name):
+            cells = _sample(source) if name == "image" and opened(source) else raw_cells(source, name)
+            for cell in track(cells, len(source), f"reading the column {name!r}", unit="row", shown=progress):
                 column.update(_cell(name, cell, seen))
         whole.update(column.digest())
     return whole.hexdigest()

@@ -44,7 +44,7 @@ def read_metadata(
         places += map(table.where, range(len(table)))
         rejects += table.rejects
     _add_captions(columns, {os.path.abspath(image): image for image in images}, captions)  # noqa: PTH100 (no links)
-    places += [show(tree.root)] * (len(columns["file_name"]) - len(places))
+    places += [show(tree.root / os.path.relpath(cell, tree.root)) for cell in columns["file_name"][len(places) :]]
     no_text = "neither a metadata file nor a caption file says what is on it"
     return Table(show(tree.root), tree.root, columns, places=places, rejects=rejects, no_text=no_text)
 

@@ -32,12 +32,11 @@ class Reject:
     where: str
     """As a person would look for it: ``birds.csv:12``."""
     path: str | None = None
-    """The image as the row names it."""
+    """The image as the row names it, also where that cannot be printed."""
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.code}: {self.message}" + (
-            f" [{self.path}]" if self.path and self.path not in self.where else ""
-        )
+        known = self.path is None or self.path in self.where or self.path.endswith(self.where)
+        return f"{self.where}: {self.code}: {self.message}" + ("" if known else f" [{show(self.path or '')}]")
 
 
 def unreadable_folders(tree: Tree, row: int) -> list[Reject]:

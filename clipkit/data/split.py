@@ -53,24 +53,32 @@ def image_keys(pairs: Any) -> list[Hashable]:
     Of the files only those of one size can be equal, so only these are read and hashed. A file that cannot be read is
     known by its path, an image that was decoded already by its pixels.
     """
+    kept = known_images(pairs)
+    often = Counter(size for size, _, _ in set(kept))
+    digests = {path: digest(path) for size, path, _ in set(kept) if path and size is not None and often[size] > 1}
+    return [
+        content or (digests.get(path, size) if path and size is not None else path or ("row", row))
+        for row, (size, path, content) in enumerate(kept)
+    ]
+
+
+def known_images(pairs: Any) -> list[tuple[int | None, str | None, bytes]]:
+    """What is known of each row's image without reading a file: its size in bytes, the path of a file, and the SHA-256
+    of what is no file. Without a size there is nothing that could be read."""
     pairs = as_table(pairs)
     require_column(pairs, "image")
-    kept: list[tuple[int | None, str | None, bytes]] = []  # size, path of a file, or the hash of what is no file
+    kept: list[tuple[int | None, str | None, bytes]] = []
     for cell in raw_cells(pairs, "image"):
         data = None if cell is None else file_or_bytes(cell)
         if data is None or isinstance(data, str):
             kept.append((_file_size(data), data, b""))
         else:
             kept.append((len(data), None, hashlib.sha256(data).digest()))
-    often = Counter(size for size, _, _ in set(kept))
-    digests = {path: _digest(path) for size, path, _ in set(kept) if path and size is not None and often[size] > 1}
-    return [
-        digest or (digests.get(path, size) if path and size is not None else path or ("row", row))
-        for row, (size, path, digest) in enumerate(kept)
-    ]
+    return kept
 
 
-def _digest(path: str) -> Hashable:
+def digest(path: str) -> Hashable:
+    """SHA-256 of a file; its path where it cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).digest()
     except OSError:

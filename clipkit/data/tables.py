@@ -175,9 +175,10 @@ def read_text(path: Path, encoding: str, *, empty_ok: bool = False) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
+        name = encoding.removesuffix("-sig")
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"ENCODING: byte 0x{data[error.start]:02x} at offset {error.start:,} is not {encoding}: {error.reason}",
+            f"ENCODING: byte 0x{data[error.start]:02x} at offset {error.start:,} is not {name}: {error.reason}",
             where=f"{show(path)}:{line}",
             fix=f"name the encoding that the file was saved in, such as {option('encoding', 'cp1252')}",
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -19,8 +20,11 @@ from clipkit.embedding.store import EmbeddingStore, Key, content_hash
 from clipkit.errors import BadImage, ClipkitError, DataError, UsageError
 from clipkit.images import bytes_of
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.encode import report_cut
 from clipkit.progress import track
 from clipkit.texts import checked_text
+
+logger = logging.getLogger("clipkit")
 
 T = TypeVar("T")
 _GET = 4096  # rows fetched from the store at once
@@ -67,10 +71,11 @@ def embed(
         store: keeps embeddings by content; what is there is not computed again, and every batch is committed as soon
             as it is done, so that a killed run goes on where it was. Without one nothing is hashed.
         features: while the image tower is locked, images are embedded from its features, which this store keeps by
-            content and tower (`with_image_features`), and nothing is kept of their embeddings; else it is not read.
+            content and tower (`with_image_features`), and nothing is kept of their embeddings; else it is not read, and
+            the log says so.
         batch_size: items at once.
         workers: processes that decode images; 0 decodes here.
-        progress: a progress bar on the main process.
+        progress: whether the main process shows how far it is.
         on_bad: "error" stops at an item that cannot be used, "skip" lists it in ``rejected``.
 
     Raises:
@@ -84,7 +89,12 @@ def embed(
         if locked.is_locked(model):
             options: dict[str, Any] = {"workers": workers, "progress": progress, "on_bad": on_bad}
             return locked.embed_locked(model, items, features, batch_size=batch_size, **options)
-    work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip")
+        if model.once("features") and distributed.is_main():
+            logger.warning(
+                "kept features are not used, for the image tower is not frozen, and each image runs through it again; "
+                'a saved model is opened with nothing frozen: model.freeze("image") freezes it'
+            )
+    work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip", progress=progress)
     tower = _tower(model, kind) if work.content else ""  # once a call: it reads all the weights
     keys = [Key(content, kind, tower) for content in work.content]
     vectors = torch.zeros(len(work.first), model.dim)
@@ -109,6 +119,8 @@ def embed(
     shares = distributed.together(compute)
     numbers = [n for share, _ in shares for n in share]
     vectors[numbers] = _gather(vectors[done], model.device)
+    if kind == "text" and distributed.is_main():
+        report_cut(model, [items[row] for row in work.first])
     if store is not None and store.path is None and distributed.world_size() > 1 and numbers:
         store.put([keys[n] for n in numbers], vectors[numbers].numpy())  # each process has a memory of its own
     return work.assemble(vectors, {n: reject for _, rejects in shares for n, reject in rejects.items()})
@@ -157,7 +169,7 @@ class _Work:
         return Embedded(vectors[[n for _, n in used]], [r for r, _ in used], [out[r] for r in sorted(out)], content)
 
 
-def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool) -> _Work:
+def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool, progress: bool) -> _Work:
     """With a store an item is known by its content; without one, a text by itself and an image by its row."""
 
     def name(row: int) -> Hashable:
@@ -172,8 +184,10 @@ def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool) -> 
             return reject(row, items[row] if kind == "image" else None, error)
 
     here, world = distributed.rank(), distributed.world_size()
+    rows = range(here, len(items), world) if hashed or kind == "text" else range(0)
+    main = progress and distributed.is_main()
     shares = distributed.together(
-        lambda: [name(row) for row in range(here, len(items), world)] if hashed or kind == "text" else []
+        lambda: [name(row) for row in track(rows, len(rows), f"reading {kind}s", unit=kind, shown=main)]
     )
     names = [shares[row % world][row // world] if hashed or kind == "text" else row for row in range(len(items))]
     codes: dict[Hashable, int] = {}

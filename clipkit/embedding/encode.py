@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -17,8 +17,8 @@ from clipkit.embedding.store import content_hash
 from clipkit.errors import BadImage, DataError, ModelError
 from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.encode import encode, text_chunks
 from clipkit.models.processor import Processor
-from clipkit.paths import show
 from clipkit.texts import BadText
 
 Kind: TypeAlias = Literal["image", "text"]
@@ -32,7 +32,7 @@ def reject(row: int, item: Any, error: DataError) -> Reject:
 
 def _path(item: object) -> str | None:
     found = item.get("path") if isinstance(item, Mapping) else item
-    return show(found) if isinstance(found, (str, PathLike)) else None
+    return os.fsdecode(found) if isinstance(found, (str, os.PathLike)) else None
 
 
 class Encoder:
@@ -69,7 +69,9 @@ class Encoder:
     def _texts(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         for numbers in batches:
             texts = [self.items[self.first[n]] for n in numbers]
-            yield numbers, self.model.encode_texts(texts, batch_size=len(texts))
+            # not encode_texts, which would tell of the long texts of each batch
+            chunks = text_chunks(texts, self.model.processor, len(texts))
+            yield numbers, encode(self.model, chunks, "text", texts, None, None, False)
 
     def _images(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         source = _Images(self.items, self.first, self.content, self.model.processor)

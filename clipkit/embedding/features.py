@@ -25,6 +25,7 @@ from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import tower_hash
 from clipkit.models.processor import Processor
+from clipkit.progress import track
 
 Vector: TypeAlias = NDArray[np.float32]
 
@@ -71,7 +72,11 @@ def with_image_features(
     """
     if trained := _trained(model):
         fix = option("model.freeze", "image", python='model.freeze("image")')
-        raise UsageError("features can be kept only of a tower that stands still", where=trained[0], fix=fix)
+        raise UsageError(
+            "features can be kept only of a frozen tower; a saved model is opened with nothing frozen",
+            where=trained[0],
+            fix=fix,
+        )
     pairs = as_table(pairs)
     draws = 1 if augmentation == "none" else draws
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress, "on_bad": on_bad}
@@ -124,7 +129,9 @@ def _cells(
 ) -> list[Vector | list[Vector] | None]:
     """The features of each image, or of each of several versions of it; None of one that cannot be used."""
     hashed = store is not None or augmentation != "none"
-    contents = [_content(image, on_bad) if hashed else b"" for image in images]
+    main = progress and distributed.is_main()
+    read = track(images, len(images), "reading images", unit="image", shown=hashed and main)
+    contents = [_content(image, on_bad) if hashed else b"" for image in read]
     numbers = range(draws)
     versions = [Version(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
     keys: dict[Version, Key] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -13,6 +14,8 @@ from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
 from clipkit.extras import DISTRIBUTION
 from clipkit.models.dual_encoder import DualEncoder
+
+logger = logging.getLogger("clipkit")
 
 _PACKAGES = (
     *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
@@ -31,7 +34,8 @@ def build_result(
     """The content of result.json.
 
     ``metrics`` flat; ``chance`` and ``majority`` (always naming the most frequent class) under the same keys; ``n`` by
-    evaluator; ``seed``, ``seconds``, ``versions``, ``system``, and the model's name and ``fingerprint``.
+    evaluator; ``warnings``: their notices, each with ``code``, ``message`` and ``texts``; ``seed``, ``seconds``,
+    ``versions``, ``system``, and the model's name and ``fingerprint``.
 
     Args:
         model: as it was measured.
@@ -53,6 +57,7 @@ def build_result(
         _require_finite(part)
     result = {
         **figures,
+        "warnings": [notice.as_dict() for each in evaluators for notice in getattr(each, "notices", ())],
         "seed": seed,
         "seconds": round(seconds, 3),
         "versions": versions(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,13 @@ from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.encode import reject
 from clipkit.embedding.store import EmbeddingStore, content_hash
 from clipkit.errors import BadImage, DataError, UsageError, option
+from clipkit.evaluation.small import small_test
 from clipkit.images import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.processor import Processor, TextSide
+from clipkit.models.text_notices import Notice, caption_notices, tell
+from clipkit.progress import track
 from clipkit.texts import is_blank
 
 Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
@@ -92,6 +96,9 @@ class RetrievalEvaluator:
         DataError: no pair, a row without a caption, or an empty cell in ``group``.
         UsageError: a column is missing; there are labels alone, and no texts.
 
+    ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
+    captions.
+
     Call it with a model, on every process where there are several; keys are ``{name}/text_to_image_recall@1``,
     ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
     """
@@ -123,6 +130,8 @@ class RetrievalEvaluator:
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
         self._hashes: list[bytes] | None = None  # of the images' contents
+        self._captions: tuple[TextSide, list[Notice]] | None = None
+        self.notices = self._small(list(range(len(self.images))))  # before an hour of training
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         """The figures of this model, the same on every process.
@@ -141,7 +150,20 @@ class RetrievalEvaluator:
         metrics = {f"{self.name}/{way}_recall@{k}": r.recall_at(k) for way, r in found.items() for k in self.ks}
         metrics |= {f"{self.name}/{way}_median_rank": r.median_rank() for way, r in found.items()}
         self.last = self._result(metrics, found)
+        self.notices = [*self._small(self._image_codes()), *self._unseen(model.processor)]
         return metrics
+
+    def _small(self, images: list[int]) -> list[Notice]:
+        queries = {"images": len(set(images)), "texts": len(self._distinct_texts())}
+        notices = small_test(self.name, queries, self._chance(images))
+        tell(notices, self)
+        return notices
+
+    def _unseen(self, processor: Processor) -> list[Notice]:
+        if self._captions is None or self._captions[0] is not processor.text_side:  # the same at every evaluation
+            self._captions = processor.text_side, caption_notices(processor, self._distinct_texts())
+        tell(self._captions[1], self)
+        return self._captions[1]
 
     def _result(self, metrics: dict[str, float], found: dict[str, Ranks]) -> RetrievalResult:
         codes, texts = self._image_codes(), self._distinct_texts()
@@ -151,9 +173,18 @@ class RetrievalEvaluator:
             metrics, self._n(), **found, texts=texts, images=rows, image_of_text=[first[t] for t in texts]
         )
 
+    def keys(self) -> list[str]:
+        """The keys of the metrics, in their order."""
+        ways = get_args(Direction)
+        recalls = [f"{self.name}/{way}_recall@{k}" for way in ways for k in self.ks]
+        return recalls + [f"{self.name}/{way}_median_rank" for way in ways]
+
     def chance(self) -> dict[str, float]:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
-        ways = zip(("text_to_image", "image_to_text"), self._relevance(self._image_codes()), strict=True)
+        return self._chance(self._image_codes())
+
+    def _chance(self, images: list[int]) -> dict[str, float]:
+        ways = zip(("text_to_image", "image_to_text"), self._relevance(images), strict=True)
         return {f"{self.name}/{way}_recall@{k}": chance(relevant, k) for way, relevant in ways for k in self.ks}
 
     def n(self) -> dict[str, int]:
@@ -212,7 +243,9 @@ class RetrievalEvaluator:
         """A code for the content of each image, from 0; the images are read once, shared over the ranks."""
         if self._hashes is None:
             here, world, n = distributed.rank(), distributed.world_size(), len(self.images)
-            shares = distributed.together(lambda: [self._content(row) for row in range(here, n, world)])
+            rows, main = range(here, n, world), self.progress and distributed.is_main()
+            read = track(rows, len(rows), "reading images", unit="image", shown=main)
+            shares = distributed.together(lambda: [self._content(row) for row in read])
             hashes = [shares[i % world][i // world] for i in range(n)]
             refused = {row: found for row, found in enumerate(hashes) if isinstance(found, Reject)}
             if refused:

@@ -26,13 +26,14 @@ class ValidationLoss:
     The pairs, each image with its first caption, are mixed once by a fixed rule (or a table that is sorted by class
     would give batches of one class) and cut into batches of nearly equal size; the figure is the mean over all pairs.
     It depends on these batches (a uniform guess gives ln of their size under
-    InfoNCE), but not on the batch size, the augmentation, or the number of processes of a training.
+    InfoNCE), but not on the batch size, the augmentation, or the number of processes of a training. Equal captions in a
+    batch count against each other, as in training with `Paired()`: where captions repeat, it cannot reach 0.
 
     Args:
         pairs: a data set with `image` and `texts`.
         name: the key is ``{name}/loss``.
         size: pairs of a batch, about; fewer where there are fewer pairs.
-        store, features, batch_size, workers, on_bad: as for `embed`.
+        store, features, batch_size, workers, progress, on_bad: as for `embed`.
 
     Raises:
         UsageError: fewer than two pairs in a batch; no such columns.
@@ -49,6 +50,7 @@ class ValidationLoss:
         features: EmbeddingStore | None = None,
         batch_size: int = 64,
         workers: int = 0,
+        progress: bool = False,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
         require_column(pairs, "image")
@@ -56,7 +58,7 @@ class ValidationLoss:
         if size < 2:
             raise UsageError(f"a batch needs at least 2 pairs to have a negative, found size={size}")
         self.name, self.size, self.store, self.features = name, size, store, features
-        self.batch_size, self.workers, self.on_bad = batch_size, workers, on_bad
+        self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
         self.texts = [_first(texts, row) for row, texts in enumerate(pairs["texts"])]
         self.rejected: list[Reject] = []
@@ -72,7 +74,7 @@ class ValidationLoss:
             DataError: none of the images can be used.
             ModelError: an embedding is not finite.
         """
-        options: dict[str, Any] = {"store": self.store, "batch_size": self.batch_size}
+        options: dict[str, Any] = {"store": self.store, "batch_size": self.batch_size, "progress": self.progress}
         images = embed(model, self.images, features=self.features, workers=self.workers, on_bad=self.on_bad, **options)
         texts = embed(model, [self.texts[row] for row in images.rows], kind="text", **options)
         self.rejected, self.used = images.rejected, len(images.rows)
@@ -84,6 +86,10 @@ class ValidationLoss:
         parts = np.array_split(mixed, self._batches())
         sums = [_loss(images.vectors[rows], texts.vectors[rows], scale, bias) * len(rows) for rows in parts]
         return {f"{self.name}/loss": float(torch.stack(sums).sum() / self.used)}
+
+    def keys(self) -> list[str]:
+        """The key of the metric."""
+        return [f"{self.name}/loss"]
 
     def n(self) -> dict[str, int]:
         """How many pairs there are, and in how many batches."""

@@ -14,9 +14,11 @@ from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError, option
 from clipkit.evaluation.retrieval import Rows, require_columns
+from clipkit.evaluation.small import small_test
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
 from clipkit.metrics import classification as metrics
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.text_notices import Notice, tell
 from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, prompts
 
 
@@ -79,6 +81,9 @@ class ZeroShotEvaluator:
         DataError: no row, a row without a label, or a label that is none of the classes.
         UsageError: a column is missing, or the class names do not fit the labels.
 
+    ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
+    classes.
+
     Call it with a model, on every process where there are several. Keys: ``{name}/top1``, ``{name}/mean_per_class``
     (the mean recall of the classes that are present) and, with more than five classes, ``{name}/top5``.
     """
@@ -108,6 +113,7 @@ class ZeroShotEvaluator:
         self.last: ZeroShotResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
+        self.notices = self._small()
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         """The figures of this model, the same on every process.
@@ -116,7 +122,9 @@ class ZeroShotEvaluator:
             ModelError: the model gives embeddings that are not finite.
             BadImage: an image cannot be used.
         """
-        classifier = ZeroShotClassifier(model, self.class_names, templates=self.templates, store=self.store)
+        classifier = ZeroShotClassifier(
+            model, self.class_names, templates=self.templates, store=self.store, progress=self.progress
+        )
         embedded = embed(
             model,
             self.images,
@@ -138,7 +146,12 @@ class ZeroShotEvaluator:
         found[f"{self.name}/mean_per_class"] = metrics.mean_per_class(logits, self.labels)
         predictions = classifier.predict(embedded.vectors, range(len(embedded.vectors)))
         self.last = _result(found, classifier.class_names, self.labels, logits, predictions)
+        self.notices = [*self._small(), *classifier.notices]
         return found
+
+    def keys(self) -> list[str]:
+        """The keys of the metrics, in their order."""
+        return list(self.chance())
 
     def chance(self) -> dict[str, float]:
         """The figures of guessing, under the same keys."""
@@ -160,6 +173,11 @@ class ZeroShotEvaluator:
         """How many images, how many classes, and of how many classes there is an image."""
         counts = {"images": len(self.labels), "classes": len(self.class_names), "classes_present": self._present()}
         return {f"{self.name}/{what}": count for what, count in counts.items()}
+
+    def _small(self) -> list[Notice]:
+        notices = small_test(self.name, {"images": len(self.labels)}, self.chance(), self.majority())
+        tell(notices, self)
+        return notices
 
     def _present(self) -> int:
         return int((torch.bincount(self.labels) > 0).sum())

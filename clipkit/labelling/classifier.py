@@ -16,7 +16,8 @@ from clipkit.errors import ClipkitError, UsageError
 from clipkit.labelling.prompts import class_embeddings
 from clipkit.metrics.ranking import distinct_rows
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, prompts
+from clipkit.models.text_notices import class_notices, tell
+from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, names_of, prompts
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ class ZeroShotClassifier:
         templates: one or several, with the slot ``{}`` or ``{c}``; or a mapping from each class to its own templates or
             whole prompts.
         store: keeps text and image embeddings for the next time.
+        progress: whether to show how far the prompts are embedded.
 
     Attributes:
         class_names: as a tuple, in order.
         prompts: what the model was asked, by class.
         weights: (classes, dim) float32, unit length.
+        notices: what the model cannot see of the classes (unknown words, classes that become the same tokens); also
+            told in the log.
 
     Raises:
         UsageError: see `prompts`.
@@ -78,11 +82,14 @@ class ZeroShotClassifier:
         *,
         templates: Templates = DEFAULT_TEMPLATE,
         store: EmbeddingStore | None = None,
+        progress: bool = False,
     ) -> None:
         self.prompts = prompts(class_names, templates)
         self.class_names = tuple(self.prompts)
         self.model, self.store = model, store
-        self.weights = class_embeddings(model, self.prompts, store=store)
+        self.weights = class_embeddings(model, self.prompts, store=store, progress=progress)
+        self.notices = class_notices(model.processor, names_of(class_names), self.prompts)
+        tell(self.notices, model.processor.text_side)
 
     def __call__(
         self,

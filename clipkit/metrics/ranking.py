@@ -64,11 +64,11 @@ class Relevance:
             item_keys: (items,) the keys of each item.
         """
         holders: dict[int, list[int]] = {}
-        for item, keys in enumerate(item_keys):
+        for number, keys in enumerate(item_keys):
             for key in keys:
-                holders.setdefault(key, []).append(item)
+                holders.setdefault(key, []).append(number)
         codes = {keys: code for code, keys in enumerate(dict.fromkeys(query_keys))}
-        positives = [sorted({item for key in keys for item in holders.get(key, ())}) for keys in codes]
+        positives = [sorted({number for key in keys for number in holders.get(key, ())}) for keys in codes]
         start = torch.tensor([0, *accumulate(len(own) for own in positives)]).long()
         item = torch.tensor([i for own in positives for i in own]).long()
         return cls(torch.tensor([codes[keys] for keys in query_keys]).long(), start, item, len(item_keys))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
@@ -62,7 +62,14 @@ class DualEncoder(nn.Module):
         self._patches: PatchDropout | None = None
         self.lora: lora.Lora | None = None  # how the towers are adapted
         self.card = Card()  # what is known of it beside its weights
+        self._said: set[Hashable] = set()
         self.fresh: frozenset[str] = frozenset()  # names of parameters that began at random: they learn faster
+
+    def once(self, what: Hashable) -> bool:
+        """Whether this is asked for the first time: what the log says of a model it says once."""
+        new = what not in self._said
+        self._said.add(what)
+        return new
 
     # -- what it is ---------------------------------------------------------------------------
 
@@ -97,7 +104,10 @@ class DualEncoder(nn.Module):
         return "softmax" if self.logit_bias is None else "sigmoid"
 
     def fingerprint(self) -> Fingerprint:
-        """What names this model in every index and result; changes with any weight or setting."""
+        """What names this model in every index and result; changes with any weight or setting.
+
+        Takes a pass over the weights at the speed of memory, and SHA-256 over them once for a state of the weights.
+        """
         plain = lora.merged(self)  # what `save_pretrained` writes
         return take(plain.backend, plain.processor)
 
@@ -304,7 +314,7 @@ class DualEncoder(nn.Module):
         """Text embeddings, in the order given: (n, dim), float32, unit length, on the CPU.
 
         Arguments as in `encode_images`. Texts beyond `processor.context_length` tokens are cut, and a
-        line in the log says how many.
+        line in the log says how many, once of the same texts.
 
         Raises:
             DataError: something in `texts` is not a text.
@@ -314,7 +324,7 @@ class DualEncoder(nn.Module):
         chunks = text_chunks(items, self.processor, batch_size)
         found = encode(self, chunks, "text", items, device, dtype, progress, dim)
         if tuple(items) != artefact.GOLDEN_TEXTS:  # one of them is over-long on purpose
-            report_cut(items, self.processor)
+            report_cut(self, items)
         return found
 
     # -- opening and saving -------------------------------------------------------------------

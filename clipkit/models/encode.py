@@ -130,14 +130,15 @@ def text_chunks(items: Sequence[Any], processor: Processor, batch_size: int) -> 
         yield processor.texts(items[start : start + batch_size])
 
 
-def report_cut(texts: Sequence[str], processor: Processor) -> None:
-    """One line in the log if texts were longer than the model reads."""
-    length = processor.context_length
+def report_cut(model: DualEncoder, texts: Sequence[str]) -> None:
+    """One line in the log if texts were longer than the model reads; none if it has told of all of them before."""
+    length = model.processor.context_length
     # A token stands for at least one byte, and the special ones are few: most texts need no second look.
     long = [text for text in texts if len(text.encode(errors="replace")) + 4 > length]
-    cut = sum(count > length for count in processor.token_counts(long)) if long else 0
-    if cut:
-        logger.warning("%d of %d texts were cut at %d tokens", cut, len(texts), length)
+    counts = model.processor.token_counts(long) if long else []
+    cut = [text for text, count in zip(long, counts, strict=True) if count > length]
+    if sum(model.once(("cut", length, hash(text))) for text in cut):
+        logger.warning("%d of %d texts were cut at %d tokens", len(cut), len(texts), length)
 
 
 def listed(items: Any, caller: str, single: tuple[type, ...]) -> list[Any]:

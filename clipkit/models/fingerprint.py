@@ -136,11 +136,13 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
     cannot tell apart, and opens both in one process, gets one fingerprint for both.
     """
     state = xxh3(weights)
-    if state not in _hashed:
+    known = _hashed.get(state)
+    if known is None:
+        known = sha256(weights)
         if len(_hashed) >= _REMEMBERED:
-            del _hashed[next(iter(_hashed))]
-        _hashed[state] = sha256(weights)
-    return _hashed[state]
+            _hashed.pop(next(iter(_hashed)), None)  # the oldest
+        _hashed[state] = known
+    return known
 
 
 _REMEMBERED = 256  # states: a training that is measured at every step must not grow

@@ -58,7 +58,7 @@ def require_root(root: Path | None, index: Path | None) -> None:
     """
     if root is None or root.is_dir():
         return
-    now = option("root", python="EmbeddingIndex.open(path, root=...)")
+    now = option("root", "FOLDER", python="EmbeddingIndex.open(path, root=FOLDER)")
     raise DataError(
         f"the folder that was indexed is not there: {show(root)}",
         where=None if index is None else show(index),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -14,13 +15,16 @@ from torch import Tensor
 from clipkit.errors import UsageError
 from clipkit.images import ImageSource, is_image_name, probe_image
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.text_notices import tell, text_notices
 from clipkit.texts import checked_text, is_blank
+
+log = logging.getLogger("clipkit")
 
 Query: TypeAlias = "ImageSource | Tensor"
 
 
 def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], dim: int) -> Tensor:
-    """(queries, dim) float32, unit length.
+    """(queries, dim) float32, unit length. What the model cannot see of a text is told in the log.
 
     Encoded here and not by `embed`: a search is one process's own affair, not work that ranks share. The model is asked
     for only where a query is not an embedding already.
@@ -38,8 +42,11 @@ def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], di
             continue
         if kind == "vector":
             vectors[rows] = torch.stack([_unit(vector, dim) for vector in some])
+        elif kind == "image":
+            vectors[rows] = model().encode_images(some)
         else:
-            vectors[rows] = model().encode_texts(some) if kind == "text" else model().encode_images(some)
+            vectors[rows] = model().encode_texts(some)
+            tell(text_notices(model().processor, some), model().processor.text_side)
     return vectors
 
 
@@ -68,11 +75,19 @@ def kind_of(query: object) -> Literal["text", "image", "vector"]:
 def is_path(query: str) -> bool:
     """Whether a query means a file: there is one, or it has an image's suffix and either a separator or no space.
 
+    A word that is also the name of a folder, such as a class, is a text, and the log says so.
+
     >>> is_path("photos/a dog.jpg"), is_path("dog.jpg"), is_path("a dog, not a .jpg"), is_path("cat/dog")
     (True, True, False, False)
     """
-    named = is_image_name(query) and ("/" in query or os.sep in query or " " not in query)
-    return named or os.path.isfile(query)  # noqa: PTH113 (Path raises for a long text)
+    separated = "/" in query or os.sep in query
+    if (is_image_name(query) and (separated or " " not in query)) or os.path.isfile(query):  # noqa: PTH113
+        return True
+    if os.path.isdir(query):  # noqa: PTH112 (Path raises for a long text)
+        if separated:
+            return True
+        log.info("there is a folder %s; it is searched for as a text", query)
+    return False
 
 
 def _unit(vector: Tensor, dim: int) -> Tensor:

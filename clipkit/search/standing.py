@@ -32,10 +32,10 @@ def index_of_folder(path: Path, folder: Path) -> EmbeddingIndex | None:
         return index
     if index.root is not None and not index.root.exists() and folder.is_dir() and _holds_most_of(index, folder):
         return EmbeddingIndex.open(path, root=folder)
-    of = "a list of files" if index.root is None else f"another folder, {show(index.root)}"
+    of = "a list of files" if index.root is None else f"another folder: {show(index.root)}"
     again = option("overwrite", python="overwrite=True")
     fix = f"write to another file; or {again} replaces this index by one of {show(folder)}"
-    raise UsageError(f"there is an index of {of} at this path", where=show(path), fix=fix)
+    raise UsageError(f"at this path is an index of {of}", where=show(path), fix=fix)
 
 
 def _is_database(path: Path) -> bool:

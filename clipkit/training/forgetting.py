@@ -145,6 +145,10 @@ class Guardrail:
                 raise ClipkitError(f"a reference must be a finite number, found {value}", where=key)
         return found
 
+    def keys(self) -> list[str]:
+        """The keys of the metrics, where the reference knows them before it measures."""
+        return [_key(key) for key in getattr(self.reference, "keys", list)()]
+
     def n(self) -> dict[str, int]:
         """What the reference rests on."""
         return {_key(key): count for key, count in getattr(self.reference, "n", dict)().items()}

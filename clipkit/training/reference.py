@@ -56,6 +56,10 @@ class SimilarityReference:
         }
         return {"similarity": sum(ways.values()) / len(ways), **ways}
 
+    def keys(self) -> list[str]:
+        """The keys of the metrics."""
+        return list(self.chance())
+
     def chance(self) -> dict[str, float]:
         """What embeddings that have nothing to do with the former ones score, under the same keys."""
         sizes = {"text": len(self.texts), "image": len(self.images)}

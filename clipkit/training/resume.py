@@ -53,7 +53,7 @@ def run_identity(
     found = {
         "train": settings,
         "similar": [str(each) for each in similar],
-        "data": data_identity(pairs, [*codes, *numbers, *planned]),
+        "data": data_identity(pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()),
         "evaluators": [_evaluator(each) for each in evaluators],
         "model": {
             "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 
 from clipkit import distributed
 from clipkit.data.keys import has_texts, require_texts
+from clipkit.data.overlap import overlap
 from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
 from clipkit.embedding.features import with_image_features
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import UsageError, option
+from clipkit.errors import UsageError, option, within
 from clipkit.evaluation.report import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.validation_loss import ValidationLoss
@@ -118,15 +119,28 @@ def open_model(config: ModelConfig) -> DualEncoder:
     """The model that a config names, changed as it says."""
     if config.name is not None:
         opener = DualEncoder.from_config if config.scratch else DualEncoder.from_pretrained
+        logger.info("model: opening %s", config.name)
         model = opener(config.name)
+        _say_thawed(model, config)
     else:
         assert config.vision is not None  # ModelConfig checked both
         assert config.text is not None
+        logger.info("model: joining %s and %s", config.vision, config.text)
         model = DualEncoder.from_towers(
             config.vision, config.text, config.tokenizer or config.text, dim=config.dim, head=config.head
         )
     change_model(model, config)
     return model
+
+
+def _say_thawed(model: DualEncoder, config: ModelConfig) -> None:
+    """A saved model is opened with nothing frozen, however it was trained."""
+    before = model.card.config.get("model")
+    for part in before.get("freeze", ()) if isinstance(before, Mapping) else ():
+        adapted = config.lora is not None and config.lora.part in (part, "both")
+        if part not in config.freeze and part not in config.freeze_blocks and not adapted and distributed.is_main():
+            words = "%s was trained with a frozen %s tower, which is trained now: model.freeze=%s freezes it again"
+            logger.warning(words, config.name, part, part)
 
 
 def change_model(model: DualEncoder, config: ModelConfig) -> None:
@@ -153,9 +167,14 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
     if config.test == 0:
         return train, None
     if isinstance(config.test, str):
-        return train, _load(config.test, config, loop, folder / "test_rejects.jsonl")
-    size = int(config.test) if config.test >= 1 else config.test
-    return split_pairs(train, test=size, by=config.split_by, seed=loop.seed)
+        test = _load(config.test, config, loop, folder / "test_rejects.jsonl")
+        if distributed.is_main() and (shared := str(overlap(train, test))):
+            logger.warning("data.test: %s", shared)
+    else:
+        size = int(config.test) if config.test >= 1 else config.test
+        train, test = split_pairs(train, test=size, by=config.split_by, seed=loop.seed)
+    logger.info("data: %s rows to train on, %s held out", f"{len(train):,}", f"{len(test):,}")
+    return train, test
 
 
 def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig, rejects: Path) -> Any:
@@ -198,7 +217,8 @@ def evaluators(
     if test is None:
         return []
     wanted: list[Evaluator] = []
-    options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "features": features}
+    options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "progress": loop.progress}
+    options["features"] = features
     if config.retrieval and not has_texts(test):
         logger.info("the held-out images have labels, but no texts: retrieval is not measured")
     elif config.retrieval:
@@ -218,9 +238,11 @@ def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evalua
     """The evaluator of what must not be forgotten; None for the built-in one, and where there is no guardrail."""
     if config.reference is None:
         return None
-    pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
-    require_texts(pairs)
-    return RetrievalEvaluator(pairs, name="reference", on_bad=loop.on_bad, workers=loop.workers)
+    with within("evaluate.reference", [each.name for each in fields(ReferenceConfig)]):
+        pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
+        require_texts(pairs)
+    options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "progress": loop.progress}
+    return RetrievalEvaluator(pairs, name="reference", **options)
 
 
 def save_result(

@@ -9,6 +9,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from clipkit.progress import aside
+
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -40,4 +42,4 @@ class StopSignal:
             return
         self.wanted = signal.Signals(number)
         with contextlib.suppress(OSError):  # not through a logger, which may hold a lock at this moment
-            os.write(2, f"{self.wanted.name}: saving after this step; once more ends at once\n".encode())
+            os.write(2, aside(f"{self.wanted.name}: saving after this step; once more ends at once").encode())

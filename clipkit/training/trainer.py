@@ -96,6 +96,9 @@ class Trainer:
         if config.patience is not None and not evaluators:
             message = "patience counts evaluations, and nothing is measured"
             raise UsageError(message, where="patience", fix=f"{_held_out()}, or leave it out")
+        if config.best is not None and not evaluators:
+            message = f"best={config.best} chooses by a metric, and nothing is measured"
+            raise UsageError(message, where="best", fix=f"{_held_out()}, or leave it out")
         if not self.similar:
             raise UsageError(
                 "nothing counts as similar", where="similar", fix=option("similar", "[{}]", python="similar=Paired()")
@@ -111,6 +114,7 @@ class Trainer:
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
         self.contrast = self._contrast()
         self.guardrail = self._guardrail(reference)
+        self._check_best()
         self.learner = Learner(model, self.similar)
         self.loader = self._loader(pairs)
         self._refuse_batch_norm()
@@ -161,6 +165,18 @@ class Trainer:
                 fix=f"{_held_out()} with held-out pairs",
             )
         return Guardrail(self.model, self.folder, budget, reference)
+
+    def _check_best(self) -> None:
+        """Refuse a metric that no evaluator gives, if all of them know what they give before they measure."""
+        best = self.config.best
+        known: list[list[str]] = [getattr(each, "keys", list)() for each in self.measured()]
+        keys = [key for some in known for key in some]
+        if best is not None and all(known) and best not in keys:
+            raise UsageError(
+                f"no evaluator gives the metric {best!r} that `best` names",
+                where="best",
+                fix=f"one of: {', '.join(keys)}",
+            )
 
     def _loader(self, pairs: Any) -> Loader:
         """What carries the sides, views and keys that the notions read."""

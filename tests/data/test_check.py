@@ -13,6 +13,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 
+from clipkit import progress
 from clipkit.data.check import check_data
 from clipkit.data.pairs import load_pairs
 from clipkit.data.rejects import Ledger
@@ -156,11 +157,16 @@ def test_forgotten_files(tmp_path: Path) -> None:
     assert "2 images beside these are in no row, e.g. 1.png, 2.PNG" in str(report)
 
 
-def test_threads_and_bar_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_threads_and_progress_change_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SHORT", 0)
     pairs = pairs_of([encoded(n % 5) for n in range(600)], [[str(n)] for n in range(600)])
     want = check_data(pairs, threads=1).as_dict()
     assert check_data(pairs, threads=4, progress=True).as_dict() == want
-    assert capsys.readouterr().out == ""  # which is for data
+    captured = capsys.readouterr()
+    assert captured.out == ""  # which is for data
+    assert "decoding 600/600" in captured.err
 
 
 def test_other_data_is_refused() -> None:

@@ -91,7 +91,7 @@ def test_metadata_files_at_any_level(tmp_path: Path) -> None:
     assert [pairs.features["label"].int2str(n) for n in pairs["label"]] == ["dog", "cat", "bird"]
     assert [(reject.code, reject.where) for reject in ledger.rejects] == [
         ("MISSING", f"{root / 'val/metadata.jsonl'}:2"),
-        ("EMPTY_TEXT", str(root)),
+        ("EMPTY_TEXT", str(root / "val/d.png")),
     ]
     assert ledger.rejects[1].path == str(root / "val/d.png")
     assert ledger.notes[0] == f"{root}: captions from train/metadata.csv, val/metadata.jsonl"

@@ -79,7 +79,7 @@ def test_two_processes_give_the_figures_of_one(tiny, tmp_path: Path, monkeypatch
     command = [sys.executable, "-c", CHILD, __file__, tiny.__file__, str(tmp_path / "two" / "photos"), out]
     children = [subprocess.Popen(command, env={**shared, "RANK": str(r)}, stderr=subprocess.PIPE) for r in range(2)]
     try:
-        errors = [child.communicate(timeout=120)[1].decode() for child in children]
+        errors = [child.communicate(timeout=300)[1].decode() for child in children]
     finally:
         for child in children:
             child.kill()

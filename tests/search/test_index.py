@@ -239,6 +239,11 @@ def test_a_name_that_is_no_utf8(named, tiny, tmp_path: Path) -> None:
     (hit,) = EmbeddingIndex.open(tmp_path / "i").search(tiny.picture(0), k=1)
     assert hit.path.is_file()
     assert os.fsencode(hit.path).endswith(b"caf\xe9.png")
+    odd = os.fsdecode(os.fsencode(folder) + b"/\xe4.png")
+    Path(odd).write_bytes(b"")
+    (reject,) = EmbeddingIndex.open(tmp_path / "i", named).update().rejected
+    assert reject.path == odd  # as it comes out of rejects.jsonl
+    str(reject).encode()  # as it is shown
 
 
 def test_update(named, tiny, photos: Path, tmp_path: Path) -> None:
@@ -359,7 +364,7 @@ def test_the_index_that_stands_there(named, photos: Path, tmp_path: Path, monkey
         found = index_of_folder(tmp_path / "i", same)
         assert found is not None
         assert found.root == photos
-    with pytest.raises(UsageError, match=r"another folder, .*photos[\s\S]*overwrite=True"):
+    with pytest.raises(UsageError, match=r"another folder: .*photos[\s\S]*overwrite=True"):
         index_of_folder(tmp_path / "i", photos / "more")
     (tmp_path / "other").mkdir()
     photos.rename(tmp_path / "moved")
@@ -407,6 +412,8 @@ def test_a_query_that_looks_like_a_path_is_one(named, photos: Path, tmp_path: Pa
         index.search("notes")
     for text in ("cat/dog", "a photo of a file.png", "x" * 5000, "photos"):  # the last one is a folder's name
         assert index.search(text, k=1)
+    with pytest.raises(BadImage, match="NOT_REGULAR"):
+        index.search("photos/more")
 
 
 BUILD = """

@@ -73,7 +73,7 @@ def test_four_ranks():
     check(ranks.together(step_matrix.errors, 4, SOME, BOTH), SOME, BOTH)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_ranks_of_torchrun(tmp_path):
     check(launched(tmp_path, 2, *SOME, *BOTH), SOME, BOTH)
 

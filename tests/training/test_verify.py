@@ -102,7 +102,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.full)])
 def test_the_command_under_a_launcher(config: Path, launcher: str) -> None:
     program = Path(__file__).with_name("gradients_program.py")
     paths = [str(program.parents[2]), str(program.parents[1])]

@@ -1,0 +1,60 @@
+"""What a test set has in common with the data that is trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from clipkit.data.keys import has_texts
+from clipkit.data.map_style import as_table
+from clipkit.data.split import digest, known_images
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How much of a test set is in the training data, too.
+
+    Attributes:
+        images: rows of the test set whose image is there, by the file or by its content, byte by byte.
+        rows: of the test set.
+        texts: captions of the test set that are there, letter by letter.
+        captions: of the test set.
+    """
+
+    images: int
+    rows: int
+    texts: int
+    captions: int
+
+    def __str__(self) -> str:
+        """In words; empty where nothing is shared."""
+        if not self.images and not self.texts:
+            return ""
+        of = f"{self.images:,} of {self.rows:,} test images and {self.texts:,} of {self.captions:,} test captions"
+        said = f"{of} are in the training data, too"
+        if self.images:
+            return f"{said}: figures on them are no test; take these rows out of one of the two"
+        return f"{said}, which is no fault where captions are names of classes"
+
+
+def overlap(train: Any, test: Any) -> Overlap:
+    """Compare two data sets; reads only those files of which both have one of the same size."""
+    train, test = as_table(train), as_table(test)
+    seen = {text for texts in train["texts"] for text in texts}
+    captions = [text for texts in test["texts"] for text in texts] if has_texts(test) else []  # of labels alone
+    shared = sum(text in seen for text in captions)
+    return Overlap(_shared_images(train, test), len(test), shared, len(captions))
+
+
+def _shared_images(train: Any, test: Any) -> int:
+    ours, theirs = set(known_images(train)), known_images(test)
+    paths = {path for _, path, _ in ours if path}
+    left = [each for each in theirs if not (each[1] in paths and each[0] is not None)]
+    sizes = {size for size, _, _ in left} - {None}
+    read = cache(digest)
+    contents = {content or read(path) for size, path, content in ours if size in sizes}
+    sizes = {size for size, _, _ in ours}
+    return (
+        len(theirs) - len(left) + sum(size in sizes and (known or read(path)) in contents for size, path, known in left)
+    )

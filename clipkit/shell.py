@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import typer.core
 
@@ -37,16 +38,21 @@ class Verb(typer.core.TyperCommand):
 
 def reader_left() -> bool:
     """Whether nobody reads standard output any more (`| head`); what is still to be written is then thrown away."""
-    left = False
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            left = True
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())  # or the interpreter complains when it flushes at its end
-            os.close(nowhere)
-    return left
+    left = [stream for stream in (sys.stdout, sys.stderr) if _is_broken(stream)]
+    for stream in left:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # or the interpreter complains when it flushes at its end
+        os.close(nowhere)
+    return bool(left)
+
+
+def _is_broken(stream: TextIO) -> bool:
+    try:
+        asked = select.poll()
+        asked.register(stream.fileno(), 0)  # errors alone
+    except (OSError, ValueError):  # no file, or closed
+        return False
+    return any(state & select.POLLERR for _, state in asked.poll(0))
 
 
 def never_fail_on_a_name() -> None:

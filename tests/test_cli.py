@@ -277,9 +277,10 @@ def test_train_without_held_out_pairs_and_with_bad_rows_left_out(tmp_path, table
     settings = [f"model.name={model}", f"data.train={table}", "data.test=0", "train.batch_size=8", "train.max_steps=1"]
     settings += ["train.progress=false", f"train.output_dir={tmp_path / 'run'}"]
     assert clipkit("train", *settings).code == 3
-    done = clipkit("train", *settings, "--on-bad", "skip")
+    done = clipkit("train", *settings, "--on-bad", "skip", "--json")
     assert done.code == 0, done.err
     assert "step 1 of 1" in done.err
+    assert json.loads(done.out) == json.loads((tmp_path / "run/result.json").read_text())
     assert json.loads((tmp_path / "run/result.json").read_text())["metrics"] == {}
 
 

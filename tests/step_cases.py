@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 from clipkit import Graded, Paired, SameGroup, Views
-from clipkit.data.batch import Batch, Rows
-from clipkit.losses.similar import Similar
-from clipkit.training.learner import Learner
+from clipkit.data.batches.batch import Batch, Rows
+from clipkit.losses.similarity import Similar
+from clipkit.training.heads import Learner
 
 N = 13
 CUTS = {1: [13], 2: [4, 9], 4: [1, 6, 4, 2]}  # rows of each rank: uneven, and one with a single row

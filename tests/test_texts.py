@@ -9,9 +9,8 @@ import pytest
 import tiny
 
 from clipkit import ZeroShotClassifier, embed, load_pairs
-from clipkit.data.keys import key_values
-from clipkit.data.map_style import caption_counts
-from clipkit.data.rejects import Ledger
+from clipkit.data.dataset import caption_counts, key_values
+from clipkit.data.reading.rejects import Ledger
 from clipkit.errors import DataError, UsageError
 from clipkit.search.query import kind_of
 from clipkit.texts import BadText, checked_text, is_blank

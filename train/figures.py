@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from clipkit import Paired, info_nce
 from clipkit.losses.contrastive import Embedded
-from clipkit.losses.floor import info_nce_floor
+from clipkit.losses.lower_bound import info_nce_floor
 
 N, DIM = 256, 64
 

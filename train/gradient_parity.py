@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from clipkit import Paired, SameGroup, info_nce, sigmoid_loss
-from clipkit.data.batch import Batch, Rows
+from clipkit.data.batches.batch import Batch, Rows
 from clipkit.losses.contrastive import Embedded
 from clipkit.training.step import backward
 

@@ -25,7 +25,7 @@ import torch
 from open_clip.loss import SigLipLoss
 
 from clipkit import DualEncoder, Paired, info_nce, sigmoid_loss
-from clipkit.data.batch import Batch, Rows
+from clipkit.data.batches.batch import Batch, Rows
 from clipkit.losses.contrastive import TILE, Embedded
 from clipkit.training.step import backward
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from clipkit.data.keys import has_texts
-from clipkit.data.rejects import Ledger, Reject
+from clipkit.data.dataset import has_texts
+from clipkit.data.reading.rejects import Ledger, Reject
 from clipkit.errors import BadImage, DataError, option
-from clipkit.images import describe, is_image_name, load_image
+from clipkit.images.load import describe, is_image_name, load_image
 from clipkit.progress import track
 from clipkit.texts import is_blank
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.columns import image_column
-from clipkit.data.pictures import Pictures
-from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
-from clipkit.data.sources import open_source
-from clipkit.data.tables import TABLE_SUFFIXES, Quoting, checked_format
+from clipkit.data.reading.columns import image_column
+from clipkit.data.reading.image_column import Pictures
+from clipkit.data.reading.rejects import Ledger, OnBad, Reject, check_policy
+from clipkit.data.reading.sources import open_source
+from clipkit.data.reading.tables import TABLE_SUFFIXES, Quoting, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
 

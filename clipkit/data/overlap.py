@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from clipkit.data.keys import has_texts
-from clipkit.data.map_style import as_table
+from clipkit.data.dataset import as_table, has_texts
 from clipkit.data.split import digest, known_images
 
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from clipkit.data.assemble import Item, assemble
-from clipkit.data.columns import Columns, choose, label_of, texts_of
-from clipkit.data.pictures import Pictures
-from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
-from clipkit.data.sources import open_source
-from clipkit.data.tables import Quoting, Table, Unusable, checked_format
+from clipkit.data.reading.build_dataset import Item, assemble
+from clipkit.data.reading.columns import Columns, choose, label_of, texts_of
+from clipkit.data.reading.image_column import Pictures
+from clipkit.data.reading.rejects import Ledger, OnBad, Reject, check_policy
+from clipkit.data.reading.sources import open_source
+from clipkit.data.reading.tables import Quoting, Table, Unusable, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
 from clipkit.prompts import Templates, captions, check_templates

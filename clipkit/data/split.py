@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.data.identity import file_or_bytes, raw_cells
-from clipkit.data.keys import key_values, require_column
-from clipkit.data.map_style import as_table
+from clipkit.data.dataset import as_table, key_values, require_column
+from clipkit.data.fingerprint import file_or_bytes, raw_cells
 from clipkit.errors import DataError, UsageError, option
 
 if TYPE_CHECKING:

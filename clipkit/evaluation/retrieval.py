@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.data.keys import key_values, require_texts
-from clipkit.data.rejects import Reject
-from clipkit.embedding.embed import Embedded, embed
-from clipkit.embedding.encode import reject
-from clipkit.embedding.store import EmbeddingStore, content_hash
+from clipkit.data.dataset import key_values, require_texts
+from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.embed import embed
+from clipkit.embedding.items import Embedded, reject
+from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, UsageError, option
 from clipkit.evaluation.small import small_test
-from clipkit.images import bytes_of
+from clipkit.files import content_hash
+from clipkit.images.load import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import UsageError
+from clipkit.losses.pairwise import Known, PairLoss, Pairs
 from clipkit.losses.sigmoid import SigmoidPairs
-from clipkit.losses.similar import Keys, Similar
+from clipkit.losses.similarity import Keys, Similar
 from clipkit.losses.softmax import SoftmaxPairs
-from clipkit.losses.tiles import Known, PairLoss, Pairs
 
 TILE = 1024
 """Rows and columns that are looked at together by default."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Take, Tile, widest
+from clipkit.losses.pairwise import Pairs, Take, Tile, widest
 
 
 @dataclass

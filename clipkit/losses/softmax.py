@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Take, Tile, widest
+from clipkit.losses.pairwise import Pairs, Take, Tile, widest
 
 _MASS, _PULL, _OWN, _Z, _COUNT = range(5)
 

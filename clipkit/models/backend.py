@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipkit.errors import ModelError
 from clipkit.models.processor import Processor
 
+if TYPE_CHECKING:
+    pass
+
 Part = Literal["image", "text"]
+
+
 PARTS: tuple[Part, ...] = ("image", "text")
 
 
@@ -60,3 +68,37 @@ class Backend(nn.Module, ABC):
         """Whether the module or parameter called `name` belongs to a part, with or without its head."""
         prefixes = self.names[part].tower + (self.names[part].head if head else ())
         return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def check_finite(model: nn.Module, where: object) -> None:
+    """Refuse NaN and infinite weights, by name."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(f"weight {name} holds NaN or infinity", where=where, fix="use an earlier checkpoint")
+
+
+def root_of(backend: Backend, part: Part) -> str:
+    """The name of the smallest module that holds a whole tower."""
+    known = {name for name, _ in backend.named_modules()} | {name for name, _ in backend.named_parameters()}
+    paths = [prefix.split(".") for prefix in backend.names[part].tower if prefix in known]
+    if len(paths) == 1:
+        return ".".join(paths[0])
+    shared = [level[0] for level in zip(*paths, strict=False) if len(set(level)) == 1]
+    return ".".join(shared)
+
+
+class Embeddings(NamedTuple):
+    """What `DualEncoder.forward` gives. Scale and bias carry gradients, too."""
+
+    image: Tensor | None  # (n, dim), unit length, fp32
+    text: Tensor | None  # (m, dim), unit length, fp32
+    scale: Tensor  # exp(logit_scale), no dimensions
+    bias: Tensor | None  # no dimensions; None under softmax
+
+
+def _full(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(_full(x), dim=-1)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipkit.data.rejects import Ledger, OnBad, Reject, unreadable_folders
+from clipkit.data.reading.rejects import Ledger, OnBad, Reject, unreadable_folders
 from clipkit.errors import DataError, UsageError
-from clipkit.images import describe, find_images
+from clipkit.images.load import describe, find_images
 from clipkit.paths import walk
 
 log = logging.getLogger("clipkit")

@@ -7,31 +7,31 @@ import math
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clipkit import distributed
-from clipkit.data.batch import Batch
-from clipkit.data.plan import hash64
+from clipkit.data.batches.batch import Batch
+from clipkit.data.batches.plan import hash64
 from clipkit.errors import ClipkitError, Interrupted, TooManyRejected, option
 from clipkit.files import write_json
 from clipkit.losses.contrastive import Loss
 from clipkit.progress import WAIT, Progress
-from clipkit.training import resume
-from clipkit.training.average import Average
-from clipkit.training.checkpoint import Checkpoints, Snapshot, read, size_of
-from clipkit.training.folder import Best, Log, write_rejects, write_timing
-from clipkit.training.forgetting import ALPHAS, Forgetting
-from clipkit.training.memory import explained
-from clipkit.training.nonfinite import NonFinite
-from clipkit.training.optim import build_optimizer, schedule
-from clipkit.training.preflight import preflight
-from clipkit.training.record import Attempts, draw_curves, topology
-from clipkit.training.result import TrainResult
-from clipkit.training.signals import StopSignal
+from clipkit.training.checkpoints import resume
+from clipkit.training.checkpoints.checkpoint import Checkpoints, Snapshot, read, size_of
+from clipkit.training.checkpoints.non_finite import NonFinite
+from clipkit.training.checkpoints.signals import StopSignal
+from clipkit.training.checks.memory import explained
+from clipkit.training.checks.preflight import preflight
+from clipkit.training.ema import Average
+from clipkit.training.forgetting.guardrail import ALPHAS, Forgetting
+from clipkit.training.optimizer import build_optimizer, schedule
+from clipkit.training.run_folder.attempts import Attempts, draw_curves, topology
+from clipkit.training.run_folder.best_model import Best
+from clipkit.training.run_folder.metrics_log import Log, write_rejects, write_timing
 from clipkit.training.state import Adam, Facts, Part, Weights
 from clipkit.training.step import backward
 from clipkit.training.trackers import Trackers
@@ -448,3 +448,28 @@ def _mean(loss: Loss) -> Loss:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave.
+
+    Attributes:
+        metrics: of the weights that were kept.
+        step: after which these weights stood, from 1.
+        steps: taken in all.
+        seconds: of wall clock, evaluations included, of all attempts.
+        history: every line of metrics.jsonl.
+        rejected: rows left out because their image could not be used.
+        stopped_early: whether `patience` ended it.
+        forgetting: what the guardrail found and chose, where there is a `forget_budget`.
+    """
+
+    metrics: dict[str, float]
+    step: int
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]] = field(repr=False)
+    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    stopped_early: bool = False
+    forgetting: Forgetting | None = None

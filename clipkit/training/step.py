@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipkit.data.batch import Batch, Rows
+from clipkit.data.batches.batch import Batch, Rows
 from clipkit.errors import UsageError, option
 from clipkit.losses.contrastive import TILE, Embedded, Loss, info_nce, matryoshka, sigmoid_loss
-from clipkit.losses.similar import VIEW, Side, Similar
+from clipkit.losses.similarity import VIEW, Side, Similar
 
 Outputs = Mapping[str, Tensor]  # "image", "text", "head0" …: (rows, dim); "scale", "bias": 0-dim
 

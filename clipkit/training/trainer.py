@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,29 @@ from typing import Any
 import torch
 
 from clipkit import distributed
-from clipkit.data.batch import Batch
-from clipkit.data.keys import number_values
-from clipkit.data.loader import Loader
-from clipkit.data.map_style import as_table
-from clipkit.data.planned import plan_of
-from clipkit.errors import ClipkitError, DataError, UsageError, option
+from clipkit.data.batches.batch import Batch
+from clipkit.data.batches.build_plan import plan_of
+from clipkit.data.batches.loader import Loader
+from clipkit.data.dataset import as_table
+from clipkit.errors import UsageError, option
 from clipkit.losses.contrastive import prior_bias
-from clipkit.losses.similar import Paired, Similar, key_columns
-from clipkit.models.card import base_of
+from clipkit.losses.similarity import Paired, Similar, key_columns
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.training.claim import claim_folder
-from clipkit.training.config import TrainConfig
-from clipkit.training.forgetting import Guardrail
-from clipkit.training.launch import make_accelerator
-from clipkit.training.learner import Learner
-from clipkit.training.lock import locked
-from clipkit.training.loop import Loop
-from clipkit.training.optim import layer_factors
-from clipkit.training.result import TrainResult
-from clipkit.training.resume import run_identity
-from clipkit.training.signals import StopSignal
+from clipkit.models.saving.model_card import base_of
+from clipkit.training.accelerator import make_accelerator
+from clipkit.training.checkpoints.resume import run_identity
+from clipkit.training.checkpoints.signals import StopSignal
+from clipkit.training.config.train import TrainConfig
+from clipkit.training.forgetting.guardrail import Guardrail
+from clipkit.training.heads import Learner
+from clipkit.training.loop import Loop, TrainResult
+from clipkit.training.optimizer import layer_factors
+from clipkit.training.run_folder.ownership import claim_folder, locked
+from clipkit.training.setup import Evaluator, _check_scores, _flat, _number
 from clipkit.training.step import Contrast, backward
 from clipkit.training.trackers import check_trackers
 
 logger = logging.getLogger("clipkit")
-
-Evaluator = Callable[[DualEncoder], Mapping[str, float]]
 
 
 class Trainer:
@@ -292,34 +288,6 @@ class Trainer:
     def counts(self) -> dict[str, int]:
         """How many images, texts and classes the metrics rest on."""
         return {key: count for each in self.measured() for key, count in getattr(each, "n", dict)().items()}
-
-
-def _number(key: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"a metric is a number, found {value!r}", where=key, fix="mend the evaluator") from None
-    if not math.isfinite(number):
-        raise ClipkitError(f"a metric must be finite, found {number}", where=key, fix="see what the model gives there")
-    return number
-
-
-def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:
-    for column in {each.score for each in similar} - {None}:
-        scores = number_values(pairs, str(column))
-        bad = ~(scores.isfinite() & (scores >= 0)) if scores.ndim == 1 else torch.ones(1, dtype=torch.bool)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise DataError(
-                f"scores are numbers of at least 0; found {pairs[str(column)][row]!r}",
-                where=f"column {column!r}, row {row}",
-                fix="mend the column, or leave out `score`",
-            )
-
-
-def _flat(config: TrainConfig) -> dict[str, Any]:
-    plain = (int, float, str, bool)
-    return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
 
 
 def _held_out() -> str:

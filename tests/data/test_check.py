@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from clipkit import progress
 from clipkit.data.check import check_data
 from clipkit.data.pairs import load_pairs
-from clipkit.data.rejects import Ledger
+from clipkit.data.reading.rejects import Ledger
 from clipkit.errors import DataError
 
 

@@ -16,9 +16,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from PIL import Image as Pillow
 
 from clipkit.data.pairs import load_pairs
-from clipkit.data.rejects import Ledger, Reject
+from clipkit.data.reading.rejects import Ledger, Reject
 from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
-from clipkit.images import load_image
+from clipkit.images.load import load_image
 
 
 def png(shade: int = 0) -> bytes:

@@ -11,7 +11,7 @@ from clipkit.embedding import embed as module
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
-from clipkit.models import fingerprint
+from clipkit.models.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from clipkit.models.backend import Backend, Names
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.image_transform import ImageTransform
 from clipkit.models.processor import Processor
-from clipkit.models.transform import ImageTransform
 
 COLOURS = ["red", "green", "blue", "yellow", "cyan", "magenta", "black", "white", "orange", "purple"]
 

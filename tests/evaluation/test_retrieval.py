@@ -9,7 +9,7 @@ import torch
 from scipy.stats import hypergeom
 
 from clipkit.data.pairs import load_pairs
-from clipkit.embedding.embed import Embedded
+from clipkit.embedding.items import Embedded
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.evaluation import retrieval

@@ -11,8 +11,9 @@ from runs import outcome, train
 
 from clipkit import DualEncoder, Paired, TrainConfig, Trainer
 from clipkit.errors import Interrupted
-from clipkit.models import artefact
-from clipkit.training.learner import Learner
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_images
+from clipkit.models.loading import manifest as artefact
+from clipkit.training.heads import Learner
 from clipkit.training.step import backward
 
 GOLDEN = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a component of a unit vector; bf16 has 8 bits of mantissa
@@ -83,8 +84,8 @@ def test_a_saved_folder_gives_its_golden_embeddings(device, precision, tmp_path)
     model = DualEncoder.from_pretrained(tmp_path / "model", device=device)
     body = artefact.read(tmp_path / "model")
     found = {
-        "image": model.encode_images(artefact.golden_images(), dtype=precision),
-        "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=precision),
+        "image": model.encode_images(golden_images(), dtype=precision),
+        "text": model.encode_texts(GOLDEN_TEXTS, dtype=precision),
     }
     differences = artefact.golden_differences(body, found)
     assert model.device.type == device.type

@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipkit import distributed
 from clipkit.errors import UsageError
 from clipkit.losses.contrastive import Embedded, info_nce, matryoshka, prior_bias, sigmoid_loss
-from clipkit.losses.graded import Graded
-from clipkit.losses.similar import Paired, SameGroup
+from clipkit.losses.similarity import Graded, Paired, SameGroup
 
 ROWS, DIM = 11, 7
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, -1, -1, 2])

@@ -8,7 +8,7 @@ import torch
 
 from clipkit import DualEncoder, RetrievalEvaluator, RunConfig, TrainConfig, Trainer, run
 from clipkit.errors import ConfigError
-from clipkit.models.blocks import layers
+from clipkit.models.backends.layers import layers
 from clipkit.training.run import open_model
 
 BASIC = ["model.name=some/model", "data.train=birds.csv", "train.output_dir=runs/birds"]

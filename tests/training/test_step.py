@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from clipkit import Paired, SameGroup, TrainConfig, Trainer, Views
-from clipkit.data.batch import Batch, Rows
+from clipkit.data.batches.batch import Batch, Rows
 from clipkit.errors import UsageError
 from clipkit.training import step
-from clipkit.training.learner import Learner
+from clipkit.training.heads import Learner
 from clipkit.training.step import Contrast, backward, objective
 
 

@@ -228,7 +228,7 @@ def evaluate(
     from clipkit import distributed
     from clipkit.data.dataset import has_texts, key_values
     from clipkit.data.pairs import load_pairs
-    from clipkit.data.reading.rejects import Ledger
+    from clipkit.data.reading.rejects import LoadReport
     from clipkit.evaluation.result import build_result
     from clipkit.evaluation.retrieval import RetrievalEvaluator
     from clipkit.evaluation.zero_shot import ZeroShotEvaluator
@@ -236,7 +236,7 @@ def evaluate(
 
     require_free(to, overwrite)
     distributed.start()
-    start, ledger = time.perf_counter(), Ledger()
+    start, ledger = time.perf_counter(), LoadReport()
     policy: dict[str, Any] = {"on_bad": on_bad, "max_bad": max_bad}
     policy["rejects"] = rejects if distributed.is_main() else None
     pairs = load_pairs(
@@ -314,7 +314,7 @@ def label(
     """Name what is on each image, out of the classes you give."""
     from clipkit import distributed
     from clipkit.data.listed_images import load_images, names_images
-    from clipkit.data.reading.rejects import Ledger
+    from clipkit.data.reading.rejects import LoadReport
     from clipkit.files import require_free
     from clipkit.labelling.classifier import ZeroShotClassifier
     from clipkit.search.listing import list_images
@@ -324,7 +324,7 @@ def label(
     policy: dict[str, Any] = {"on_bad": on_bad, "max_bad": max_bad, "rejects": rejects}
     if names_images(images, separator):
         form: dict[str, Any] = {"separator": separator, "encoding": encoding, "quoting": quoting}
-        ledger = Ledger()
+        ledger = LoadReport()
         paths, items = load_images(images, image=image, split=split, ledger=ledger, **form, **policy)
     else:
         listing = list_images(images, on_bad=on_bad)
@@ -516,9 +516,9 @@ def check_data_command(
     """Open every image and caption, and tell what is wrong."""
     from clipkit.data.check import check_data
     from clipkit.data.pairs import load_pairs
-    from clipkit.data.reading.rejects import Ledger, write_rejects
+    from clipkit.data.reading.rejects import LoadReport, write_rejects
 
-    ledger = Ledger()  # every bad row is to be listed, however many there are
+    ledger = LoadReport()  # every bad row is to be listed, however many there are
     columns: dict[str, Any] = {"image": image, "text": text or None, "label": label, "split": split}
     columns |= {"separator": separator, "encoding": encoding, "quoting": quoting}
     pairs = load_pairs(data, **columns, on_bad="skip", max_bad=1.0, ledger=ledger)
@@ -542,13 +542,13 @@ def check_model_command(
     as_json: Json = False,
 ) -> None:
     """Tell what is wrong with a model, or why two disagree."""
-    from clipkit.models.checks.check_model import Report, examine
+    from clipkit.models.checks.check_model import Report, check_model
     from clipkit.models.checks.compare_models import Comparison, compare_models
 
     found: Report | Comparison = (
         compare_models(model, other, trust_remote_code=trust_remote_code)
         if other
-        else examine(model, trust_remote_code=trust_remote_code)
+        else check_model(model, trust_remote_code=trust_remote_code)
     )
     if as_json:
         _print_json(found.as_dict())

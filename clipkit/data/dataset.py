@@ -20,25 +20,25 @@ if TYPE_CHECKING:
 PIXELS = ("image", "hard_images", "image_features")  # never kept, for they would fill the memory
 
 
-def as_table(source: Any) -> Any:
-    """`source` itself where it offers columns, as a `datasets.Dataset` does; else a `MapStyle` around its rows.
+def as_dataset(source: Any) -> Any:
+    """`source` itself where it offers columns, as a `datasets.Dataset` does; else a `MapStyleDataset` around its rows.
 
     Raises:
         UsageError: a stream, which has no row k to go back to; or its rows are no mappings.
     """
-    if isinstance(source, MapStyle) or _offers_columns(source):
+    if isinstance(source, MapStyleDataset) or _offers_columns(source):
         return source
-    return MapStyle(source)
+    return MapStyleDataset(source)
 
 
-class MapStyle:
+class MapStyleDataset:
     """Rows as a table: all are read once, in order, and every cell is kept that is no image.
 
     Args:
         source: ``len(source)``, and ``source[i]`` a mapping from column to cell.
 
     Raises:
-        UsageError: as `as_table`.
+        UsageError: as `as_dataset`.
     """
 
     def __init__(self, source: Any) -> None:
@@ -75,9 +75,9 @@ class MapStyle:
             )
         return dict(record) | {name: cells[key] for name, cells in self._added.items()}
 
-    def add_column(self, name: str, cells: Sequence[Any]) -> MapStyle:
+    def add_column(self, name: str, cells: Sequence[Any]) -> MapStyleDataset:
         """The same rows with one column more, as `datasets` has it."""
-        other = MapStyle.__new__(MapStyle)
+        other = MapStyleDataset.__new__(MapStyleDataset)
         other.__dict__ |= self.__dict__
         other._added = {**self._added, name: cells}
         other.column_names = [each for each in self.column_names if each != name] + [name]
@@ -90,7 +90,7 @@ class MapStyle:
 class _Cells(Sequence[Any]):
     """A column that is not kept: every look reads a row."""
 
-    def __init__(self, table: MapStyle, name: str) -> None:
+    def __init__(self, table: MapStyleDataset, name: str) -> None:
         self.table, self.name = table, name
 
     def __len__(self) -> int:
@@ -189,7 +189,7 @@ def key_values(pairs: Any, column: str) -> list[Hashable | None]:
     return [None if _is_empty(value) else value for value in values]
 
 
-def codes(pairs: Any, column: str) -> Tensor:
+def column_codes(pairs: Any, column: str) -> Tensor:
     """(n,) int64: one number for each distinct value, given once per data set; -1 for empty cells."""
     import torch
 
@@ -233,14 +233,14 @@ def require_column(pairs: Any, column: str) -> None:
 
 def has_texts(pairs: Any) -> bool:
     """Whether a data set has captions; one of images and labels alone has none."""
-    return "texts" in as_table(pairs).column_names
+    return "texts" in as_dataset(pairs).column_names
 
 
 def require_texts(pairs: Any) -> None:
     """Raises UsageError where a data set has no captions, and says how a label makes some."""
     if has_texts(pairs):
         return
-    columns = as_table(pairs).column_names
+    columns = as_dataset(pairs).column_names
     fix = f"name their column: {option('text', 'COLUMN')}"
     if "label" in columns:
         fix = f"make them out of the labels: {option('templates', 'a photo of a {}.')}; or {fix}"
@@ -249,7 +249,7 @@ def require_texts(pairs: Any) -> None:
 
 def _column(pairs: Any, column: str) -> Sequence[Any]:
     if not isinstance(pairs, Mapping):
-        pairs = as_table(pairs)
+        pairs = as_dataset(pairs)
     require_column(pairs, column)
     cells: Sequence[Any] = pairs[column]
     return cells

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from clipkit.data.dataset import MapStyle, as_table, drawn, require_column
+from clipkit.data.dataset import MapStyleDataset, as_dataset, drawn, require_column
 from clipkit.errors import BadImage
 from clipkit.images.load import bytes_of
 from clipkit.progress import track
@@ -36,7 +36,7 @@ _SAMPLE = 1000
 _READ = ("texts", "image", "image_features", "hard_texts", "hard_images")  # by every training, where they are there
 
 
-def data_identity(source: Any, columns: Sequence[str] = (), *, progress: bool = False) -> str:
+def data_fingerprint(source: Any, columns: Sequence[str] = (), *, progress: bool = False) -> str:
     """sha256 (64 hex digits) of what a training reads from a data set.
 
     Args:
@@ -47,7 +47,7 @@ def data_identity(source: Any, columns: Sequence[str] = (), *, progress: bool = 
     Raises:
         UsageError: a stream, or there is no such column.
     """
-    source = as_table(source)
+    source = as_dataset(source)
     wanted = [name for name in dict.fromkeys([*_READ, *columns]) if name in columns or name in source.column_names]
     wanted = [name for name in wanted if name not in ("row", "view")]  # made by the loader
     whole = hashlib.sha256(_VERSION + b" %d" % len(source))
@@ -100,7 +100,7 @@ def _cell(column: str, cell: Any, seen: dict[str, bytes]) -> bytes:
 
 def opened(source: Any) -> bool:
     """Whether a data set gives images that it has opened itself, rather than paths or bytes."""
-    if not isinstance(source, MapStyle) or not len(source) or "image" not in source.column_names:
+    if not isinstance(source, MapStyleDataset) or not len(source) or "image" not in source.column_names:
         return False
     cell = source[0].get("image")
     if cell is None or isinstance(cell, str | os.PathLike | bytes | Mapping):
@@ -114,7 +114,7 @@ def steady(source: Any) -> bool:
     return first == second
 
 
-def _sample(source: MapStyle) -> Iterator[Any]:
+def _sample(source: MapStyleDataset) -> Iterator[Any]:
     if steady(source):
         rows = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int))
         yield from (source["image"][int(row)] for row in rows)

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
-from clipkit.embedding.items import Embedded, Kind, batched, evaluating, reject, shown
+from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
 from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, ClipkitError, DataError, ModelError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe
+from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.encode import _Images, encode, report_cut, text_chunks
 from clipkit.progress import track
@@ -35,14 +36,14 @@ def embed(
     model: DualEncoder,
     items: Sequence[Any],
     *,
-    kind: Kind = "image",
+    kind: Modality = "image",
     store: EmbeddingStore | None = None,
     features: EmbeddingStore | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = False,
     on_bad: Literal["error", "skip"] = "error",
-) -> Embedded:
+) -> EmbedResult:
     """Embeddings of images or texts, in order, each distinct item computed once.
 
     Under several processes every one must call this with the same items: they share the work by whole batches and all
@@ -119,7 +120,7 @@ def _check_options(items: Sequence[Any], kind: str, batch_size: int, on_bad: str
         raise UsageError(f"batch_size must be at least 1, found {batch_size}")
 
 
-def _tower(model: DualEncoder, kind: Kind) -> str:
+def _tower(model: DualEncoder, kind: Modality) -> str:
     fingerprint = model.fingerprint()
     return fingerprint.image if kind == "image" else fingerprint.text
 
@@ -139,7 +140,7 @@ class _Work:
     content: list[bytes]
     rejected: dict[int, Reject]
 
-    def assemble(self, vectors: Tensor, rejected: Mapping[int, Reject]) -> Embedded:
+    def assemble(self, vectors: Tensor, rejected: Mapping[int, Reject]) -> EmbedResult:
         """One row of ``vectors`` (one a distinct item) for each item that was used."""
         out = dict(self.rejected)
         out |= {r: replace(rejected[n], row=r) for r, n in enumerate(self.number) if n is not None and n in rejected}
@@ -147,10 +148,10 @@ class _Work:
         if len(used) + len(out) != len(self.number):
             raise ClipkitError(f"{len(self.number)} items, but {len(used)} used and {len(out)} rejected: a bug")
         content = [self.content[n] for _, n in used] if self.content else []
-        return Embedded(vectors[[n for _, n in used]], [r for r, _ in used], [out[r] for r in sorted(out)], content)
+        return EmbedResult(vectors[[n for _, n in used]], [r for r, _ in used], [out[r] for r in sorted(out)], content)
 
 
-def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool, progress: bool) -> _Work:
+def _identify(items: Sequence[Any], kind: Modality, *, hashed: bool, skip: bool, progress: bool) -> _Work:
     """With a store an item is known by its content; without one, a text by itself and an image by its row."""
 
     def name(row: int) -> Hashable:
@@ -212,7 +213,7 @@ class Encoder:
         self,
         model: DualEncoder,
         items: Sequence[Any],
-        kind: Kind,
+        kind: Modality,
         first: list[int],
         content: list[bytes],
         workers: int,

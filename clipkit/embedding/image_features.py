@@ -16,8 +16,8 @@ from clipkit import distributed
 from clipkit.data.batches.augment import Augmentation, augment
 from clipkit.data.batches.collate import why_bad
 from clipkit.data.batches.plan import hash64
-from clipkit.data.dataset import as_table
-from clipkit.embedding.items import Embedded, batched, evaluating, reject, shown
+from clipkit.data.dataset import as_dataset
+from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
 from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, ModelError, UsageError, option
 from clipkit.files import content_hash
@@ -30,7 +30,7 @@ from clipkit.progress import track
 Vector: TypeAlias = NDArray[np.float32]
 
 
-class Version(NamedTuple):
+class AugmentedImage(NamedTuple):
     """One augmented version of one image; without augmentation there is only draw 0."""
 
     row: int
@@ -77,7 +77,7 @@ def with_image_features(
             where=trained[0],
             fix=fix,
         )
-    pairs = as_table(pairs)
+    pairs = as_dataset(pairs)
     draws = 1 if augmentation == "none" else draws
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress, "on_bad": on_bad}
     return pairs.add_column("image_features", _cells(model, pairs["image"], store, augmentation, draws, **options))
@@ -97,7 +97,7 @@ def embed_locked(
     workers: int,
     progress: bool,
     on_bad: Literal["error", "skip"],
-) -> Embedded:
+) -> EmbedResult:
     """What `embed` gives of images, by way of the features of a locked tower."""
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress, "on_bad": on_bad}
     cells = _cells(model, images, store, "none", 1, **options)
@@ -112,7 +112,7 @@ def embed_locked(
         bad = rows[int((~vectors.isfinite().all(dim=1)).int().argmax())]
         raise ModelError("an image embedding is not finite", where=f"row {bad}", fix="check the model's weights")
     refused = [reject(row, images[row], why_bad(images[row])) for row, cell in enumerate(cells) if cell is None]
-    return Embedded(vectors, rows, refused, [])
+    return EmbedResult(vectors, rows, refused, [])
 
 
 def _cells(
@@ -133,9 +133,9 @@ def _cells(
     read = track(images, len(images), "reading images", unit="image", shown=hashed and main)
     contents = [_content(image, on_bad) if hashed else b"" for image in read]
     numbers = range(draws)
-    versions = [Version(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
-    keys: dict[Version, Key] = {}
-    found: dict[Version, Vector] = {}
+    versions = [AugmentedImage(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
+    keys: dict[AugmentedImage, Key] = {}
+    found: dict[AugmentedImage, Vector] = {}
     if store is not None:
         tower = tower_hash(model.backend, model.processor)
         kinds = ["image_features" if augmentation == "none" else f"image_features {augmentation} {n}" for n in numbers]
@@ -149,8 +149,8 @@ def _cells(
     batches = list(batched(sorted(missing), batch_size))[distributed.rank() :: distributed.world_size()]
     source = _Versions(images, contents, model.processor, augmentation, on_bad)
 
-    def compute() -> dict[Version, Vector]:
-        done: dict[Version, Vector] = {}
+    def compute() -> dict[AugmentedImage, Vector]:
+        done: dict[AugmentedImage, Vector] = {}
         loaded = DataLoader(source, batch_size=None, sampler=batches, num_workers=min(workers, len(batches)))
         with closing(shown(iter(loaded), [len(each) for each in batches], "image", progress)) as parts:
             for part in parts:
@@ -172,7 +172,7 @@ def _cells(
 def _trained(model: DualEncoder) -> list[str]:
     """Names of the parameters of the image tower that learn, its head's left out."""
     backend = model.backend
-    return [n for n, p in backend.named_parameters() if p.requires_grad and backend.owns("image", n, head=False)]
+    return [n for n, p in backend.named_parameters() if p.requires_grad and backend.belongs_to("image", n, head=False)]
 
 
 def _content(image: Any, on_bad: str) -> bytes | None:
@@ -185,12 +185,12 @@ def _content(image: Any, on_bad: str) -> bytes | None:
         return None
 
 
-def _cell(found: dict[Version, Vector], row: int, draws: int) -> Vector | list[Vector] | None:
-    cells = [found[each] for draw in range(draws) if (each := Version(row, draw)) in found]
+def _cell(found: dict[AugmentedImage, Vector], row: int, draws: int) -> Vector | list[Vector] | None:
+    cells = [found[each] for draw in range(draws) if (each := AugmentedImage(row, draw)) in found]
     return None if not cells else cells[0] if draws == 1 else cells
 
 
-def _features(model: DualEncoder, pixels: torch.Tensor, versions: list[Version]) -> Vector:
+def _features(model: DualEncoder, pixels: torch.Tensor, versions: list[AugmentedImage]) -> Vector:
     with evaluating(model):
         vectors: Vector = model.vision_features(pixels.to(model.device)).float().cpu().numpy()
     if not np.isfinite(vectors).all():
@@ -213,7 +213,7 @@ class _Versions(Dataset[Any]):
         self.images, self.contents, self.processor = images, contents, processor
         self.augmentation, self.on_bad = augmentation, on_bad
 
-    def __getitem__(self, batch: list[Version]) -> tuple[list[Version], torch.Tensor] | BadImage:
+    def __getitem__(self, batch: list[AugmentedImage]) -> tuple[list[AugmentedImage], torch.Tensor] | BadImage:
         opened = []
         for each in batch:
             try:
@@ -224,7 +224,7 @@ class _Versions(Dataset[Any]):
         pixels = self.processor.images([image for _, image in opened]) if opened else torch.zeros(0)
         return [each for each, _ in opened], pixels
 
-    def _open(self, version: Version) -> Image.Image:
+    def _open(self, version: AugmentedImage) -> Image.Image:
         image, content = self.images[version.row], self.contents[version.row]
         if content and content_hash(bytes_of(image)) != content:
             # a vector under the wrong content would be wrong for ever

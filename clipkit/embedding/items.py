@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
 from clipkit.errors import BadImage, DataError
+from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.progress import track
 from clipkit.texts import BadText
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbedResult:
     """What `embed` gives: ``len(rows) + len(rejected)`` is the number of items, always.
 
     Attributes:
@@ -39,7 +40,7 @@ class Embedded:
     content: list[bytes]
 
 
-def shown(batches: Iterator[T], sizes: Sequence[int], kind: Kind, progress: bool) -> Generator[T, None, None]:
+def shown(batches: Iterator[T], sizes: Sequence[int], kind: Modality, progress: bool) -> Generator[T, None, None]:
     """Batches of so many items, and how far they are, of this process's share."""
     main = progress and distributed.is_main()
     return track(batches, sum(sizes), f"embedding {kind}s", unit=kind, shown=main, sizes=sizes)
@@ -50,9 +51,6 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(items)
     while batch := list(islice(rest, size)):
         yield batch
-
-
-Kind: TypeAlias = Literal["image", "text"]
 
 
 def reject(row: int, item: Any, error: DataError) -> Reject:

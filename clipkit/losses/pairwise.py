@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.similarity import ROW, Keys, Similar, target
+from clipkit.losses.similarity import ROW, Keys, Similarity, target
 
 Tile = tuple[slice, slice]
 
@@ -44,7 +44,7 @@ class Known:
 
 
 @dataclass
-class Pairs(ABC):
+class PairwiseLoss(ABC):
     """A loss over all pairs of this rank's rows and all ranks' columns.
 
     Args:
@@ -59,7 +59,7 @@ class Pairs(ABC):
 
     rows: Known
     cols: Known
-    similar: Similar
+    similar: Similarity
     smoothing: float
     tile: int | None
     dtype: torch.dtype
@@ -172,12 +172,12 @@ class Gradients:
         return self.da, self.db, (dscale * grad).to(self.scale), dbias
 
 
-class PairLoss(torch.autograd.Function):
-    """The value of a `Pairs`, and its gradients."""
+class PairwiseLossFunction(torch.autograd.Function):
+    """The value of a `PairwiseLoss`, and its gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, pairs: Pairs
+        ctx: Any, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, pairs: PairwiseLoss
     ) -> tuple[Tensor, Tensor]:
         ctx.pairs = pairs
         ctx.save_for_backward(a, b, scale, bias)

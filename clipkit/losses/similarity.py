@@ -17,9 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit.errors import UsageError, option
-
-Side = Literal["image", "text"]
-
+from clipkit.modality import Modality
 
 Keys = Mapping[str, Tensor]  # column -> (n,) int64 codes, or (n,) or (n, d) float32 numbers
 
@@ -43,7 +41,7 @@ VIEW = "view"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Similar(ABC):
+class Similarity(ABC):
     """A notion of similarity. A subclass gives `affinity`, and the keys that it reads.
 
     Args:
@@ -65,7 +63,7 @@ class Similar(ABC):
     """
 
     weight: float = 1.0
-    between: tuple[Side, Side] = ("image", "text")
+    between: tuple[Modality, Modality] = ("image", "text")
     known: Mapping[str, Treat] = field(default_factory=dict)
     score: str | None = None
     views: int = 0
@@ -104,8 +102,8 @@ class Similar(ABC):
         if self.temperature is not None and not self.temperature > 0:
             raise UsageError(f"a temperature is greater than 0; found {self.temperature}")
         for side in self.between:
-            if side not in get_args(Side):
-                raise UsageError(f"`between` names two of {', '.join(get_args(Side))}; found {side!r}")
+            if side not in get_args(Modality):
+                raise UsageError(f"`between` names two of {', '.join(get_args(Modality))}; found {side!r}")
         for column, treat in self.known.items():
             if treat not in get_args(Treat):
                 raise UsageError(f"what is known by {column!r} is one of {', '.join(get_args(Treat))}; found {treat!r}")
@@ -131,8 +129,8 @@ class Similar(ABC):
 
 
 @dataclass(frozen=True)
-class Paired(Similar):
-    """This text belongs to this image, and to no other (Radford et al. 2021). Options as in `Similar`.
+class Paired(Similarity):
+    """This text belongs to this image, and to no other (Radford et al. 2021). Options as in `Similarity`.
 
     Two captions of one image that meet in a batch both count as its own.
     """
@@ -144,11 +142,11 @@ class Paired(Similar):
 
 
 @dataclass(frozen=True)
-class SameGroup(Similar):
+class SameGroup(Similarity):
     """Samples that share a value of `column` are alike (Khosla et al. 2020, SupCon; Yang et al. 2022, UniCL).
 
     All members of a group are positives with equal weight. Missing values (code -1) match only themselves.
-    With ``between=("image", "image"), temperature=0.1`` it is SupCon of one modality. Other options as in `Similar`.
+    With ``between=("image", "image"), temperature=0.1`` it is SupCon of one modality. Other options as in `Similarity`.
 
     Args:
         column: a column of the data set: a label, a group, any hashable value.
@@ -167,11 +165,11 @@ class SameGroup(Similar):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views(Similar):
+class Views(Similarity):
     """Augmented views of one image are alike (Chen et al. 2020, SimCLR); with `Paired`: SLIP (Mu et al. 2021).
 
     The views are drawn with ``view_augmentation`` of TrainConfig, beside the image that other notions see.
-    Other options as in `Similar`.
+    Other options as in `Similarity`.
 
     Args:
         views: how many a sample, default 2.
@@ -179,7 +177,7 @@ class Views(Similar):
         temperature: default 0.1, as SimCLR and SLIP have it.
     """
 
-    between: tuple[Side, Side] = ("image", "image")
+    between: tuple[Modality, Modality] = ("image", "image")
     views: int = 2
     temperature: float | None = 0.1
     head: Head | None = "mlp"
@@ -196,7 +194,7 @@ def same(rows: Tensor, cols: Tensor) -> Tensor:
     return rows.unsqueeze(1) == cols.unsqueeze(0)
 
 
-def target(similar: Similar, rows: Keys, cols: Keys, hard: Tensor | None = None) -> Tensor:
+def target(similar: Similarity, rows: Keys, cols: Keys, hard: Tensor | None = None) -> Tensor:
     """What the loss is given: the affinity, with what is known not to be a negative.
 
     Args:
@@ -222,7 +220,7 @@ def target(similar: Similar, rows: Keys, cols: Keys, hard: Tensor | None = None)
     return found
 
 
-def key_columns(notions: Iterable[Similar]) -> tuple[list[str], list[str]]:
+def key_columns(notions: Iterable[Similarity]) -> tuple[list[str], list[str]]:
     """The columns that the loader has to carry for some notions: as codes, and as numbers.
 
     Raises:
@@ -243,8 +241,8 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # (r, d), (c, d) -> (r, c) in [0, 
 
 
 @dataclass(frozen=True)
-class Graded(Similar):
-    """Samples are more or less alike. Options as in `Similar`.
+class Graded(Similarity):
+    """Samples are more or less alike. Options as in `Similarity`.
 
     ``Graded("teacher_image", "softmax", against="teacher_text")`` distils a teacher's similarity matrix, where both
     columns hold embeddings (`embed` makes them); ``Graded("text_embedding", "softmax")`` takes the similarity of texts;

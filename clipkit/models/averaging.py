@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from clipkit.errors import ModelError, UsageError
+from clipkit.modality import MODALITIES
 from clipkit.models.adapting import lora
-from clipkit.models.backend import PARTS
 from clipkit.models.dual_encoder import DualEncoder
 
 
@@ -98,6 +98,6 @@ def _settings(model: DualEncoder) -> dict[str, Any]:
     described: dict[str, Any] = {"family": model.backend.family}
     for part, about in model.processor.describe().items():
         described |= {f"{part}.{key}": value for key, value in about.items()}
-    for part in PARTS:
+    for part in MODALITIES:
         described |= {f"{part}.{key}": value for key, value in model.backend.describe(part).items()}
     return described

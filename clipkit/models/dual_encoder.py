@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clipkit.modality import MODALITIES, Modality
 from clipkit.models.adapting import lora
 from clipkit.models.adapting import lora_files as adapter_files
 from clipkit.models.adapting.freezing import checkpoint_gradients, freeze
 from clipkit.models.adapting.patch_dropout import PatchDropout, drop_patches
 from clipkit.models.adapting.resize import resize
-from clipkit.models.backend import PARTS, Backend, Embeddings, Part, _full, _unit
+from clipkit.models.backend import Backend, Embeddings, _full, _unit
 from clipkit.models.encode import encode, image_chunks, listed, report_cut, text_chunks
-from clipkit.models.fingerprint.fingerprint import Fingerprint, facts, take
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden
+from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint, settings_fingerprint
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_embeddings
 from clipkit.models.image_transform import Resize
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.processor import Processor
@@ -78,18 +79,18 @@ class DualEncoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; the logit scale and bias stay fp32 whatever they are."""
-        own = {id(p) for p in self.backend.scalars() if p is not None}
+        own = {id(p) for p in self.backend.logit_scale_and_bias() if p is not None}
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """The logarithm of the scale of the logits, as a parameter."""
-        return self.backend.scalars()[0]
+        return self.backend.logit_scale_and_bias()[0]
 
     @property
     def logit_bias(self) -> nn.Parameter | None:
         """What is added to the logits, as a parameter; None where the model has none."""
-        return self.backend.scalars()[1]
+        return self.backend.logit_scale_and_bias()[1]
 
     @property
     def similarity(self) -> Literal["softmax", "sigmoid"]:
@@ -102,7 +103,7 @@ class DualEncoder(nn.Module):
         Takes a pass over the weights at the speed of memory, and SHA-256 over them once for a state of the weights.
         """
         plain = lora.merged(self)  # what `save_pretrained` writes
-        return take(plain.backend, plain.processor)
+        return full_fingerprint(plain.backend, plain.processor)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class DualEncoder(nn.Module):
 
     # -- changing it ---------------------------------------------------------------------------
 
-    def freeze(self, part: Part, *, head: bool = False, blocks: int | None = None) -> Self:
+    def freeze(self, part: Modality, *, head: bool = False, blocks: int | None = None) -> Self:
         """Lock a tower: no gradients, and eval mode even while the rest trains (BatchNorm, dropout).
 
         Args:
@@ -191,7 +192,7 @@ class DualEncoder(nn.Module):
             UsageError: peft is not installed; the tower has LoRA already.
             ModelError: no such layers.
         """
-        lora.add(self, PARTS if part == "both" else (part,), rank, alpha, dropout, targets)
+        lora.add(self, MODALITIES if part == "both" else (part,), rank, alpha, dropout, targets)
         return self
 
     def merge_lora(self) -> Self:
@@ -351,7 +352,7 @@ class DualEncoder(nn.Module):
         backend, processor, body, folder = open_model(name, revision, trust_remote_code)
         model = cls(backend, processor, str(name)).eval()
         if body is not None and folder is not None:
-            artefact.check(body, folder, facts(backend, processor), golden(model))
+            artefact.check(body, folder, settings_fingerprint(backend, processor), golden_embeddings(model))
             model.card = Card.from_dict(body.get("card", {}))
             model.verified = True
         else:
@@ -540,7 +541,7 @@ class DualEncoder(nn.Module):
         return export(lora.merged(self), Path(folder), to, overwrite)
 
     def _cast(self, dtype: torch.dtype) -> None:
-        scalars = [p for p in self.backend.scalars() if p is not None]
+        scalars = [p for p in self.backend.logit_scale_and_bias() if p is not None]
         kept = [p.detach().clone() for p in scalars]
         self.to(dtype)
         for parameter, value in zip(scalars, kept, strict=True):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe, load_image
-from clipkit.models.backend import Part
+from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor
 from clipkit.progress import Progress
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def encode(
     model: DualEncoder,
     chunks: Iterable[dict[str, Tensor]],
-    side: Part,
+    side: Modality,
     items: Sequence[Any],
     device: str | torch.device | None,
     dtype: torch.dtype | None,
@@ -62,7 +62,7 @@ def encode(
     return found
 
 
-def _refuse(side: Part, index: int, item: Any) -> None:
+def _refuse(side: Modality, index: int, item: Any) -> None:
     shown = item if isinstance(item, str | os.PathLike) else type(item).__name__
     fix = "fp16 overflows in some models: use bfloat16 or float32; else look for bad weights"
     raise ModelError(f"the {side} embedding is not finite", where=f"item {index}: {shown}", fix=fix)

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import ModelError
-from clipkit.models.fingerprint.image_transform import image_facts
-from clipkit.models.fingerprint.tokenizer import _hash, text_facts
+from clipkit.models.fingerprint.image_transform import measure_transform
+from clipkit.models.fingerprint.tokenizer import _hash, measure_tokenizer
 
 Padding = Literal["longest", "max_length"]
 
@@ -92,7 +92,7 @@ class Processor:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """The processor's part of the fingerprint: what both sides really do, measured."""
-        return {"image": image_facts(self.image_side), "text": text_facts(self.text_side)}
+        return {"image": measure_transform(self.image_side), "text": measure_tokenizer(self.text_side)}
 
     def save(self, folder: Path) -> None:
         """Write the native files of both sides."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
-from clipkit.embedding.items import Embedded
+from clipkit.embedding.items import EmbedResult
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError, option, typed
 from clipkit.files import publish
@@ -313,7 +313,7 @@ def _must_be_free(target: Path, overwrite: bool) -> None:
 
 
 def _entries(
-    files: Sequence[Path], stats: Mapping[Path, Stat], found: Embedded, root: Path | None
+    files: Sequence[Path], stats: Mapping[Path, Stat], found: EmbedResult, root: Path | None
 ) -> dict[Path, Entry]:
     def entry(file: Path, content: bytes) -> Entry:
         return Entry(os.fsencode(file.relative_to(root) if root else file), *stats[file], content)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipkit.training.state import Tensors, require_names
 
 
-class Average:
+class EMA:
     """``average = d average + (1 - d) weights`` after each update, in fp32 at least. A part of the run.
 
     With t updates so far d is at most (1 + t) / (10 + t), so that the first weights are soon forgotten (as in

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkit.losses.similarity import Head, Similar
+from clipkit.losses.similarity import Head, Similarity
 from clipkit.models.dual_encoder import DualEncoder
 
 HEAD_DIM = 128  # Chen et al. 2020, section 2.1
 
 
-class Learner(nn.Module):
+class ModelWithHeads(nn.Module):
     """What the training step calls; embeddings of every kind come out by name.
 
     Args:
@@ -25,7 +25,7 @@ class Learner(nn.Module):
             weights from torch's random state: unit vectors of 128 dimensions, called ``head{place in similar}``.
     """
 
-    def __init__(self, model: DualEncoder, similar: Sequence[Similar]) -> None:
+    def __init__(self, model: DualEncoder, similar: Sequence[Similarity]) -> None:
         super().__init__()
         self.model = model
         wanted = {f"head{i}": each.head for i, each in enumerate(similar) if each.head}

@@ -12,9 +12,9 @@ import torch
 
 from clipkit import distributed
 from clipkit.errors import ModelError, UsageError
+from clipkit.modality import MODALITIES, Modality
 from clipkit.models.adapting.lora import MARK
-from clipkit.models.backend import PARTS, Part
-from clipkit.models.backends.layers import layers
+from clipkit.models.backends.layers import parameters_by_depth
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config.train import TrainConfig
 
@@ -79,8 +79,8 @@ def layer_factors(model: DualEncoder, decay: float) -> dict[str, float]:
         UsageError: no tower has pretrained weights that train, or one that has them has no blocks.
     """
     found: dict[str, float] = {}
-    for part in PARTS:
-        own = [name for name in _decaying(model) if model.backend.owns(part, name.removeprefix(ROOT), head=False)]
+    for part in MODALITIES:
+        own = [name for name in _decaying(model) if model.backend.belongs_to(part, name.removeprefix(ROOT), head=False)]
         if own:
             factors = _by_depth(model, part, decay)
             found |= {name: factors[name] for name in own}
@@ -99,9 +99,9 @@ def _decaying(model: DualEncoder) -> Iterator[str]:
     return (name for name in trained if name not in model.fresh or MARK in name)
 
 
-def _by_depth(model: DualEncoder, part: Part, decay: float) -> dict[str, float]:
+def _by_depth(model: DualEncoder, part: Modality, decay: float) -> dict[str, float]:
     try:
-        found = layers(model.backend, model.processor, part)
+        found = parameters_by_depth(model.backend, model.processor, part)
     except ModelError as error:
         raise UsageError(error.message, where="layer_decay", fix="leave it out: one rate for all") from error
     n = len(found.blocks)

@@ -70,7 +70,7 @@ def _run(config: RunConfig, folder: Path) -> Run:
     path = config.data.features
     with nullcontext() if path is None else EmbeddingStore(path) as features:
         if features is not None:
-            train = keep_features(model, train, features, config.data.feature_draws, config.train)
+            train = keep_features(model, train, features, config.data.num_augmentations, config.train)
         trainer = Trainer(
             model,
             train,

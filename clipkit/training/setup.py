@@ -10,7 +10,7 @@ import torch
 
 from clipkit.data.dataset import number_values
 from clipkit.errors import ClipkitError, DataError, UsageError
-from clipkit.losses.similarity import Similar
+from clipkit.losses.similarity import Similarity
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config.train import TrainConfig
 
@@ -27,7 +27,7 @@ def _number(key: str, value: Any) -> float:
     return number
 
 
-def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:
+def _check_scores(pairs: Any, similar: Sequence[Similarity]) -> None:
     for column in {each.score for each in similar} - {None}:
         scores = number_values(pairs, str(column))
         bad = ~(scores.isfinite() & (scores >= 0)) if scores.ndim == 1 else torch.ones(1, dtype=torch.bool)

@@ -13,25 +13,25 @@ import torch
 
 from clipkit import distributed
 from clipkit.data.batches.batch import Batch
-from clipkit.data.batches.build_plan import plan_of
+from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.batches.loader import Loader
-from clipkit.data.dataset import as_table
+from clipkit.data.dataset import as_dataset
 from clipkit.errors import UsageError, option
 from clipkit.losses.contrastive import prior_bias
-from clipkit.losses.similarity import Paired, Similar, key_columns
+from clipkit.losses.similarity import Paired, Similarity, key_columns
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving.model_card import base_of
 from clipkit.training.accelerator import make_accelerator
-from clipkit.training.checkpoints.resume import run_identity
+from clipkit.training.checkpoints.resume import run_fingerprint
 from clipkit.training.checkpoints.signals import StopSignal
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.forgetting.guardrail import Guardrail
-from clipkit.training.heads import Learner
+from clipkit.training.heads import ModelWithHeads
 from clipkit.training.loop import Loop, TrainResult
 from clipkit.training.optimizer import layer_factors
 from clipkit.training.run_folder.ownership import claim_folder, locked
 from clipkit.training.setup import Evaluator, _check_scores, _flat, _number
-from clipkit.training.step import Contrast, backward
+from clipkit.training.step import LossConfig, backward
 from clipkit.training.trackers import check_trackers
 
 logger = logging.getLogger("clipkit")
@@ -73,7 +73,7 @@ class Trainer:
         pairs: Any,
         config: TrainConfig,
         *,
-        similar: Similar | Sequence[Similar] = Paired(),
+        similar: Similarity | Sequence[Similarity] = Paired(),
         evaluators: Sequence[Evaluator] = (),
         reference: Evaluator | None = None,
     ) -> None:
@@ -84,9 +84,9 @@ class Trainer:
                 where="pairs",
                 fix=f"load_pairs({str(pairs)!r}, image=COLUMN, text=COLUMN)",
             )
-        pairs = as_table(pairs)
+        pairs = as_dataset(pairs)
         self.model, self.pairs, self.config = model, pairs, config
-        self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
+        self.similar: list[Similarity] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
         self.folder = claim_folder(Path(config.output_dir), may_resume=config.resume == "auto")
         if config.patience is not None and not evaluators:
@@ -105,13 +105,13 @@ class Trainer:
                 fix=f"raise {option('batch_size')}, or start fewer processes",
             )
         named = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
-        self.plan = plan_of(pairs, **{name: getattr(config, name) for name in named})
+        self.plan = build_plan(pairs, **{name: getattr(config, name) for name in named})
         wanted = self.plan.steps_per_epoch * config.epochs
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
         self.contrast = self._contrast()
         self.guardrail = self._guardrail(reference)
         self._check_best()
-        self.learner = Learner(model, self.similar)
+        self.learner = ModelWithHeads(model, self.similar)
         self.loader = self._loader(pairs)
         self._refuse_batch_norm()
         if config.layer_decay is not None:
@@ -128,7 +128,7 @@ class Trainer:
 
     # -- before the first step
 
-    def _contrast(self) -> Contrast:
+    def _contrast(self) -> LossConfig:
         """How embeddings are compared: with the loss that the model was made for, unless the config names one."""
         config, bias = self.config, self.model.logit_bias
         loss = config.loss if config.loss != "auto" else "info_nce" if bias is None else "sigmoid"
@@ -145,7 +145,7 @@ class Trainer:
         for dim in config.matryoshka:
             if dim > self.model.dim:
                 raise UsageError(f"embeddings have {self.model.dim} dimensions; found matryoshka={config.matryoshka}")
-        return Contrast(loss, config.label_smoothing, config.matryoshka, config.tile)
+        return LossConfig(loss, config.label_smoothing, config.matryoshka, config.tile)
 
     def _guardrail(self, reference: Evaluator | None) -> Guardrail | None:
         budget = self.config.forget_budget
@@ -244,9 +244,9 @@ class Trainer:
             logger.info("%d parameters take no part in the loss: %s", len(unused), ", ".join(unused[:5]))
 
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run; see `run_identity`."""
+        """What makes this run this run; see `run_fingerprint`."""
         measured = [*self.evaluators, *([] if self.guardrail is None else [self.guardrail.reference])]
-        return run_identity(self.config, self.learner, self.similar, self.pairs, measured)
+        return run_fingerprint(self.config, self.learner, self.similar, self.pairs, measured)
 
     # -- training
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from clipkit import SameGroup, TrainConfig, Trainer
-from clipkit.data.dataset import MapStyle, as_table, caption_counts, codes, number_values
-from clipkit.data.fingerprint import data_identity
+from clipkit.data.dataset import MapStyleDataset, as_dataset, caption_counts, column_codes, number_values
+from clipkit.data.fingerprint import data_fingerprint
 from clipkit.embedding.image_features import with_image_features
 from clipkit.errors import DataError, UsageError
 
@@ -68,23 +68,23 @@ def test_every_kind_of_rows_trains_as_the_table_does(tmp_path, rows):
 
 
 def test_rows_are_read_once_for_all_columns_and_images_are_not_opened(rows):
-    shut = as_table([{**row, "image": {"bytes": b"no image", "path": None}} for row in rows])
-    assert codes(shut, "colour").equal(codes(tiny.make_pairs(), "colour"))
+    shut = as_dataset([{**row, "image": {"bytes": b"no image", "path": None}} for row in rows])
+    assert column_codes(shut, "colour").equal(column_codes(tiny.make_pairs(), "colour"))
     source = Decoding(rows)
-    table = as_table(source)
-    assert as_table(table) is table
+    table = as_dataset(source)
+    assert as_dataset(table) is table
     assert caption_counts(table) == [2] * 32
-    assert codes(table, "place").equal(codes(tiny.make_pairs(), "place"))
+    assert column_codes(table, "place").equal(column_codes(tiny.make_pairs(), "place"))
     assert source.reads == 32
     assert len(pickle.dumps(table)) < len(pickle.dumps(source)) + 1000  # what was kept stays here
 
 
 def test_a_column_that_few_rows_have_is_empty_elsewhere():
-    table = as_table([{"texts": ["a"], "image": None}, {"texts": ["b"], "image": None, "price": 2.0}])
+    table = as_dataset([{"texts": ["a"], "image": None}, {"texts": ["b"], "image": None, "price": 2.0}])
     assert table.column_names == ["texts", "image", "price"]
     assert number_values(table, "price").isnan().tolist() == [True, False]
     with pytest.raises(UsageError, match="did you mean 'price'"):
-        codes(table, "prise")
+        column_codes(table, "prise")
 
 
 def test_features_of_a_locked_tower_come_beside_any_rows(rows):
@@ -117,7 +117,7 @@ def test_a_stream_is_sent_away_with_the_line_that_packs_it(tmp_path, rows, kind)
         Trainer(tiny.make_model(), stream, TrainConfig(str(tmp_path / "run"), batch_size=8))
     space = {"stream": stream}
     exec(caught.value.fix.removeprefix("pack it first: ").split(",")[0], space)  # what it says to type
-    assert data_identity(space["pairs"], ["colour"]) == data_identity(rows, ["colour"])
+    assert data_fingerprint(space["pairs"], ["colour"]) == data_fingerprint(rows, ["colour"])
 
 
 def test_the_second_line_packs_a_stream_too(rows):
@@ -125,7 +125,7 @@ def test_the_second_line_packs_a_stream_too(rows):
 
     stream = streams(rows)[3]
     packed = Dataset.from_generator(lambda: (yield from stream))
-    assert data_identity(packed, ["colour"]) == data_identity(rows, ["colour"])
+    assert data_fingerprint(packed, ["colour"]) == data_fingerprint(rows, ["colour"])
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_the_second_line_packs_a_stream_too(rows):
 )
 def test_what_is_no_rows_is_refused_in_words(source, words):
     with pytest.raises(UsageError, match=words):
-        MapStyle(source)
+        MapStyleDataset(source)
 
 
 @pytest.mark.parametrize(("texts", "fix"), [("a cat", r"\[caption\]"), ([], "leave it out"), ([None], "leave it out")])
 def test_captions_are_lists_of_texts(texts, fix):
     with pytest.raises(DataError, match=rf"list of at least one caption(?s:.)*row 1(?s:.)*{fix}"):
-        caption_counts(as_table([{"texts": ["a"]}, {"texts": texts}]))
+        caption_counts(as_dataset([{"texts": ["a"]}, {"texts": texts}]))

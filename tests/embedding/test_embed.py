@@ -105,7 +105,7 @@ def test_training_the_text_tower_keeps_image_embeddings(tiny, tmp_path: Path) ->
         embed(own, ["a photo"], kind="text", store=store)
         with torch.no_grad():
             for name, weight in own.named_parameters():
-                if own.backend.owns("text", name.removeprefix("backend.")):
+                if own.backend.belongs_to("text", name.removeprefix("backend.")):
                     weight.add_(0.1)
         embed(own, [tiny.picture(0)], store=store)
         assert len(store) == 2

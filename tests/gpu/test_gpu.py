@@ -13,7 +13,7 @@ from clipkit import DualEncoder, Paired, TrainConfig, Trainer
 from clipkit.errors import Interrupted
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_images
 from clipkit.models.loading import manifest as artefact
-from clipkit.training.heads import Learner
+from clipkit.training.heads import ModelWithHeads
 from clipkit.training.step import backward
 
 GOLDEN = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a component of a unit vector; bf16 has 8 bits of mantissa
@@ -48,7 +48,7 @@ def gradients(device, folder, precision, **options):
     model = tiny.make_model(dropout=options.pop("dropout", 0.0)).to(device)
     settings = TrainConfig(str(folder), batch_size=32, progress=False)
     batch = next(Trainer(model, tiny.make_pairs(), settings).loader.batches(0, 1)).to(device)
-    learner = Learner(model.to(device), [Paired()]).train()
+    learner = ModelWithHeads(model.to(device), [Paired()]).train()
     torch.manual_seed(7)
     with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
         loss = backward(learner, batch, [Paired()], **options)

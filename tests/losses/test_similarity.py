@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from clipkit import Graded, Paired, SameGroup, Views, info_nce
 from clipkit.errors import UsageError
-from clipkit.losses.contrastive import Embedded
-from clipkit.losses.similarity import Similar, key_columns, target
+from clipkit.losses.contrastive import EmbeddedBatch
+from clipkit.losses.similarity import Similarity, key_columns, target
 
 
 def keys(**columns):
@@ -23,7 +23,7 @@ def keys(**columns):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nearby(Similar):
+class Nearby(Similarity):
     """Photos taken within walking distance are alike: exp(-kilometres)."""
 
     kilometres: float = 1.0
@@ -44,7 +44,7 @@ def test_a_new_notion_is_one_small_class():
     similar = Nearby(kilometres=5)  # Eiffel tower and Louvre are 3.2 km apart
     assert similar.affinity(places, places)[0].tolist() == pytest.approx([1, math.exp(-3.16 / 5), 0], abs=0.01)
     emb = normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)
-    found = info_nce(Embedded(emb, places), Embedded(emb, places), similar, torch.tensor(5.0), tile=2)
+    found = info_nce(EmbeddedBatch(emb, places), EmbeddedBatch(emb, places), similar, torch.tensor(5.0), tile=2)
     wanted = target(similar, places, places)
     wanted = cross_entropy(5 * emb @ emb.T, wanted / wanted.sum(1, keepdim=True))
     assert float(found.loss) == pytest.approx(float(wanted), rel=1e-6)
@@ -73,7 +73,7 @@ def test_the_softmax_of_a_teacher_is_the_target():
         assert (found / found.sum(axis, keepdim=True)).allclose(wanted, atol=1e-4)
     # a student that is the teacher has nothing left to learn: KL and gradient are 0
     a, b = (each.clone().requires_grad_() for each in (image, text))
-    student = info_nce(Embedded(a, teacher), Embedded(b, teacher), similar, torch.tensor(100.0))
+    student = info_nce(EmbeddedBatch(a, teacher), EmbeddedBatch(b, teacher), similar, torch.tensor(100.0))
     student.loss.backward()
     assert abs(float(student.kl)) < 1e-5
     assert max(float(each.grad.abs().max()) for each in (a, b)) < 1e-4
@@ -110,7 +110,9 @@ def test_ignored_duplicates_leave_the_loss():
     generator = torch.Generator().manual_seed(2)
     a, b = (normalize(torch.randn(4, 5, generator=generator), dim=1) for _ in range(2))
     known = keys(label=[0, 0, 1, 2])
-    found = info_nce(Embedded(a, known), Embedded(b, known), Paired(known={"label": "ignore"}), torch.tensor(3.0))
+    found = info_nce(
+        EmbeddedBatch(a, known), EmbeddedBatch(b, known), Paired(known={"label": "ignore"}), torch.tensor(3.0)
+    )
     logits = 3 * a @ b.T
     logits[0, 1] = logits[1, 0] = -torch.inf
     wanted = (cross_entropy(logits, torch.arange(4)) + cross_entropy(logits.T, torch.arange(4))) / 2
@@ -122,7 +124,7 @@ def test_scores_weigh_rows():
     a, b = (normalize(torch.randn(4, 5, generator=generator), dim=1) for _ in range(2))
     scores = torch.tensor([1.0, 0.0, 2.0, 1.0])
     known = keys(score=scores)
-    found = info_nce(Embedded(a, known), Embedded(b, known), Paired(score="score"), torch.tensor(3.0), tile=3)
+    found = info_nce(EmbeddedBatch(a, known), EmbeddedBatch(b, known), Paired(score="score"), torch.tensor(3.0), tile=3)
     each = [cross_entropy(z, torch.arange(4), reduction="none") for z in (3 * a @ b.T, 3 * b @ a.T)]
     assert float(found.loss) == pytest.approx(float(sum((scores * e).sum() / 4 for e in each) / 2), rel=1e-6)
 

@@ -6,13 +6,13 @@ import torch
 
 from clipkit import DualEncoder, TrainConfig, Trainer
 from clipkit.errors import ConfigError
-from clipkit.training.ema import Average
+from clipkit.training.ema import EMA
 
 
 def test_the_formula():
     module = torch.nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(1.0)
-    average, wanted = Average(module, ["weight"], 0.5), 1.0
+    average, wanted = EMA(module, ["weight"], 0.5), 1.0
     for step, value in enumerate([3.0, -2.0, 8.0, 1.0, 0.5, 2.0, 2.5, 7.0, 3.0, 3.0], start=1):
         module.weight.data.fill_(value)
         average.update()
@@ -61,7 +61,7 @@ def test_without_evaluators_the_average_is_what_is_saved(tmp_path, pairs, make_m
 
 def test_a_step_that_is_left_out_is_not_averaged(tmp_path, pairs, make_model, monkeypatch):
     updates = []
-    monkeypatch.setattr(Average, "update", lambda self: updates.append(1))
+    monkeypatch.setattr(EMA, "update", lambda self: updates.append(1))
     model, count = make_model(), iter(range(10))
     model.backend.image_head.weight.register_hook(lambda grad: grad * float("nan") if next(count) == 1 else grad)
     config = TrainConfig(str(tmp_path / "run"), batch_size=8, max_steps=4, ema=0.9, skip_nonfinite=1, progress=False)

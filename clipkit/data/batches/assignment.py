@@ -68,7 +68,7 @@ def full_batches(counts: Ints, size: int) -> int:
     return low
 
 
-def deal(units: Ints, steps: int, size: int, rng: np.random.Generator, strata: Ints | None = None) -> Ints:
+def assign(units: Ints, steps: int, size: int, rng: np.random.Generator, strata: Ints | None = None) -> Ints:
     """(steps, size) indices into `units`, of which no two in a row have the same unit.
 
     Args:

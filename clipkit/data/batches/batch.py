@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Side = Literal["image", "text"]
-
+from clipkit.modality import Modality
 
 ROW, VIEW = "row", "view"  # keys that every sample carries, and every image where there are views
-
-
 CONTENT = ("image", "texts")  # key columns that are hashes of what was drawn
-
-
 HARD = ("hard_texts", "hard_images")  # columns whose cells are only ever a negative
 
 
@@ -29,7 +24,7 @@ class Transform(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowKeys:
     """What is known of the rows of one side of a batch.
 
     Args:
@@ -42,8 +37,8 @@ class Rows:
     keys: dict[str, Tensor]
     anchor: Tensor | None = None
 
-    def to(self, device: torch.device) -> Rows:
-        return Rows(_move(self.keys, device), None if self.anchor is None else self.anchor.to(device))
+    def to(self, device: torch.device) -> RowKeys:
+        return RowKeys(_move(self.keys, device), None if self.anchor is None else self.anchor.to(device))
 
 
 @dataclass
@@ -59,7 +54,7 @@ class Batch:
     """
 
     inputs: dict[str, Tensor]
-    rows: dict[Side, Rows]
+    rows: dict[Modality, RowKeys]
     samples: int
     rejected: list[dict[str, Any]] = field(default_factory=list)
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from clipkit.data.batches.assignment import Ints
 from clipkit.data.batches.plan import Plan
-from clipkit.data.dataset import as_table, caption_counts, key_values, require_texts
+from clipkit.data.dataset import as_dataset, caption_counts, key_values, require_texts
 from clipkit.data.fingerprint import opened, steady
 from clipkit.data.split import image_keys
 from clipkit.errors import DataError, UsageError
 
 
-def plan_of(
+def build_plan(
     pairs: Any,
     *,
     batch_size: int,
@@ -39,7 +39,7 @@ def plan_of(
         UsageError: a stream; no such column; distinct images that change; what `Plan` cannot give.
         DataError: a row without captions, or with an empty cell in `balanced` or `grouped`.
     """
-    pairs = as_table(pairs)
+    pairs = as_dataset(pairs)
     require_texts(pairs)
     keys = {name: _codes(pairs, name) for name in dict.fromkeys(distinct)}
     return Plan(

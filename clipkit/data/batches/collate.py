@@ -13,15 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.data.batches.augment import Augmentation, augment
-from clipkit.data.batches.batch import ROW, VIEW, Batch, Rows, Side, Transform
+from clipkit.data.batches.batch import ROW, VIEW, Batch, RowKeys, Transform
 from clipkit.data.batches.plan import Draw, hash64
 from clipkit.data.dataset import drawn
 from clipkit.errors import BadImage, DataError, option
 from clipkit.images.load import describe, load_image
+from clipkit.modality import Modality
 from clipkit.texts import is_blank
 
 
-class Pictures(NamedTuple):
+class CollatedImages(NamedTuple):
     """The image side of a batch: tensors, and what it took to make them."""
 
     inputs: dict[str, Tensor]
@@ -32,7 +33,7 @@ class Pictures(NamedTuple):
 
 
 @dataclass
-class Assembly:
+class Collator:
     """Draws -> Batch. Goes to the workers, so it carries no weights.
 
     Args:
@@ -72,25 +73,25 @@ class Assembly:
         found = {"image": images.hashes, "texts": [_hash(text.encode()) for text in texts]}
         keys |= {name: torch.tensor(found[name], dtype=torch.int64) for name in self.content}
         inputs = dict(images.inputs)
-        sides: dict[Side, Rows] = {}
+        sides: dict[Modality, RowKeys] = {}
         if "image" in self.sides:
             sides["image"] = self._image_rows(keys, images.hard)
         if "text" in self.sides:
             inputs |= self.transform.texts(texts + hard_texts)
             hard = [_hash(text.encode()) for text in hard_texts]
-            sides["text"] = _with_hard(keys, "texts", hard) if "hard_texts" in self.hard else Rows(keys)
+            sides["text"] = _with_hard(keys, "texts", hard) if "hard_texts" in self.hard else RowKeys(keys)
         return Batch(inputs, sides, len(kept), images.rejected)
 
-    def _image_rows(self, keys: dict[str, Tensor], hard: list[int]) -> Rows:
+    def _image_rows(self, keys: dict[str, Tensor], hard: list[int]) -> RowKeys:
         if len(self.views) > 1 or self.views[0][0]:
             views = torch.tensor([view for view, _ in self.views]).repeat_interleave(len(keys[ROW]))
             keys = {name: torch.cat([values] * len(self.views)) for name, values in keys.items()} | {VIEW: views}
-        return _with_hard(keys, "image", hard) if "hard_images" in self.hard else Rows(keys)
+        return _with_hard(keys, "image", hard) if "hard_images" in self.hard else RowKeys(keys)
 
-    def _images(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> Pictures:
+    def _images(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> CollatedImages:
         everything = list(range(len(draws)))
         if "image" not in self.sides:
-            return Pictures({}, everything, [], [], [])
+            return CollatedImages({}, everything, [], [], [])
         if records and "image_features" in records[0]:
             return self._features(draws, records)
         images: list[list[Any]] = []
@@ -113,9 +114,9 @@ class Assembly:
                 hard_hashes += [-1] * len(others)
         _require_some(kept, draws, rejected)
         ordered = [views[v] for v in range(len(self.views)) for views in images] + hard
-        return Pictures({"pixel_values": self.transform.images(ordered)}, kept, hashes, hard_hashes, rejected)
+        return CollatedImages({"pixel_values": self.transform.images(ordered)}, kept, hashes, hard_hashes, rejected)
 
-    def _features(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> Pictures:
+    def _features(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> CollatedImages:
         """What a locked tower made of the images beforehand: of each one vector, or several to draw from."""
         cells, kept, hashes, rejected = [], [], [], []
         for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
@@ -129,7 +130,7 @@ class Assembly:
             if "image" in self.content:  # the same whatever is drawn
                 hashes.append(_hash(np.asarray(cell[0] if several else cell, dtype=np.float32).tobytes()))
         _require_some(kept, draws, rejected)
-        return Pictures({"image_features": torch.from_numpy(np.stack(cells))}, kept, hashes, [], rejected)
+        return CollatedImages({"image_features": torch.from_numpy(np.stack(cells))}, kept, hashes, [], rejected)
 
     def _refused(self, draw: Draw, error: BadImage) -> dict[str, Any]:
         if self.on_bad == "error":
@@ -159,7 +160,7 @@ def _seed(draw: Draw, view: int) -> int:
     return draw.seed if view == 0 else hash64(draw.seed, view)
 
 
-def _with_hard(keys: dict[str, Tensor], content: str, hashes: list[int]) -> Rows:
+def _with_hard(keys: dict[str, Tensor], content: str, hashes: list[int]) -> RowKeys:
     """Rows with hard negatives at their end: nothing is known of them but what they look like."""
     found = {}
     for name, values in keys.items():
@@ -167,7 +168,7 @@ def _with_hard(keys: dict[str, Tensor], content: str, hashes: list[int]) -> Rows
         more = values.new_full((len(hashes), *values.shape[1:]), nothing)
         found[name] = torch.cat([values, torch.tensor(hashes, dtype=torch.int64) if name == content else more])
     anchor = torch.arange(len(found[ROW])) < len(keys[ROW])
-    return Rows(found, anchor)
+    return RowKeys(found, anchor)
 
 
 def _listed(cell: Any, column: str) -> list[Any]:

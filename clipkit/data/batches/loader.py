@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipkit.data.batches.augment import Augmentation
 from clipkit.data.batches.batch import CONTENT, HARD, ROW, Batch, Transform
-from clipkit.data.batches.collate import Assembly
+from clipkit.data.batches.collate import Collator
 from clipkit.data.batches.plan import Plan
-from clipkit.data.dataset import as_table, codes, number_values
+from clipkit.data.dataset import as_dataset, column_codes, number_values
 from clipkit.errors import ClipkitError, UsageError
 
 
@@ -63,8 +63,8 @@ class Loader:
         workers: int = 0,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:
-        source = as_table(source)
-        keys = {column: codes(source, column) for column in columns if column not in (ROW, *CONTENT)}
+        source = as_dataset(source)
+        keys = {column: column_codes(source, column) for column in columns if column not in (ROW, *CONTENT)}
         keys |= {column: number_values(source, column) for column in numbers}
         content = tuple(name for name in CONTENT if name in columns)
         hard = frozenset(name for name in HARD if name in source.column_names)
@@ -78,7 +78,7 @@ class Loader:
         augmentations = [augmentation if view == 0 else view_augmentation for view in shown]
         self.workers = workers
         self.steps = _Steps(
-            Assembly(
+            Collator(
                 source,
                 transform,
                 keys,
@@ -123,7 +123,7 @@ class _Steps(Dataset["Batch | ClipkitError"]):
     Errors come back as values: a worker that raises would have its exception rebuilt from a mere text.
     """
 
-    assembly: Assembly
+    assembly: Collator
     plan: Plan
     rank: int
     world_size: int

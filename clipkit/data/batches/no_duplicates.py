@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from clipkit.data.batches.assignment import Ints, full_batches, rng_of
-from clipkit.data.batches.samplers import LEAST, Apart, Deck, Shown
+from clipkit.data.batches.samplers import LEAST, NoDuplicatesSampler, Sampler, Shown
 from clipkit.errors import UsageError, option
 
 _LOOKS = 64  # at batches a row, so that an epoch takes time in proportion to its rows; a row that fits nowhere waits
@@ -27,7 +27,7 @@ Key = tuple[Ints, Ints]
 """Rows, and the code that stands in each; a row may be there several times with different codes, or never."""
 
 
-def kept_apart(keys: Mapping[str, Key], units: Ints, size: int, seed: int) -> Deck:
+def kept_apart(keys: Mapping[str, Key], units: Ints, size: int, seed: int) -> Sampler:
     """The deck in which no batch holds a value of a key twice.
 
     Args:
@@ -41,7 +41,7 @@ def kept_apart(keys: Mapping[str, Key], units: Ints, size: int, seed: int) -> De
     """
     n = len(units)
     most = min((full_batches(_counts(rows, codes, n), size) for rows, codes in keys.values()), default=n // size)
-    found: Deck = Apart(units, size)
+    found: Sampler = NoDuplicatesSampler(units, size)
     if found.steps < 0.95 * most and len(_shared(keys)[0]):
         placed = Placed(keys, n, size, most, seed)
         found = placed if placed.steps > found.steps else found

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from clipkit.data.batches.assignment import Ints, hash64, joined, rng_of
 from clipkit.data.batches.no_duplicates import kept_apart
-from clipkit.data.batches.samplers import Balanced, Deck, Grouped, Shown, Shuffled
+from clipkit.data.batches.samplers import ClassBalancedSampler, PKSampler, Sampler, Shown, ShuffledSampler
 from clipkit.errors import UsageError, option
 
 __all__ = ["Draw", "Plan", "hash64"]
@@ -82,15 +82,15 @@ class Plan:
         n = len(self.captions)
         keys = {name: self._shared(name, values) for name, values in distinct.items()}
         units = joined(list(keys.values()), n)
-        self.deck: Deck
+        self.deck: Sampler
         if balanced is not None:
-            self.deck = Balanced(balanced, units, batch_size, strict=bool(keys), rng=rng_of(seed, -1))
+            self.deck = ClassBalancedSampler(balanced, units, batch_size, strict=bool(keys), rng=rng_of(seed, -1))
         elif grouped is not None:
-            self.deck = Grouped(grouped, units, batch_size, group_size, strict=bool(keys))
+            self.deck = PKSampler(grouped, units, batch_size, group_size, strict=bool(keys))
         elif keys:
             self.deck = kept_apart(keys, units, batch_size, seed)
         else:
-            self.deck = Shuffled(n, batch_size)
+            self.deck = ShuffledSampler(n, batch_size)
         self._order = lru_cache(maxsize=2)(self._epoch)
 
     @property

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from clipkit.data.batches.assignment import Ints, deal, full_batches, places
+from clipkit.data.batches.assignment import Ints, assign, full_batches, places
 from clipkit.errors import UsageError, option
 
 Shown: TypeAlias = tuple[Ints, Ints]
@@ -19,7 +19,7 @@ Shown: TypeAlias = tuple[Ints, Ints]
 LEAST = 0.5  # of the rows an epoch has to show: a demand that leaves out more than it trains on is taken for an error
 
 
-class Deck(Protocol):
+class Sampler(Protocol):
     steps: int
 
     @property
@@ -28,7 +28,7 @@ class Deck(Protocol):
     def epoch(self, number: int, rng: np.random.Generator) -> Shown: ...
 
 
-class Shuffled:
+class ShuffledSampler:
     """Each row once an epoch; a last batch that is not full is dropped."""
 
     def __init__(self, n: int, size: int) -> None:
@@ -41,7 +41,7 @@ class Shuffled:
         return rows, np.full_like(rows, number)
 
 
-class Apart:
+class NoDuplicatesSampler:
     """Each row at most once an epoch, and none in a batch with another row of its unit.
 
     Args:
@@ -56,11 +56,11 @@ class Apart:
         self.notes = (f"distinct: {left:,} of {len(units):,} rows are left out an epoch",)
 
     def epoch(self, number: int, rng: np.random.Generator) -> Shown:
-        rows = deal(self.units, self.steps, self.size, rng)
+        rows = assign(self.units, self.steps, self.size, rng)
         return rows, np.full_like(rows, number)
 
 
-class Balanced:
+class ClassBalancedSampler:
     """Every class equally often: its rows in turn, over and over; spread evenly over an epoch's batches.
 
     Up to the end of any epoch two classes were shown equally often, and two rows of a class too, but for one time.
@@ -113,7 +113,7 @@ class Balanced:
         classes = np.repeat(np.arange(len(self.counts)), after - before)
         turn = before[classes] + places(classes)
         rows = self.order[self.starts[classes] + turn % self.counts[classes]]
-        at = deal(self.units[rows], self.steps, self.size, rng, strata=classes)
+        at = assign(self.units[rows], self.steps, self.size, rng, strata=classes)
         return rows[at], (turn // self.counts[classes])[at]
 
     def _draws(self, number: int) -> tuple[Ints, Ints]:
@@ -124,7 +124,7 @@ class Balanced:
         return before, after
 
 
-class Grouped:
+class PKSampler:
     """Batches of P groups with K rows each (PK sampling, Hermans et al. 2017), each row at most once an epoch.
 
     Args:
@@ -181,7 +181,7 @@ class Grouped:
         order, groups, place, chunks = order[kept], groups[kept], place[kept], chunks[kept]
         first = (np.cumsum(self.chunks) - self.chunks)[groups]
         chunk = np.argsort(first + place % chunks, kind="stable").reshape(-1, self.each)
-        chosen = deal(groups[chunk[:, 0]], self.steps, self.size // self.each, rng)
+        chosen = assign(groups[chunk[:, 0]], self.steps, self.size // self.each, rng)
         rows = order[chunk[chosen]].reshape(self.steps, self.size)
         return rows, np.full_like(rows, number)
 

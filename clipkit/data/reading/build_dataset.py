@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.reading.columns import Columns
-from clipkit.data.reading.image_column import Pictures
+from clipkit.data.reading.image_column import ImageColumn
 from clipkit.data.reading.tables import Table, absolute
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Item:
 
 
 def assemble(
-    pictures: Pictures, columns: Columns, items: Sequence[Item], classes: ClassLabel | None, *, texts: bool
+    pictures: ImageColumn, columns: Columns, items: Sequence[Item], classes: ClassLabel | None, *, texts: bool
 ) -> Dataset:
     """Columns image, texts (if there are any), label (if there are classes) and the rest of the table, one row an item.
 

@@ -10,7 +10,7 @@ from clipkit.data.reading.caption_files import SUFFIXES, CaptionFiles
 from clipkit.data.reading.class_folders import classes_of
 from clipkit.data.reading.columns import TEXT_NAMES, obvious
 from clipkit.data.reading.metadata_files import is_metadata, read_metadata
-from clipkit.data.reading.rejects import Ledger, unreadable_folders
+from clipkit.data.reading.rejects import LoadReport, unreadable_folders
 from clipkit.data.reading.tables import TABLE_SUFFIXES, Table, TextFormat, Unusable
 from clipkit.errors import DataError
 from clipkit.images.load import find_images
@@ -20,7 +20,7 @@ from clipkit.prompts import DEFAULT_TEMPLATE
 _NAMES = 10  # classes or files that one line names
 
 
-def read_folder(folder: Path, ledger: Ledger, form: TextFormat) -> Table:
+def read_folder(folder: Path, ledger: LoadReport, form: TextFormat) -> Table:
     """The images below a folder, with their captions, their metadata, or their class (column `label`).
 
     What is said of the images is looked for wherever they are: metadata files at any level, and beside each image a

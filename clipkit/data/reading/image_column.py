@@ -18,7 +18,7 @@ _GUESSES = 10  # near names are looked up for this many missing files: as many a
 
 
 @dataclass
-class Pictures:
+class ImageColumn:
     """The image column.
 
     Args:
@@ -34,14 +34,14 @@ class Pictures:
     missing: int = 0
 
     @classmethod
-    def of(cls, table: Table, column: str) -> Pictures:
+    def of(cls, table: Table, column: str) -> ImageColumn:
         features = getattr(table.columns, "features", None)
         if features is None or getattr(features[column], "dtype", "") in ("string", "large_string"):
             return cls(table, table.cells(column))
         return cls._typed(table, column)
 
     @classmethod
-    def _typed(cls, table: Table, column: str) -> Pictures:
+    def _typed(cls, table: Table, column: str) -> ImageColumn:
         from datasets import Dataset, Image
 
         assert isinstance(table.columns, Dataset)

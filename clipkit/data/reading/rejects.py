@@ -53,7 +53,7 @@ def unreadable_folders(tree: Tree, row: int) -> list[Reject]:
 
 
 @dataclass
-class Ledger:
+class LoadReport:
     """What became of every row that came in: ``rows == used + len(rejects)``, always.
 
     Hand one to ``load_pairs(..., ledger=ledger)`` to read it afterwards. What is done with the rows may refuse more of

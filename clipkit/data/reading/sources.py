@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.reading.folders import read_folder
-from clipkit.data.reading.rejects import Ledger
+from clipkit.data.reading.rejects import LoadReport
 from clipkit.data.reading.tables import Table, TextFormat, read_table
 from clipkit.errors import DataError, UsageError, option
 from clipkit.paths import did_you_mean, show
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def open_source(source: Any, ledger: Ledger, *, split: str, form: TextFormat) -> Table:
+def open_source(source: Any, ledger: LoadReport, *, split: str, form: TextFormat) -> Table:
     """Read the source; see `load_pairs` for what it may be.
 
     Raises:
@@ -40,7 +40,7 @@ def open_source(source: Any, ledger: Ledger, *, split: str, form: TextFormat) ->
     )
 
 
-def _read_directory(path: Path, ledger: Ledger, split: str, form: TextFormat) -> Table:
+def _read_directory(path: Path, ledger: LoadReport, split: str, form: TextFormat) -> Table:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         from datasets import load_from_disk  # a folder that datasets' save_to_disk wrote
 

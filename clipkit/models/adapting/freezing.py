@@ -7,30 +7,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from clipkit.errors import ModelError, UsageError, option
-from clipkit.models.backend import PARTS, Backend, Part
-from clipkit.models.backends.layers import blocks, layers
+from clipkit.modality import MODALITIES, Modality
+from clipkit.models.backend import Backend
+from clipkit.models.backends.layers import parameters_by_depth, transformer_blocks
 from clipkit.models.processor import Processor
 
 _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 
 def freeze(
-    backend: Backend, processor: Processor, part: Part, *, head: bool = False, first: int | None = None
+    backend: Backend, processor: Processor, part: Modality, *, head: bool = False, first: int | None = None
 ) -> list[nn.Module]:
     """Stop the gradients of one tower, or of its first blocks and what lies before them.
 
     Gives the modules that have to stay in eval mode: a frozen BatchNorm would still move its statistics in
     training mode, and a frozen tower draw dropout.
     """
-    if part not in PARTS:
+    if part not in MODALITIES:
         raise UsageError(f"a model has the parts 'image' and 'text', found {part!r}")
     if first is None:
-        names = {name for name, _ in backend.named_parameters() if backend.owns(part, name, head=head)}
-        modules = [module for name, module in backend.named_modules() if backend.owns(part, name, head=head)]
+        names = {name for name, _ in backend.named_parameters() if backend.belongs_to(part, name, head=head)}
+        modules = [module for name, module in backend.named_modules() if backend.belongs_to(part, name, head=head)]
     elif head:
         raise UsageError("head=True locks a head on a whole tower; with blocks= the tower's end trains on")
     else:
-        found = layers(backend, processor, part)
+        found = parameters_by_depth(backend, processor, part)
         count = _count(first, len(found.blocks), part)
         names = {name for group in (found.before, *found.blocks[:count]) for name in group}
         modules = []
@@ -43,7 +44,7 @@ def freeze(
     return modules
 
 
-def _count(first: int, total: int, part: Part) -> int:
+def _count(first: int, total: int, part: Modality) -> int:
     if not -total <= first <= total:
         raise UsageError(f"blocks={first}, but the {part} tower has {total} blocks")
     return first if first >= 0 else total + first
@@ -66,10 +67,10 @@ def checkpoint_gradients(backend: Backend, on: bool) -> None:
         ModelError: a tower that trains has no such switch, or BatchNorm; nothing was changed then.
     """
     if on:
-        for part in PARTS:
+        for part in MODALITIES:
             _refuse_double_statistics(backend, part)
     _switch(backend, on)
-    lacking = [part for part in PARTS if on and _trains(backend, part) and not _is_on(backend, part)]
+    lacking = [part for part in MODALITIES if on and _trains(backend, part) and not _is_on(backend, part)]
     if lacking:
         _switch(backend, False)
         kind = type(backend.get_submodule(backend.names[lacking[0]].tower[0])).__name__
@@ -97,20 +98,20 @@ def _switch_transformers(model: PreTrainedModel, on: bool) -> None:
         getattr(model, f"{word}_checkpointing_disable")()
 
 
-def _is_on(backend: Backend, part: Part) -> bool:
-    tower = [module for name, module in backend.named_modules() if backend.owns(part, name, head=False)]
+def _is_on(backend: Backend, part: Modality) -> bool:
+    tower = [module for name, module in backend.named_modules() if backend.belongs_to(part, name, head=False)]
     switches = ("gradient_checkpointing", "grad_checkpointing")
     return any(getattr(module, switch, False) is True for module in tower for switch in switches)
 
 
-def _trains(backend: Backend, part: Part) -> bool:
-    return any(p.requires_grad and backend.owns(part, name, head=False) for name, p in backend.named_parameters())
+def _trains(backend: Backend, part: Modality) -> bool:
+    return any(p.requires_grad and backend.belongs_to(part, name, head=False) for name, p in backend.named_parameters())
 
 
-def _refuse_double_statistics(backend: Backend, part: Part) -> None:
+def _refuse_double_statistics(backend: Backend, part: Modality) -> None:
     if not _trains(backend, part):
         return
-    for block in blocks(backend, part):
+    for block in transformer_blocks(backend, part):
         trained = any(p.requires_grad for p in block.parameters())
         if trained and any(isinstance(module, _BATCH_NORM) for module in block.modules()):
             message = f"the {part} tower has BatchNorm, whose statistics gradient checkpointing would move twice a step"

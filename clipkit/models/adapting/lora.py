@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from clipkit.errors import ModelError, UsageError
 from clipkit.extras import install_command
+from clipkit.modality import MODALITIES, Modality
 from clipkit.models.adapting.split_attention import SplitAttention
-from clipkit.models.backend import PARTS, Backend, Part, root_of
-from clipkit.models.backends.layers import blocks
+from clipkit.models.backend import Backend, root_of
+from clipkit.models.backends.layers import transformer_blocks
 from clipkit.suggest import near
 
 if TYPE_CHECKING:
@@ -55,17 +56,22 @@ class Adapted:
 class Lora:
     """What a model remembers while it has adapters."""
 
-    parts: dict[Part, Adapted] = field(default_factory=dict)
+    parts: dict[Modality, Adapted] = field(default_factory=dict)
     trained: set[str] = field(default_factory=set)  # parameters that had gradients before
     still: list[nn.Module] = field(default_factory=list)  # frozen BatchNorm, which has to stay in eval mode
 
 
 def add(
-    model: DualEncoder, parts: Sequence[Part], rank: int, alpha: float, dropout: float, targets: Sequence[str] | None
+    model: DualEncoder,
+    parts: Sequence[Modality],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str] | None,
 ) -> None:
     """Put LoRA on one tower or both; nothing is changed unless all of it can be."""
     for part in parts:
-        if part not in PARTS:
+        if part not in MODALITIES:
             raise UsageError(f"LoRA goes on 'image', 'text' or 'both', found {part!r}")
         if model.lora and part in model.lora.parts:
             raise UsageError(f"the {part} tower has LoRA already", fix="model.merge_lora() first")
@@ -78,7 +84,7 @@ def add(
         inject(model, part, Adapted(rank, alpha, dropout, layers))
 
 
-def inject(model: DualEncoder, part: Part, adapted: Adapted) -> None:
+def inject(model: DualEncoder, part: Modality, adapted: Adapted) -> None:
     """Freeze a tower and give the named layers their matrices, drawn from torch's random state."""
     peft = require_peft()
     backend, state = model.backend, model.lora or Lora()
@@ -86,7 +92,7 @@ def inject(model: DualEncoder, part: Part, adapted: Adapted) -> None:
     root = root_of(backend, part)
     top = backend.get_submodule(root)
     _split(top, adapted.layers)
-    outside = {n: p.requires_grad for n, p in backend.named_parameters() if not backend.owns(part, n, head=False)}
+    outside = {n: p.requires_grad for n, p in backend.named_parameters() if not backend.belongs_to(part, n, head=False)}
     config = peft.LoraConfig(
         r=adapted.rank,
         lora_alpha=adapted.alpha,
@@ -99,15 +105,15 @@ def inject(model: DualEncoder, part: Part, adapted: Adapted) -> None:
     for name, parameter in backend.named_parameters():
         if name not in outside:
             parameter.requires_grad_(MARK in name)
-        elif backend.owns(part, name):  # its head
+        elif backend.belongs_to(part, name):  # its head
             parameter.requires_grad_(f"backend.{name}" in model.fresh)
         else:
             parameter.requires_grad_(outside[name])
     state.parts[part] = adapted
     model.lora = state
-    model.fresh |= {f"backend.{n}" for n, _ in backend.named_parameters() if MARK in n and backend.owns(part, n)}
+    model.fresh |= {f"backend.{n}" for n, _ in backend.named_parameters() if MARK in n and backend.belongs_to(part, n)}
     for name, module in backend.named_modules():
-        if isinstance(module, _BATCH_NORM) and backend.owns(part, name, head=False):
+        if isinstance(module, _BATCH_NORM) and backend.belongs_to(part, name, head=False):
             state.still.append(module.eval())
 
 
@@ -124,7 +130,9 @@ def require_peft() -> Any:
     return peft
 
 
-def _targets(backend: Backend, parts: Sequence[Part], wanted: Sequence[str] | None) -> dict[Part, tuple[str, ...]]:
+def _targets(
+    backend: Backend, parts: Sequence[Modality], wanted: Sequence[str] | None
+) -> dict[Modality, tuple[str, ...]]:
     """Names below each root: the linear layers of attention and MLP, or the layers whose names end as asked."""
     if wanted is None:
         return {part: _linear_layers(backend, part) for part in parts}
@@ -147,8 +155,8 @@ def _ends(name: str, ending: str) -> bool:
     return f".{ending}." in f".{name}."
 
 
-def _linear_layers(backend: Backend, part: Part) -> tuple[str, ...]:
-    inside = {id(module) for block in blocks(backend, part) for module in block.modules()}
+def _linear_layers(backend: Backend, part: Modality) -> tuple[str, ...]:
+    inside = {id(module) for block in transformer_blocks(backend, part) for module in block.modules()}
     layers = _adaptable(backend, part)
     found = [name for name, module in layers.items() if id(module) in inside and not _is_convolution(module)]
     if not found:
@@ -157,13 +165,13 @@ def _linear_layers(backend: Backend, part: Part) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _adaptable(backend: Backend, part: Part) -> dict[str, nn.Module]:
+def _adaptable(backend: Backend, part: Modality) -> dict[str, nn.Module]:
     """Layers by their names below the root; of packed attention, the names that its projections will have."""
     root = root_of(backend, part)
     found: dict[str, nn.Module] = {}
     for name, module in backend.named_modules():
         below = name.removeprefix(f"{root}.")
-        if not backend.owns(part, name, head=False) or name == root:
+        if not backend.belongs_to(part, name, head=False) or name == root:
             continue
         if isinstance(module, nn.MultiheadAttention):
             if module.in_proj_weight is not None and module.bias_k is None:

@@ -24,9 +24,10 @@ from torch import Tensor
 from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageError
 from clipkit.extras import upgrade_command
 from clipkit.files import dump_json, publish, read_json, sha256_file
+from clipkit.modality import MODALITIES, Modality
 from clipkit.models.adapting.lora import ADAPTER, MARK, Adapted, base, inject, require_peft
-from clipkit.models.backend import PARTS, Backend, Part, check_finite, root_of
-from clipkit.models.fingerprint.fingerprint import Fingerprint, hash_weights, take
+from clipkit.models.backend import Backend, check_finite, root_of
+from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint, hash_weights
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -73,12 +74,12 @@ def _write(model: DualEncoder, folder: Path) -> None:
     (folder / NAME).write_text(dump_json({**body, "sha256": _hash(body)}), encoding="utf-8")
 
 
-def _write_peft(backend: Backend, part: Part, adapted: Adapted, folder: Path, name: str) -> None:
+def _write_peft(backend: Backend, part: Modality, adapted: Adapted, folder: Path, name: str) -> None:
     top = f"{root_of(backend, part)}."
     matrices = {
         _PREFIX + each.removeprefix(top).replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous()
         for each, tensor in backend.state_dict().items()
-        if MARK in each and backend.owns(part, each)
+        if MARK in each and backend.belongs_to(part, each)
     }
     config = require_peft().LoraConfig(
         r=adapted.rank, lora_alpha=adapted.alpha, lora_dropout=adapted.dropout, target_modules=list(adapted.layers)
@@ -90,7 +91,7 @@ def _write_peft(backend: Backend, part: Part, adapted: Adapted, folder: Path, na
 
 def _trained(backend: Backend) -> dict[str, Tensor]:
     """Logit scale and bias, and all that has gradients but LoRA's matrices, with the statistics beside it."""
-    scalars = {id(p) for p in backend.scalars() if p is not None}
+    scalars = {id(p) for p in backend.logit_scale_and_bias() if p is not None}
     names = {n for n, p in backend.named_parameters() if (p.requires_grad or id(p) in scalars) and MARK not in n}
     for prefix, module in backend.named_modules():
         if any(f"{prefix}.{name}" in names for name, _ in module.named_parameters(recurse=False)):
@@ -106,10 +107,10 @@ def _trained(backend: Backend) -> dict[str, Tensor]:
 def _base_record(model: DualEncoder, without: Iterable[str]) -> dict[str, Any]:
     """The fingerprint of a model without its adapter and without the tensors that an adapter brings."""
     plain = base(model)
-    record = dict(take(plain.backend, plain.processor).record)
+    record = dict(full_fingerprint(plain.backend, plain.processor).record)
     left_out, state = set(without), plain.backend.state_dict()
-    for part in PARTS:
-        names = [name for name in state if plain.backend.owns(part, name) and name not in left_out]
+    for part in MODALITIES:
+        names = [name for name in state if plain.backend.belongs_to(part, name) and name not in left_out]
         record[part] = {**record[part], "weights": hash_weights({name: state[name] for name in names})}
     kept = {key: value for key, value in record.items() if key not in ("logit_scale", "logit_bias")}
     read_back: dict[str, Any] = json.loads(json.dumps(kept))  # tuples as the file will hold them
@@ -137,12 +138,12 @@ def load(model: DualEncoder, folder: Path) -> None:
     _restore(model, rest)
 
 
-def _fill(backend: Backend, part: Part, path: Path) -> None:
+def _fill(backend: Backend, part: Modality, path: Path) -> None:
     top, found = f"{root_of(backend, part)}.", _tensors(path)
     wanted = {
         _PREFIX + name.removeprefix(top).replace(f".{ADAPTER}.", "."): p
         for name, p in backend.named_parameters()
-        if MARK in name and backend.owns(part, name)
+        if MARK in name and backend.belongs_to(part, name)
     }
     if wanted.keys() != found.keys():
         raise CorruptArtefact(f"its layers are not those of {NAME}", where=path, fix=_AGAIN)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipkit.errors import ModelError, UsageError
 from clipkit.models.backend import Backend
-from clipkit.models.backends.layers import blocks, first_inputs, run_blank
+from clipkit.models.backends.layers import first_inputs, run_blank, transformer_blocks
 from clipkit.models.eval_mode import in_eval_mode
 from clipkit.models.processor import Processor
 
@@ -58,7 +58,7 @@ def drop_patches(
     prefix = _prefix(backend, processor)
     tower = backend.get_submodule(backend.names["image"].tower[0])
     hook = PatchDropout(rate, prefix, tower)
-    handle = blocks(backend, "image")[0].register_forward_pre_hook(hook, with_kwargs=True)
+    handle = transformer_blocks(backend, "image")[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         _try(backend, processor, tower)
     except (RuntimeError, ValueError, IndexError) as error:
@@ -73,13 +73,17 @@ def _prefix(backend: Backend, processor: Processor) -> int:
     """How many tokens stand before the patches, from the shapes at the first block."""
     inputs = first_inputs(backend, processor, "image")
     tokens, *others = inputs.tensors() or [torch.empty(0)]
-    convolutions = [m for n, m in backend.named_modules() if isinstance(m, nn.Conv2d) and backend.owns("image", n)]
+    convolutions = [
+        m for n, m in backend.named_modules() if isinstance(m, nn.Conv2d) and backend.belongs_to("image", n)
+    ]
     patch = convolutions[0].stride[0] if convolutions else 0
     if tokens.ndim != 3 or not patch or convolutions[0].kernel_size != convolutions[0].stride:
         raise ModelError("the image tower is no transformer over patches, so there are none to drop")
     if others:
         message = "the image tower hands its blocks positions or masks besides the tokens, which would no longer fit"
-        raise ModelError(message, where=type(blocks(backend, "image")[0]).__name__, fix="leave patch_dropout at 0")
+        raise ModelError(
+            message, where=type(transformer_blocks(backend, "image")[0]).__name__, fix="leave patch_dropout at 0"
+        )
     prefix = tokens.shape[1] - (processor.image_size // patch) ** 2
     if prefix < 0:
         raise ModelError("the image tower merges patches before its first block, so they cannot be dropped")
@@ -95,5 +99,5 @@ def _try(backend: Backend, processor: Processor, tower: nn.Module) -> None:
 def _silence_others(backend: Backend) -> None:
     """One rate is enough: open_clip and timm build their own into models that were trained with it."""
     for name, module in backend.named_modules():
-        if type(module).__name__.startswith("PatchDropout") and backend.owns("image", name):
+        if type(module).__name__.startswith("PatchDropout") and backend.belongs_to("image", name):
             module.prob = 0.0

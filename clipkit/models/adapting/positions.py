@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError
-from clipkit.models.backend import Backend, Part
+from clipkit.modality import Modality
+from clipkit.models.backend import Backend
 from clipkit.models.eval_mode import in_eval_mode
 
 
@@ -57,7 +58,7 @@ def set_parameter(root: nn.Module, name: str, values: Tensor) -> None:
 def takes(backend: Backend, side: Any) -> bool:
     """Whether the image tower as it is computes features of what this transform gives."""
     pixels = side([Image.new("RGB", (64, 64))])
-    weight = next(p for n, p in backend.named_parameters() if backend.owns("image", n, head=False))
+    weight = next(p for n, p in backend.named_parameters() if backend.belongs_to("image", n, head=False))
     with in_eval_mode(backend):
         try:
             backend.image_features(pixels.to(weight.device, weight.dtype))
@@ -66,6 +67,6 @@ def takes(backend: Backend, side: Any) -> bool:
     return True
 
 
-def cannot(part: Part, kind: object, why: str, fix: str | None = None) -> ModelError:
+def cannot(part: Modality, kind: object, why: str, fix: str | None = None) -> ModelError:
     what = "image size" if part == "image" else "context length"
     return ModelError(f"the {what} cannot be changed: {why}", where=f"{part} tower {type(kind).__name__}", fix=fix)

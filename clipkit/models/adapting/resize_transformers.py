@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError
+from clipkit.modality import Modality
 from clipkit.models.adapting.positions import Change, cannot, resample_grid, resample_line, set_parameter, takes
-from clipkit.models.backend import Backend, Part, root_of
+from clipkit.models.backend import Backend, root_of
 from clipkit.models.backends.quiet import quiet
 from clipkit.models.image_transform import ImageTransform
 from clipkit.models.processor import Processor, TransformersImages
@@ -155,7 +156,7 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _set_configs(backend: Backend, part: Part, tower: nn.Module, changes: dict[str, Any]) -> None:
+def _set_configs(backend: Backend, part: Modality, tower: nn.Module, changes: dict[str, Any]) -> None:
     """In every copy of the tower's config: transformers gives one to each module, and one to the whole model."""
     whole = getattr(getattr(backend, "model", None), "config", None)
     inner = getattr(whole, "vision_config" if part == "image" else "text_config", None)

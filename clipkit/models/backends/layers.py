@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError
-from clipkit.models.backend import Backend, Part
+from clipkit.modality import Modality
+from clipkit.models.backend import Backend
 from clipkit.models.eval_mode import in_eval_mode
 from clipkit.models.processor import Processor
 
@@ -37,7 +38,7 @@ class Inputs(NamedTuple):
         return list(_tensors((self.args, list(self.kwargs.values()))))
 
 
-def blocks(backend: Backend, part: Part) -> list[nn.Module]:
+def transformer_blocks(backend: Backend, part: Modality) -> list[nn.Module]:
     """The blocks of a tower, in order: transformer layers, or the stages of a convolutional tower.
 
     They are the members of the list that holds more of the tower's parameters than any other list does;
@@ -49,7 +50,7 @@ def blocks(backend: Backend, part: Part) -> list[nn.Module]:
     found: list[nn.Module] = []
     most = 0
     for name, module in backend.named_modules():
-        for members in _lists(module) if backend.owns(part, name, head=False) else ():
+        for members in _lists(module) if backend.belongs_to(part, name, head=False) else ():
             held = sum(p.numel() for p in nn.ModuleList(members).parameters())
             if held > most:  # of nested lists the outer one comes first, and holds as much
                 found, most = members, held
@@ -70,10 +71,10 @@ def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
     yield from (members for members in numbered.values() if len(members) > 1)
 
 
-def layers(backend: Backend, processor: Processor, part: Part) -> Layers:
+def parameters_by_depth(backend: Backend, processor: Processor, part: Modality) -> Layers:
     """A tower's parameters by depth; runs the tower up to its first block, on a blank input."""
-    owned = {name: p for name, p in backend.named_parameters() if backend.owns(part, name, head=False)}
-    place = {id(p): depth for depth, block in enumerate(blocks(backend, part)) for p in block.parameters()}
+    owned = {name: p for name, p in backend.named_parameters() if backend.belongs_to(part, name, head=False)}
+    place = {id(p): depth for depth, block in enumerate(transformer_blocks(backend, part)) for p in block.parameters()}
     outside = {name: p for name, p in owned.items() if id(p) not in place}
     with _all_trained(list(outside.values())):
         reached = [x.float().sum() for x in first_inputs(backend, processor, part).tensors() if x.requires_grad]
@@ -102,7 +103,7 @@ def _all_trained(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(state)
 
 
-def first_inputs(backend: Backend, processor: Processor, part: Part, count: int = 1) -> Inputs:
+def first_inputs(backend: Backend, processor: Processor, part: Modality, count: int = 1) -> Inputs:
     """What the first block is given for `count` blank inputs, with its gradient; later blocks are not computed."""
     seen: list[Inputs] = []
 
@@ -111,7 +112,7 @@ def first_inputs(backend: Backend, processor: Processor, part: Part, count: int 
         raise _Enough
 
     # prepended: before any hook that alters the input
-    handle = blocks(backend, part)[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    handle = transformer_blocks(backend, part)[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
         with in_eval_mode(backend), torch.enable_grad():
             run_blank(backend, processor, part, count)
@@ -126,9 +127,9 @@ class _Enough(Exception):
     """Ends a forward pass on purpose."""
 
 
-def run_blank(backend: Backend, processor: Processor, part: Part, count: int = 1) -> Tensor:
+def run_blank(backend: Backend, processor: Processor, part: Modality, count: int = 1) -> Tensor:
     """The features of `count` black images, or embeddings of `count` texts of one letter."""
-    weight = next(p for n, p in backend.named_parameters() if backend.owns(part, n, head=False))
+    weight = next(p for n, p in backend.named_parameters() if backend.belongs_to(part, n, head=False))
     if part == "image":
         pixels = processor.images([Image.new("RGB", (64, 64))] * count)
         return backend.image_features(pixels.to(weight.device, weight.dtype))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from clipkit.errors import ModelError
 from clipkit.files import dump_json
-from clipkit.models.backend import Backend, Names, Part
+from clipkit.modality import Modality
+from clipkit.models.backend import Backend, ParameterPrefixes
 from clipkit.models.processor import END, START, Processor, hash_tokenizer, vocabulary_hash
 from clipkit.suggest import near
 
@@ -49,8 +50,8 @@ class OpenClipBackend(Backend):
 
     family = "open_clip"
     names = {  # noqa: RUF012
-        "image": Names(("model.visual",), ()),
-        "text": Names(tuple(f"model.{name}" for name in _TEXT), ()),
+        "image": ParameterPrefixes(("model.visual",), ()),
+        "text": ParameterPrefixes(tuple(f"model.{name}" for name in _TEXT), ()),
     }
 
     def __init__(self, model: Any, config: dict[str, Any] | None, context_length: int) -> None:
@@ -60,7 +61,7 @@ class OpenClipBackend(Backend):
             model.text_decoder.requires_grad_(False)
         self.dim = int(config["embed_dim"]) if config is not None else _dim(model, context_length)
 
-    def scalars(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+    def logit_scale_and_bias(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.model.logit_scale, getattr(self.model, "logit_bias", None)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
@@ -74,7 +75,7 @@ class OpenClipBackend(Backend):
         features: Tensor = self.model.encode_text(input_ids, normalize=False)  # finds padding by itself
         return features
 
-    def describe(self, part: Part) -> dict[str, Any]:
+    def describe(self, part: Modality) -> dict[str, Any]:
         about = {"class": type(self.model).__name__}
         return about | (_text_pooling(self.model) if part == "text" else {"pooling": _image_pooling(self.model.visual)})
 
@@ -95,7 +96,7 @@ class OpenClipBackend(Backend):
         config = copy.deepcopy(self.config or {})
         config["vision_cfg"]["image_size"] = _square(self.model.visual.image_size)
         config["text_cfg"]["context_length"] = processor.context_length
-        bias = self.scalars()[1]
+        bias = self.logit_scale_and_bias()[1]
         if bias is not None:
             config.setdefault("init_logit_bias", float(bias.detach().reshape(())))
         config["text_cfg"].pop("hf_tokenizer_name", None)

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError
-from clipkit.models.backend import Backend, Names, Part
+from clipkit.modality import Modality
+from clipkit.models.backend import Backend, ParameterPrefixes
 from clipkit.models.backends.families import activation_of
 from clipkit.models.backends.pooling import pool_image, pool_text
 from clipkit.models.backends.quiet import quiet
@@ -53,8 +54,8 @@ class TowersBackend(Backend):
 
     family = "towers"
     names = {  # noqa: RUF012
-        "image": Names(("vision",), ("image_head",)),
-        "text": Names(("text",), ("text_head",)),
+        "image": ParameterPrefixes(("vision",), ("image_head",)),
+        "text": ParameterPrefixes(("text",), ("text_head",)),
     }
 
     def __init__(
@@ -67,7 +68,7 @@ class TowersBackend(Backend):
         self.logit_scale = nn.Parameter(torch.tensor(float(scale)))
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
 
-    def scalars(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+    def logit_scale_and_bias(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         return self.logit_scale, self.logit_bias
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class TowersBackend(Backend):
         projected: Tensor = self.text_head(pooled)
         return projected
 
-    def describe(self, part: Part) -> dict[str, Any]:
+    def describe(self, part: Modality) -> dict[str, Any]:
         tower, pooling = (
             (self.vision, self.joint.image_pooling) if part == "image" else (self.text, self.joint.text_pooling)
         )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from clipkit.errors import ModelError
-from clipkit.models.backend import Backend, Names, Part
+from clipkit.modality import Modality
+from clipkit.models.backend import Backend, ParameterPrefixes
 from clipkit.models.backends.families import activation_of, as_trained, family_of, positions_of, settle_end_of_text
 from clipkit.models.backends.quiet import quiet
 from clipkit.models.processor import Processor, TransformersImages, TransformersTexts
@@ -28,8 +29,8 @@ class TransformersBackend(Backend):
         self.model = model
         vision, projection = ("model.vision_model",), ("model.visual_projection",)
         self.names = {
-            "image": Names(vision, projection if self.about.image_projection else ()),
-            "text": Names(("model.text_model",), ("model.text_projection",)),
+            "image": ParameterPrefixes(vision, projection if self.about.image_projection else ()),
+            "text": ParameterPrefixes(("model.text_model",), ("model.text_projection",)),
         }
         for name in self.about.unread:
             model.get_submodule(name).requires_grad_(False)
@@ -40,7 +41,7 @@ class TransformersBackend(Backend):
             ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             self.dim = self.embed_text(ids, torch.ones_like(ids) if self.about.mask else None).shape[1]
 
-    def scalars(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+    def logit_scale_and_bias(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         scale = self.logit_scale if self.about.temperature else self.model.logit_scale
         return scale, getattr(self.model, "logit_bias", None)
 
@@ -57,7 +58,7 @@ class TransformersBackend(Backend):
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
         return _pooled(self.model.get_text_features(input_ids=input_ids, **given, **inputs))
 
-    def describe(self, part: Part) -> dict[str, Any]:
+    def describe(self, part: Modality) -> dict[str, Any]:
         tower = self.model.vision_model if part == "image" else self.model.text_model
         pooling = self.about.image_pooling if part == "image" else self.about.text_pooling
         about = {"class": type(self.model).__name__, "activation": activation_of(tower.config), "pooling": pooling}

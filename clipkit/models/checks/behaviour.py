@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from clipkit.models.backend import PARTS
+from clipkit.modality import MODALITIES
 from clipkit.models.checks.finding import Finding, about, why
 from clipkit.models.fingerprint.fingerprint import Fingerprint, words
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, Goldens, golden_images
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, GoldenEmbeddings, golden_images
 from clipkit.models.loading import manifest as artefact
 
 if TYPE_CHECKING:
-    from clipkit.models.backend import Part
+    from clipkit.modality import Modality
     from clipkit.models.dual_encoder import DualEncoder
 
 _COLLAPSED = 1e-6  # of any component between the embeddings of unlike inputs
@@ -52,7 +52,7 @@ def changes(body: dict[str, Any], now: Fingerprint) -> Iterator[Finding]:
             yield Finding("error", name, what, why(name), fix)
 
 
-def golden_findings(body: dict[str, Any], found: Goldens) -> Iterator[Finding]:
+def golden_findings(body: dict[str, Any], found: GoldenEmbeddings) -> Iterator[Finding]:
     try:
         worst = artefact.golden_differences(body, found)
     except (KeyError, TypeError, ValueError) as error:
@@ -79,8 +79,8 @@ def golden_findings(body: dict[str, Any], found: Goldens) -> Iterator[Finding]:
             )
 
 
-def behaviour(model: DualEncoder, found: Goldens) -> Iterator[Finding]:
-    for side in PARTS:
+def behaviour(model: DualEncoder, found: GoldenEmbeddings) -> Iterator[Finding]:
+    for side in MODALITIES:
         apart = (found[side][:, None] - found[side][None]).abs().amax(-1)
         if float(apart.max()) < _COLLAPSED:
             what = f"all {side}s get the same {side} embedding"
@@ -92,7 +92,7 @@ def behaviour(model: DualEncoder, found: Goldens) -> Iterator[Finding]:
                 "take an earlier checkpoint; look at its weights",
             )
     alone = _alone(model)
-    for side in PARTS:
+    for side in MODALITIES:
         worst = float((alone[side] - found[side]).abs().max())
         if not worst <= artefact.TOLERANCE:
             what = f"{side} embeddings differ by {worst:.2g} alone and in a batch of unequal {side}s"
@@ -102,14 +102,14 @@ def behaviour(model: DualEncoder, found: Goldens) -> Iterator[Finding]:
             )
     half = {"image": model.encode_images(golden_images(), dtype=torch.bfloat16)}
     half["text"] = model.encode_texts(GOLDEN_TEXTS, dtype=torch.bfloat16)
-    for side in PARTS:
+    for side in MODALITIES:
         cosine = float((half[side] * found[side]).sum(1).min())
         if not cosine >= _BF16_COSINE:
             what = f"{side} embeddings in bfloat16 have a cosine of {cosine:.3f} only to those in float32"
             yield Finding("warning", "bfloat16", what, "half precision changes results", "encode in float32")
 
 
-def _alone(model: DualEncoder) -> dict[Part, Tensor]:
+def _alone(model: DualEncoder) -> dict[Modality, Tensor]:
     return {
         "image": model.encode_images(golden_images(), batch_size=1, dtype=torch.float32),
         "text": model.encode_texts(GOLDEN_TEXTS, batch_size=1, dtype=torch.float32),

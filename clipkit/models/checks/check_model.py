@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import ClipkitError
+from clipkit.modality import MODALITIES
 from clipkit.models.adapting import lora
-from clipkit.models.backend import PARTS
 from clipkit.models.checks import vocabulary
 from clipkit.models.checks.behaviour import behaviour, changes, golden_findings
 from clipkit.models.checks.family_rules import known_answers
@@ -21,7 +21,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import image_transform as image_facts
 from clipkit.models.fingerprint import tokenizer as text_facts
 from clipkit.models.fingerprint.fingerprint import Fingerprint
-from clipkit.models.fingerprint.golden import golden, reference
+from clipkit.models.fingerprint.golden import as_fp32_cpu, golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.loading.hub import find_folder, model_of_run
 from clipkit.models.loading.load import open_model
@@ -29,7 +29,7 @@ from clipkit.models.loading.load import open_model
 
 @dataclass
 class Report:
-    """What `examine` found. ``str(report)`` is for people, `as_dict` for machines."""
+    """What `check_model` found. ``str(report)`` is for people, `as_dict` for machines."""
 
     name: str
     about: dict[str, str] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class Report:
         return "\n".join(_lines(self))
 
 
-def examine(model: str | os.PathLike[str] | DualEncoder, *, trust_remote_code: bool = False) -> Report:
+def check_model(model: str | os.PathLike[str] | DualEncoder, *, trust_remote_code: bool = False) -> Report:
     """Look at a model from all sides, and go on after what is found wrong.
 
     Files against clipkit.json, weights (finite, complete, unprefixed), the fingerprint and the golden embeddings
@@ -160,7 +160,7 @@ _NAMED = {  # what an error at opening is about
 
 
 def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | None, folder: Path | None) -> None:
-    model = reference(lora.merged(model))
+    model = as_fp32_cpu(lora.merged(model))
     if body is not None and body.get("schema") != artefact.SCHEMA:
         body = None  # named already; its facts are not comparable
     report.findings += vocabulary.of_model(model)
@@ -175,7 +175,7 @@ def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | N
         report.findings += [f for f in changes(body, report.fingerprint) if not _named(report, f, folder)]
     report.findings += [f for f in known_answers(model, report.fingerprint) if not _named(report, f, folder)]
     try:
-        found = golden(model)
+        found = golden_embeddings(model)
         changed = [] if body is None else list(golden_findings(body, found))
         if report.ok:
             report.findings += changed
@@ -209,7 +209,7 @@ _BY_VOCABULARY = ("token ids", "case", "start token", "end token (EOS)")
 def describe(model: DualEncoder, found: Fingerprint) -> dict[str, str]:
     """What a model is, line by line."""
     record, backend = found.record, model.backend
-    classes = " + ".join(dict.fromkeys(str(record[part].get("class")) for part in PARTS))
+    classes = " + ".join(dict.fromkeys(str(record[part].get("class")) for part in MODALITIES))
     parameters = sum(p.numel() for p in backend.parameters())
     scale = math.exp(float(record["logit_scale"])) if record["logit_scale"] < 100 else math.inf
     bias = "no bias" if record["logit_bias"] is None else f"bias {record['logit_bias']:g}"
@@ -217,8 +217,8 @@ def describe(model: DualEncoder, found: Fingerprint) -> dict[str, str]:
         "what": f"{record['family']} ({classes}), {parameters:,} parameters, embeddings of {record['dim']} numbers",
         "fingerprint": found.hash,
     }
-    for part in PARTS:
-        own = sum(p.numel() for name, p in backend.named_parameters() if backend.owns(part, name))
+    for part in MODALITIES:
+        own = sum(p.numel() for name, p in backend.named_parameters() if backend.belongs_to(part, name))
         facts = record[part]
         lines[f"{part} tower"] = f"{own:,} parameters, activation {facts['activation']}, pooling: {facts['pooling']}"
     lines["images"] = image_facts.readable(record["image"])

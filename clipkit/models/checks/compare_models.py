@@ -17,7 +17,7 @@ from clipkit.models.checks.finding import about, why
 from clipkit.models.checks.folder import damaged
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint.fingerprint import words
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden, golden_images, reference
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, as_fp32_cpu, golden_embeddings, golden_images
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.loading.hub import model_of_run
 from clipkit.models.loading.load import OPEN_CLIP, open_model
@@ -98,8 +98,8 @@ def compare_models(
     found.differences = first.fingerprint().changes(second.fingerprint())
     _compare_inputs(found, first, second)
     _compare_weights(found, first, second)
-    for side, one in golden(first).items():
-        other = golden(second)[side]
+    for side, one in golden_embeddings(first).items():
+        other = golden_embeddings(second)[side]
         same = one.shape == other.shape
         found.embeddings[side] = float((one - other).abs().max()) if same else None
         found.cosine[side] = float((one * other).sum(1).min()) if same else None
@@ -108,7 +108,7 @@ def compare_models(
 
 def _opened(model: str | os.PathLike[str] | DualEncoder, trust_remote_code: bool) -> DualEncoder:
     if isinstance(model, DualEncoder):
-        return reference(lora.merged(model))
+        return as_fp32_cpu(lora.merged(model))
     try:
         backend, processor, _, _ = open_model(model, None, trust_remote_code, check=False)
     except ClipkitError as error:

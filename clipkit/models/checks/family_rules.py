@@ -255,7 +255,7 @@ def tower_size(backend: Backend) -> int | None:
         getattr(backend, "vision", None), "config", None
     )
     positions = any(
-        "position" in name and p.ndim > 1 for name, p in backend.named_parameters() if backend.owns("image", name)
+        "position" in name and p.ndim > 1 for name, p in backend.named_parameters() if backend.belongs_to("image", name)
     )
     size = getattr(visual, "image_size", None) if visual is not None else getattr(config, "image_size", None)
     size = max(size) if isinstance(size, tuple | list) else size

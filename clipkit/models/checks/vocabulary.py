@@ -104,7 +104,7 @@ def of_model(model: DualEncoder) -> Iterator[Finding]:
     tables = [
         module.num_embeddings
         for name, module in model.backend.named_modules()
-        if isinstance(module, nn.Embedding) and name.endswith(_TABLES) and model.backend.owns("text", name)
+        if isinstance(module, nn.Embedding) and name.endswith(_TABLES) and model.backend.belongs_to("text", name)
     ]
     if vocabulary and tables:
         yield from vocabulary_findings(model.backend.family, vocabulary, max(tables))

@@ -18,7 +18,13 @@ from clipkit.models.backends.quiet import quiet
 from clipkit.models.eval_mode import evaluating
 from clipkit.models.exporting import weights as convert
 from clipkit.models.exporting.configs import refuse
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, Goldens, golden, golden_images, reference
+from clipkit.models.fingerprint.golden import (
+    GOLDEN_TEXTS,
+    GoldenEmbeddings,
+    as_fp32_cpu,
+    golden_embeddings,
+    golden_images,
+)
 from clipkit.models.processor import TransformersTexts
 from clipkit.models.saving.save import check_place
 
@@ -69,7 +75,7 @@ def export(model: DualEncoder, folder: Path, to: Target, overwrite: bool) -> Exp
     if native == to:
         raise _nothing_to_convert(model, to)
     check_place(folder, overwrite)
-    source = reference(model)
+    source = as_fp32_cpu(model)
     with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
         bare = Path(room) / "model"
         bare.mkdir()
@@ -92,7 +98,7 @@ def _nothing_to_convert(model: DualEncoder, to: Target) -> UsageError:
     reason = None
     if isinstance(model.backend, TowersBackend):
         with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
-            reason = vtde.attempt(model.backend, model.processor, Path(room), golden(model))
+            reason = vtde.attempt(model.backend, model.processor, Path(room), golden_embeddings(model))
     if reason is None:
         fix = f"copy its folder ({model.name}), or model.save_pretrained(FOLDER): that is its format"
         return UsageError(f"this model is one of {to} already", fix=fix)
@@ -182,7 +188,7 @@ def _on_identical_tensors(model: DualEncoder, other: DualEncoder) -> dict[str, f
 
 
 @torch.no_grad()
-def _embed(model: DualEncoder, pixels: Tensor, ids: Tensor) -> Goldens:
+def _embed(model: DualEncoder, pixels: Tensor, ids: Tensor) -> GoldenEmbeddings:
     with evaluating(model):
         found = model(pixel_values=pixels, input_ids=ids)
     return {"image": found.image, "text": found.text}
@@ -207,5 +213,5 @@ def _random_ids(model: DualEncoder) -> Tensor:
 
 
 def _end_to_end(model: DualEncoder, other: DualEncoder) -> dict[str, float]:
-    mine, theirs = golden(model), golden(other)
+    mine, theirs = golden_embeddings(model), golden_embeddings(other)
     return {side: float((mine[side] * theirs[side]).sum(1).min()) for side in mine}

@@ -17,7 +17,7 @@ from clipkit.extras import install_command, missing_packages
 from clipkit.files import dump_json, publish
 from clipkit.models.eval_mode import evaluating
 from clipkit.models.exporting.export import ExportReport
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_images, reference
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, as_fp32_cpu, golden_images
 from clipkit.models.saving import model_card as card
 from clipkit.models.saving.save import check_place
 
@@ -62,7 +62,7 @@ def export_onnx(model: DualEncoder, folder: Path, overwrite: bool) -> ExportRepo
         raise UsageError(f"ONNX export needs {', '.join(missing)}", fix=install_command("onnx"))
     check_place(folder, overwrite, (FACTS,))
     reports: list[ExportReport] = []
-    plain = reference(model)
+    plain = as_fp32_cpu(model)
     plain.card = model.card
     with evaluating(plain):
         publish(folder, lambda fresh: reports.append(_write(plain, fresh, folder)), replace=True)

@@ -12,11 +12,12 @@ import torch
 import xxhash
 from torch import Tensor
 
-from clipkit.models.backend import PARTS
-from clipkit.models.fingerprint.tower import tower_facts
+from clipkit.modality import MODALITIES
+from clipkit.models.fingerprint.tower import measure_towers
 
 if TYPE_CHECKING:
-    from clipkit.models.backend import Backend, Part
+    from clipkit.modality import Modality
+    from clipkit.models.backend import Backend
     from clipkit.models.processor import Processor
 
 # What load_image does to every image before a transform sees it.
@@ -93,35 +94,35 @@ class Fingerprint:
         return self.hash
 
 
-def take(backend: Backend, processor: Processor) -> Fingerprint:
+def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
     """The fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
-    record = dict(facts(backend, processor).record)
-    for part in PARTS:
-        weights = {name: tensor for name, tensor in backend.state_dict().items() if backend.owns(part, name)}
+    record = dict(settings_fingerprint(backend, processor).record)
+    for part in MODALITIES:
+        weights = {name: tensor for name, tensor in backend.state_dict().items() if backend.belongs_to(part, name)}
         record[part] = {"weights": hash_weights(weights), **record[part]}
     return Fingerprint(record)
 
 
 def tower_hash(backend: Backend, processor: Processor) -> str:
     """16 hex characters for the image tower's features, before its head: the head may train on."""
-    weights = {n: each for n, each in backend.state_dict().items() if backend.owns("image", n, head=False)}
-    about = facts(backend, processor).record["image"]
+    weights = {n: each for n, each in backend.state_dict().items() if backend.belongs_to("image", n, head=False)}
+    about = settings_fingerprint(backend, processor).record["image"]
     return _hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
 
 
-def facts(backend: Backend, processor: Processor) -> Fingerprint:
+def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
     """The fingerprint without the hashes of the weights, measured by what towers and processor do: 0.1 seconds."""
-    scale, bias = backend.scalars()
+    scale, bias = backend.logit_scale_and_bias()
     described = processor.describe()
     sides = {"image": processor.image_side, "text": processor.text_side}
-    parts: dict[Part, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
+    parts: dict[Modality, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
     return Fingerprint(
         {
             "family": backend.family,
             "dim": backend.dim,
             "logit_scale": _round(scale),
             "logit_bias": None if bias is None else _round(bias),
-            **{part: {**tower_facts(backend, part, sides[part]), **about} for part, about in parts.items()},
+            **{part: {**measure_towers(backend, part, sides[part]), **about} for part, about in parts.items()},
         }
     )
 

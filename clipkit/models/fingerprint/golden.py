@@ -46,17 +46,17 @@ def _drawn() -> tuple[Image.Image, ...]:
     return tuple(images)
 
 
-Goldens = dict[str, Tensor]
+GoldenEmbeddings = dict[str, Tensor]
 
 
-def golden(model: DualEncoder) -> Goldens:
+def golden_embeddings(model: DualEncoder) -> GoldenEmbeddings:
     """The embeddings of the built-in images and texts, in fp32 on the CPU."""
-    model = reference(model)
+    model = as_fp32_cpu(model)
     images = model.encode_images(golden_images(), dtype=torch.float32)
     return {"image": images, "text": model.encode_texts(GOLDEN_TEXTS, dtype=torch.float32)}
 
 
-def reference(model: DualEncoder) -> DualEncoder:
+def as_fp32_cpu(model: DualEncoder) -> DualEncoder:
     """The model in fp32 on the CPU; it shares the weights where they are so already."""
     plain = model.device.type == "cpu" and model.dtype is torch.float32
     backend = model.backend if plain else copy.deepcopy(model.backend).cpu().float()

@@ -39,7 +39,7 @@ class _Axis(NamedTuple):
     linear: bool
 
 
-def image_facts(side: ImageSide) -> dict[str, Any]:
+def measure_transform(side: ImageSide) -> dict[str, Any]:
     """Size, channels, mean and std, resize, crop, filter and antialias of a transform, in words.
 
     Equal words stand for equal transforms, whichever library runs them. What cannot be recognised is called

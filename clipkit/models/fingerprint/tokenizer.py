@@ -32,7 +32,7 @@ _PROBES = (
 )
 
 
-def text_facts(side: TextSide) -> dict[str, Any]:
+def measure_tokenizer(side: TextSide) -> dict[str, Any]:
     """Case, context length, padding, mask, start and end tokens and what truncation keeps, and the tokenizer's ids."""
     short, longer = (unpadded(side, text) for text in (_SHORT, _LONGER))
     longest = [_SHORT + " and a cat" * side.context_length]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from clipkit.models.fingerprint.tokenizer import end_token, padded_row
 
 if TYPE_CHECKING:
-    from clipkit.models.backend import Backend, Part
+    from clipkit.modality import Modality
+    from clipkit.models.backend import Backend
     from clipkit.models.processor import ImageSide, TextSide
 
 _ACTIVATION = re.compile(r"(elu|relu6?|silu|swish|mish|tanh|sigmoid|activation|act)$", re.IGNORECASE)
@@ -38,7 +39,7 @@ NOT_MEASURED = "not measured"
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 
 
-def tower_facts(backend: Backend, part: Part, side: Any) -> dict[str, Any]:
+def measure_towers(backend: Backend, part: Modality, side: Any) -> dict[str, Any]:
     """Activation, attention heads, norm and pooling of one part; what its backend declares where that is not found."""
     declared = backend.describe(part)
     found = activation(backend, part) or str(declared.get("activation"))
@@ -64,11 +65,13 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _modules(backend: Backend, part: Part, *, head: bool = False) -> Iterator[nn.Module]:
-    return (m for name, m in backend.named_modules() if backend.owns(part, name, head=head) and "pooler" not in name)
+def _modules(backend: Backend, part: Modality, *, head: bool = False) -> Iterator[nn.Module]:
+    return (
+        m for name, m in backend.named_modules() if backend.belongs_to(part, name, head=head) and "pooler" not in name
+    )
 
 
-def activation(backend: Backend, part: Part) -> str:
+def activation(backend: Backend, part: Modality) -> str:
     """The activations among a tower's modules, each named by what it does to numbers; empty if it has none."""
     found = {_name(module) for module in _modules(backend, part) if _is_activation(module)}
     return " + ".join(sorted(found))
@@ -193,7 +196,7 @@ def _positions(weights: Tensor) -> tuple[list[int], bool]:
     return read, bool(((kept - kept[0]).abs().max() < 0.02 * kept.abs().max()).item())
 
 
-def _read(backend: Backend, part: Part, run: Callable[[], Tensor]) -> Tensor | None:
+def _read(backend: Backend, part: Modality, run: Callable[[], Tensor]) -> Tensor | None:
     """(positions, width): the gradient of the embedding at the last hidden state before pooling; None if there is none.
 
     Blocks after the first are skipped where they keep shapes: what is pooled does not depend on them.
@@ -255,7 +258,7 @@ def _eval(backend: Backend) -> Iterator[None]:
 
 
 @contextmanager
-def _skipped(backend: Backend, part: Part, on: bool) -> Iterator[None]:
+def _skipped(backend: Backend, part: Modality, on: bool) -> Iterator[None]:
     """All blocks of a stack but the first give back what they are given."""
     stacks = [m for m in _modules(backend, part) if isinstance(m, nn.ModuleList) and len(m) > 1]
     patched: list[tuple[nn.Module, Any]] = []

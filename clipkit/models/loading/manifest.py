@@ -25,7 +25,7 @@ from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.extras import upgrade_command
 from clipkit.files import dump_json, read_json, sha256_file
 from clipkit.models.fingerprint.fingerprint import Fingerprint, words
-from clipkit.models.fingerprint.golden import Goldens
+from clipkit.models.fingerprint.golden import GoldenEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,9 @@ SCHEMA = 2  # 2: the fingerprint is measured
 TOLERANCE = 1e-4  # of any component; other CPUs and thread counts move fp32 by some 1e-6
 
 
-def write(folder: Path, *, form: str, settings: Mapping[str, Any], about: Mapping[str, Any], golden: Goldens) -> None:
+def write(
+    folder: Path, *, form: str, settings: Mapping[str, Any], about: Mapping[str, Any], golden: GoldenEmbeddings
+) -> None:
     """Write clipkit.json into a folder whose other files are all there."""
     files = {
         str(path.relative_to(folder).as_posix()): {"size": path.stat().st_size, "sha256": sha256_file(path)}
@@ -140,7 +142,7 @@ def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check(body: Mapping[str, Any], folder: Path, now: Fingerprint, found: Goldens) -> None:
+def check(body: Mapping[str, Any], folder: Path, now: Fingerprint, found: GoldenEmbeddings) -> None:
     """Refuse a model that is no longer the one that was saved, and name what changed.
 
     Args:
@@ -177,7 +179,7 @@ def changed_facts(body: Mapping[str, Any], now: Fingerprint) -> list[str]:
     ]
 
 
-def golden_differences(body: Mapping[str, Any], found: Goldens) -> dict[str, float]:
+def golden_differences(body: Mapping[str, Any], found: GoldenEmbeddings) -> dict[str, float]:
     """Largest difference of any component for each side; infinite for another shape or NaN."""
     worst = {}
     for side, vectors in found.items():

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from clipkit.errors import ModelError, option, typed
 from clipkit.files import read_json
-from clipkit.models.backend import Part
+from clipkit.modality import Modality
 from clipkit.models.backends.families import family_of
 from clipkit.models.backends.transformers import TransformersBackend, _join, wrap
 from clipkit.models.image_transform import ImageTransform, Resize
@@ -40,7 +40,7 @@ logger = logging.getLogger("clipkit")
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*bpe*", "*.tiktoken")
 
 
-def open_tower(tower: Any, part: Part, pooling: str, trust: bool, class_name: str | None = None) -> PreTrainedModel:
+def open_tower(tower: Any, part: Modality, pooling: str, trust: bool, class_name: str | None = None) -> PreTrainedModel:
     """The tower itself, or the one that a name stands for; out of a dual encoder, its half.
 
     BERT's and ViT's `pooler` may be missing from a checkpoint: it is dropped unless the pooling reads it.
@@ -62,7 +62,7 @@ def open_tower(tower: Any, part: Part, pooling: str, trust: bool, class_name: st
     return getattr(model, "vision_model" if part == "image" else "text_model", model)
 
 
-def _class_name(folder: Path, part: Part) -> str:
+def _class_name(folder: Path, part: Modality) -> str:
     """Of an encoder and decoder (T5 and its kin) the encoder alone reads texts."""
     name = str(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(str(read_json(folder / "config.json").get("model_type"))))
     return name if part == "text" and name.endswith("EncoderModel") else "AutoModel"

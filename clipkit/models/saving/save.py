@@ -13,7 +13,7 @@ from clipkit.errors import ClipkitError, ModelError, UsageError, option
 from clipkit.files import publish
 from clipkit.models.adapting import lora
 from clipkit.models.backend import check_finite
-from clipkit.models.fingerprint.golden import Goldens, golden, reference
+from clipkit.models.fingerprint.golden import GoldenEmbeddings, as_fp32_cpu, golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.saving import model_card as card
 
@@ -73,9 +73,9 @@ def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) ->
 
 
 def _write(model: DualEncoder, folder: Path, proven: Saved | None) -> Saved:
-    expected = golden(model)
+    expected = golden_embeddings(model)
     saved = _write_native(model, folder, expected, proven)
-    found = reference(model).fingerprint()  # bf16 weights open as fp32: the record is of what opens
+    found = as_fp32_cpu(model).fingerprint()  # bf16 weights open as fp32: the record is of what opens
     model.card = model.card.settled(model.name, found)
     card.write(folder, model.card, model.backend, model.processor, found, saved.form)
     about = {
@@ -106,7 +106,7 @@ def check_saved(model: DualEncoder, folder: Path) -> None:
         raise ModelError(message, where=model.name, fix="check what is special about its processor or arch") from error
 
 
-def _write_native(model: DualEncoder, folder: Path, expected: Goldens, proven: Saved | None) -> Saved:
+def _write_native(model: DualEncoder, folder: Path, expected: GoldenEmbeddings, proven: Saved | None) -> Saved:
     from clipkit.models.backends.towers import TowersBackend
 
     folder.mkdir()
@@ -118,7 +118,7 @@ def _write_native(model: DualEncoder, folder: Path, expected: Goldens, proven: S
 
 
 def _write_towers(
-    backend: TowersBackend, processor: Processor, folder: Path, expected: Goldens, proven: Saved | None
+    backend: TowersBackend, processor: Processor, folder: Path, expected: GoldenEmbeddings, proven: Saved | None
 ) -> Saved:
     from clipkit.models.saving import vision_text as vtde
 

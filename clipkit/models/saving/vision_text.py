@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderConfig, 
 
 from clipkit.models.backends.quiet import quiet
 from clipkit.models.backends.towers import TowersBackend
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, Goldens, golden_images
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, GoldenEmbeddings, golden_images
 from clipkit.models.processor import Processor, TransformersTexts
 
 FORM = "vision-text-dual-encoder"
@@ -32,7 +32,7 @@ TOLERANCE = 1e-5  # of pixels and of embeddings
 _REFUSALS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, ImportError)
 
 
-def attempt(backend: TowersBackend, processor: Processor, folder: Path, golden: Goldens) -> str | None:
+def attempt(backend: TowersBackend, processor: Processor, folder: Path, golden: GoldenEmbeddings) -> str | None:
     """Write into `folder` and try it end to end.
 
     Returns:
@@ -95,7 +95,7 @@ def _renamed(backend: TowersBackend) -> dict[str, Tensor]:
     return renamed
 
 
-def _difference(folder: Path, processor: Processor, golden: Goldens) -> str | None:
+def _difference(folder: Path, processor: Processor, golden: GoldenEmbeddings) -> str | None:
     """In what transformers' own pipeline departs from ours, in words."""
     native = AutoProcessor.from_pretrained(folder, local_files_only=True)
     images = golden_images()
@@ -121,7 +121,7 @@ def _odd_sizes(image: Image.Image, size: int) -> list[Image.Image]:
 @torch.no_grad()
 def embed(
     model: Any, native: Any, images: Sequence[Image.Image], texts: Sequence[str], processor: Processor
-) -> Goldens:
+) -> GoldenEmbeddings:
     """What a person gets who follows the documentation of transformers."""
     side = processor.text_side
     assert isinstance(side, TransformersTexts)

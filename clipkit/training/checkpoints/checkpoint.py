@@ -26,7 +26,7 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ResourceError, option
 from clipkit.files import dump_json, nearest, publish, resource_errors, sha256_file
-from clipkit.training.state import Part
+from clipkit.training.state import Stateful
 
 logger = logging.getLogger("clipkit")
 
@@ -60,7 +60,7 @@ class Snapshot:
     facts: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Tensor]]
 
-    def restore(self, parts: Mapping[str, Part]) -> None:
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
         """Give every part what it was.
 
         Raises:
@@ -83,7 +83,7 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def save(self, step: int, parts: Mapping[str, Part], *, keep: int = KEPT) -> Path:
+    def save(self, step: int, parts: Mapping[str, Stateful], *, keep: int = KEPT) -> Path:
         """Write the checkpoint of `step`, read it back, and remove all but the newest `keep`.
 
         Raises:
@@ -100,7 +100,7 @@ class Checkpoints:
                     remove(old)
         return path
 
-    def foresee(self, parts: Mapping[str, Part], later: int) -> None:
+    def foresee(self, parts: Mapping[str, Stateful], later: int) -> None:
         """Refuse a disk that cannot hold what will be saved: those that are kept, and one in the making.
 
         Args:
@@ -154,12 +154,12 @@ class Checkpoints:
         return sorted(self.folder.glob("step_*.corrupt*")) if self.folder.is_dir() else []
 
 
-def size_of(parts: Mapping[str, Part]) -> int:
+def size_of(parts: Mapping[str, Stateful]) -> int:
     """Bytes of the tensors."""
     return sum(each.numel() * each.element_size() for part in parts.values() for each in part.tensors().values())
 
 
-def _write(folder: Path, step: int, parts: Mapping[str, Part]) -> None:
+def _write(folder: Path, step: int, parts: Mapping[str, Stateful]) -> None:
     folder.mkdir()
     for name, part in parts.items():
         tensors = {key: each.detach().cpu().contiguous() for key, each in part.tensors().items()}

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from clipkit import distributed
-from clipkit.data.fingerprint import data_identity, images_identity
+from clipkit.data.fingerprint import data_fingerprint, images_identity
 from clipkit.errors import CorruptArtefact, UsageError, option
 from clipkit.files import write_json
-from clipkit.losses.similarity import Similar, key_columns
+from clipkit.losses.similarity import Similarity, key_columns
 from clipkit.models.fingerprint.fingerprint import hash_weights
 from clipkit.training.checkpoints.checkpoint import Checkpoints
 from clipkit.training.config.train import TrainConfig
-from clipkit.training.heads import Learner
+from clipkit.training.heads import ModelWithHeads
 from clipkit.training.run_folder.ownership import IDENTITY, clean_up, what_stands
 
 # May change between the attempts of one run: where it runs and how it is shown, not what it computes.
@@ -39,8 +39,8 @@ _PLACE = (
 FREE = frozenset((*_PLACE, "skip_nonfinite", "max_bad", "best"))
 
 
-def run_identity(
-    config: TrainConfig, learner: Learner, similar: Sequence[Similar], pairs: Any, evaluators: Sequence[Any]
+def run_fingerprint(
+    config: TrainConfig, learner: ModelWithHeads, similar: Sequence[Similarity], pairs: Any, evaluators: Sequence[Any]
 ) -> dict[str, Any]:
     """What decides about every figure of a run, as JSON: equal identities mean equal global batches and one model.
 
@@ -55,7 +55,9 @@ def run_identity(
     found = {
         "train": settings,
         "similar": [str(each) for each in similar],
-        "data": data_identity(pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()),
+        "data": data_fingerprint(
+            pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()
+        ),
         "evaluators": [_evaluator(each) for each in evaluators],
         "model": {
             "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipkit import distributed
-from clipkit.losses.contrastive import Embedded
-from clipkit.losses.similarity import Similar, target
-from clipkit.training.heads import Learner
-from clipkit.training.step import Contrast, backward, outputs, side_of
+from clipkit.losses.contrastive import EmbeddedBatch
+from clipkit.losses.similarity import Similarity, target
+from clipkit.training.heads import ModelWithHeads
+from clipkit.training.step import LossConfig, backward, outputs, side_of
 from clipkit.training.trainer import Trainer
 
 # cosine at least, norm ratio within, relative error of a scalar at most. fp32 in a deep tower is off by some 1e-5;
@@ -144,12 +144,12 @@ def _textbook(trainer: Trainer) -> dict[str, Tensor]:
     return _by_group(learner, 1.0)
 
 
-def _call(learner: Learner, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _call(learner: ModelWithHeads, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = learner(**given)
     return {name: each.double() if each.is_floating_point() else each for name, each in out.items()}
 
 
-def _dense(i: int, similar: Similar, out: Mapping[str, Tensor], rows: Any, contrast: Contrast) -> Tensor:
+def _dense(i: int, similar: Similarity, out: Mapping[str, Tensor], rows: Any, contrast: LossConfig) -> Tensor:
     """The loss of one notion from the whole matrix of pairs."""
     a, b = (side_of(side, f"head{i}" if similar.head else side, similar, out, rows) for side in similar.between)
     dims = contrast.matryoshka if contrast.matryoshka and not similar.head else (a.emb.shape[1],)
@@ -158,7 +158,7 @@ def _dense(i: int, similar: Similar, out: Mapping[str, Tensor], rows: Any, contr
 
 
 def _dense_cut(
-    similar: Similar, a: Embedded, b: Embedded, dim: int, out: Mapping[str, Tensor], contrast: Contrast
+    similar: Similarity, a: EmbeddedBatch, b: EmbeddedBatch, dim: int, out: Mapping[str, Tensor], contrast: LossConfig
 ) -> Tensor:
     left, right = (F.normalize(each.emb[:, :dim].double(), dim=1) for each in (a, b))
     learnt = similar.temperature is None
@@ -177,13 +177,13 @@ def _dense_cut(
     return (forth + _softmax(logits.T, affinity.T, weights[1], contrast.label_smoothing)) / 2
 
 
-def _anchors(side: Embedded) -> Tensor:
+def _anchors(side: EmbeddedBatch) -> Tensor:
     if side.anchor is not None:
         return side.anchor
     return torch.ones(len(side.emb), dtype=torch.bool, device=side.emb.device)
 
 
-def _weights(side: Embedded, similar: Similar, anchors: Tensor) -> Tensor:
+def _weights(side: EmbeddedBatch, similar: Similarity, anchors: Tensor) -> Tensor:
     scores = (
         torch.ones_like(anchors, dtype=torch.float64) if similar.score is None else side.keys[similar.score].double()
     )
@@ -210,7 +210,7 @@ def _sigmoid(
     return (weight * each).sum() / ((weights[0].sum() + weights[1].sum()) / 2)
 
 
-def _by_group(learner: Learner, factor: float) -> dict[str, Tensor]:
+def _by_group(learner: ModelWithHeads, factor: float) -> dict[str, Tensor]:
     """Gradients of the trained parameters by what they belong to, as vectors on the CPU."""
     model = learner.model
     groups: dict[str, list[Tensor]] = {}
@@ -229,9 +229,9 @@ def _group(name: str, parameter: nn.Parameter, model: Any) -> str:
         return "logit bias"
     own = name.removeprefix("model.backend.")
     for part in ("image", "text"):
-        if model.backend.owns(part, own, head=False):
+        if model.backend.belongs_to(part, own, head=False):
             return f"{part} tower"
-        if model.backend.owns(part, own):
+        if model.backend.belongs_to(part, own):
             return f"{part} head"
     return "training heads"
 

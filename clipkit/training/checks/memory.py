@@ -18,14 +18,14 @@ from torch import Tensor
 from clipkit.data.batches.batch import Batch
 from clipkit.errors import ResourceError, option
 from clipkit.training.config.train import TrainConfig
-from clipkit.training.heads import Learner
+from clipkit.training.heads import ModelWithHeads
 from clipkit.training.step import outputs
 
 _PROBED = (2, 4)  # samples: what they differ by is what two of them need
 
 
 @dataclass(frozen=True)
-class Needs:
+class MemoryEstimate:
     """Bytes on one device.
 
     Attributes:
@@ -54,7 +54,9 @@ class Needs:
 
 
 @contextmanager
-def explained(learner: Learner, batch: Batch, config: TrainConfig, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def explain_out_of_memory(
+    learner: ModelWithHeads, batch: Batch, config: TrainConfig, optimizer: torch.optim.Optimizer
+) -> Iterator[None]:
     """Turns running out of memory into a ResourceError that says what the step needed and what would fit.
 
     Args:
@@ -84,7 +86,7 @@ def ran_out(error: BaseException) -> bool:
     return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
-def advice(needs: Needs | None, rows: int, config: TrainConfig, cause: str) -> ResourceError:
+def advice(needs: MemoryEstimate | None, rows: int, config: TrainConfig, cause: str) -> ResourceError:
     """The error, with the ways out that would fit; the global batch is not one of them."""
     chunk = rows if config.micro_batch is None else min(rows, config.micro_batch)
     same = f"the gradients, and the {config.batch_size} pairs of the global batch, stay what they are"
@@ -100,7 +102,7 @@ def advice(needs: Needs | None, rows: int, config: TrainConfig, cause: str) -> R
     return ResourceError(message, where=cause, fix=_ways(needs, chunk, same, config.precision))
 
 
-def _ways(needs: Needs, chunk: int, same: str, precision: str) -> str:
+def _ways(needs: MemoryEstimate, chunk: int, same: str, precision: str) -> str:
     ways = []
     fits = min(needs.chunk(needs.sample), chunk // 2)
     if fits:
@@ -128,7 +130,7 @@ def _ways(needs: Needs, chunk: int, same: str, precision: str) -> str:
     return "; ".join(ways) or "nothing of micro_batch, gradient checkpointing and LoRA is enough: take a smaller model"
 
 
-def _measured(learner: Learner, batch: Batch, optimizer: torch.optim.Optimizer) -> Needs | None:
+def _measured(learner: ModelWithHeads, batch: Batch, optimizer: torch.optim.Optimizer) -> MemoryEstimate | None:
     """None where there is not even room to measure."""
     weights = sum(each.numel() * each.element_size() for each in [*learner.parameters(), *learner.buffers()])
     trained = sum(each.numel() * each.element_size() for each in learner.parameters() if each.requires_grad)
@@ -142,17 +144,17 @@ def _measured(learner: Learner, batch: Batch, optimizer: torch.optim.Optimizer) 
             other.model.gradient_checkpointing()
             found = _sample(other, batch)
             checkpointed = found if found < 0.9 * sample else None
-        return Needs(weights, 3 * trained, held, sample, checkpointed, free, learner.model.lora is not None)
+        return MemoryEstimate(weights, 3 * trained, held, sample, checkpointed, free, learner.model.lora is not None)
     return None
 
 
-def _sample(learner: Learner, batch: Batch) -> float:
+def _sample(learner: ModelWithHeads, batch: Batch) -> float:
     """Bytes that the backward pass of one more sample keeps."""
     few, more = (_kept(learner, batch, count) for count in _PROBED)
     return max(1.0, (more - few) / (_PROBED[1] - _PROBED[0]))
 
 
-def _kept(learner: Learner, batch: Batch, count: int) -> int:
+def _kept(learner: ModelWithHeads, batch: Batch, count: int) -> int:
     seen: dict[int, int] = {}
     own = {each.untyped_storage().data_ptr() for each in learner.parameters()}
 

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.data.batches.plan import Draw, Plan
-from clipkit.data.dataset import codes, number_values
+from clipkit.data.dataset import column_codes, number_values
 from clipkit.errors import option
 from clipkit.losses.lower_bound import Affinity, info_nce_floor, sigmoid_floor, whole_items
-from clipkit.losses.similarity import ROW, Similar, key_columns, target
+from clipkit.losses.similarity import ROW, Similarity, key_columns, target
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.optimizer import scale_rate, schedule
@@ -74,7 +74,7 @@ def preflight(
     model: DualEncoder,
     pairs: Any,
     plan: Plan,
-    notions: Sequence[Similar],
+    notions: Sequence[Similarity],
     config: TrainConfig,
     *,
     steps: int,
@@ -90,7 +90,7 @@ def preflight(
         steps: of the whole run.
         sigmoid: whether the loss is the sigmoid one.
     """
-    looked = _Look(pairs, plan, notions, config.label_smoothing)
+    looked = BatchSample(pairs, plan, notions, config.label_smoothing)
     found = [looked.batch(0, k, notions, sigmoid) for k in _spread(plan)]
     texts = [text for draws in looked.seen for text in draws][:_CAPTIONS]
     counts = model.processor.token_counts(texts)
@@ -114,7 +114,7 @@ def _spread(plan: Plan) -> list[int]:
     return sorted({int(k) for k in np.linspace(0, plan.steps_per_epoch - 1, count)})
 
 
-def _start(similar: Similar, n: int, model: DualEncoder, sigmoid: bool) -> float:
+def _start(similar: Similarity, n: int, model: DualEncoder, sigmoid: bool) -> float:
     """The loss where every cosine is 0: ln of what a row is compared with, or one positive and N - 1 negatives."""
     if not sigmoid or model.logit_bias is None or similar.temperature is not None:
         return math.log(max(1, n * max(1, similar.views) - similar.alone))
@@ -122,26 +122,30 @@ def _start(similar: Similar, n: int, model: DualEncoder, sigmoid: bool) -> float
     return float(np.logaddexp(0, -bias) + (n - 1) * np.logaddexp(0, bias))
 
 
-class _Look:
+class BatchSample:
     """Keys of planned batches, without opening an image."""
 
-    def __init__(self, pairs: Any, plan: Plan, notions: Sequence[Similar], smoothing: float) -> None:
+    def __init__(self, pairs: Any, plan: Plan, notions: Sequence[Similarity], smoothing: float) -> None:
         wanted, measured = key_columns(notions)
         self.pairs, self.plan, self.smoothing = pairs, plan, smoothing
-        self.keys: dict[str, Tensor] = {name: codes(pairs, name) for name in wanted if name not in ("texts", "image")}
+        self.keys: dict[str, Tensor] = {
+            name: column_codes(pairs, name) for name in wanted if name not in ("texts", "image")
+        }
         self.keys |= {name: number_values(pairs, name) for name in measured}
         labelled = "label" in (getattr(pairs, "column_names", None) or ())
-        self.label = codes(pairs, "label") if labelled else None
+        self.label = column_codes(pairs, "label") if labelled else None
         self.seen: list[list[str]] = []
 
-    def batch(self, epoch: int, k: int, notions: Sequence[Similar], sigmoid: bool) -> tuple[float, Mapping[str, float]]:
+    def batch(
+        self, epoch: int, k: int, notions: Sequence[Similarity], sigmoid: bool
+    ) -> tuple[float, Mapping[str, float]]:
         """The floor of a global batch, and its false negatives."""
         draws = self.plan.batch(epoch, k)
         keys, items = self._keys(draws)
         total, unlike = 0.0, dict.fromkeys(items, 0.0)
         for each in notions:
 
-            def affinity(rows: Tensor, cols: Tensor, each: Similar = each) -> Tensor:
+            def affinity(rows: Tensor, cols: Tensor, each: Similarity = each) -> Tensor:
                 ours, theirs = ({name: values[at % len(draws)] for name, values in keys.items()} for at in (rows, cols))
                 found = target(each, ours, theirs)
                 return found.masked_fill(rows[:, None] == cols, -1) if each.alone else found
@@ -154,7 +158,7 @@ class _Look:
 
     def _floor(
         self,
-        similar: Similar,
+        similar: Similarity,
         affinity: Affinity,
         keys: Mapping[str, Tensor],
         items: Mapping[str, Tensor],

@@ -20,7 +20,8 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from clipkit.data.reading.tables import TABLE_SUFFIXES, Quoting
 from clipkit.errors import ConfigError, UsageError, option, speaking
-from clipkit.losses.similarity import Graded, Head, Paired, SameGroup, Side, Similar, Treat, Views
+from clipkit.losses.similarity import Graded, Head, Paired, SameGroup, Similarity, Treat, Views
+from clipkit.modality import Modality
 from clipkit.prompts import DEFAULT_TEMPLATE
 from clipkit.training.config.errors import as_setting, as_yaml, config_error, no_config
 from clipkit.training.config.train import _STRICT, TrainConfig, _as_lists, _as_paths
@@ -160,14 +161,14 @@ class DataConfig:
     encoding: str = "utf-8-sig"
     quoting: Quoting = "double"
     features: str | None = None
-    feature_draws: int = 4
+    num_augmentations: int = 4
 
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
         _as_paths(self, "train", "test", "features")
-        if self.feature_draws < 1:
-            raise ConfigError(f"feature_draws must be at least 1, found {self.feature_draws}", where="data")
+        if self.num_augmentations < 1:
+            raise ConfigError(f"feature_draws must be at least 1, found {self.num_augmentations}", where="data")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class SimilarConfig:
     against: str | None = None
     softness: float = 0.01
     views: int | None = None
-    between: tuple[Side, Side] | None = None
+    between: tuple[Modality, Modality] | None = None
     known: dict[str, Treat] = field(default_factory=dict)
     score: str | None = None
     temperature: float | None = None
@@ -209,13 +210,13 @@ class SimilarConfig:
             raise ConfigError("a notion of similarity is one of `group`, `graded` and `views`", where="similar")
         self.build()
 
-    def build(self) -> Similar:
+    def build(self) -> Similarity:
         """The notion itself.
 
         Raises:
             ConfigError: what the notion does not allow.
         """
-        images: tuple[Side, Side] = ("image", "image")
+        images: tuple[Modality, Modality] = ("image", "image")
         options: dict[str, Any] = {"weight": self.weight, "known": self.known, "score": self.score}
         chosen = {"between": self.between or (images if self.views else None), "temperature": self.temperature}
         chosen |= {"views": self.views, "temperature": self.temperature or (0.1 if self.views else None)}

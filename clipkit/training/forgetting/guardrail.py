@@ -25,7 +25,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving.model_card import forgetting_lines
 from clipkit.models.saving.save import save
 from clipkit.training.forgetting.similarity_reference import SimilarityReference
-from clipkit.training.forgetting.wise_ft import Line
+from clipkit.training.forgetting.wise_ft import WeightInterpolation
 
 logger = logging.getLogger("clipkit")
 
@@ -126,7 +126,7 @@ class Guardrail:
     def __init__(self, model: DualEncoder, folder: Path, budget: float, reference: Measure | None) -> None:
         self.model, self.folder, self.budget = model, folder, budget
         self.reference: Any = reference or SimilarityReference()
-        self.line = Line(model, folder / "start.safetensors")
+        self.line = WeightInterpolation(model, folder / "start.safetensors")
         self.baseline: dict[str, float] = {}
         if reference is None and self.line.fresh:
             given = option("evaluate.reference", "FILE", python="reference=RetrievalEvaluator(pairs)")

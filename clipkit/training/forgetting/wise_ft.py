@@ -18,7 +18,7 @@ from clipkit.models.averaging import weighted_sum
 from clipkit.models.dual_encoder import DualEncoder
 
 
-class Line:
+class WeightInterpolation:
     """The models (1 - alpha) * start + alpha * tuned (WiSE-FT, Wortsman et al. 2022), one at a time, in the model.
 
     On the line are the trained weights and the floating buffers. What is not:

@@ -31,7 +31,7 @@ class Attempts:
     Args:
         folder: of the run.
         config: of the training.
-        topology: what the bits of a result depend on beside the config, as `topology` gives it.
+        topology: what the bits of a result depend on beside the config, as `environment` gives it.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], topology: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class Attempts:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def topology(device: torch.device, precision: str, micro_batch: int | None) -> dict[str, Any]:
+def environment(device: torch.device, precision: str, micro_batch: int | None) -> dict[str, Any]:
     """What the last bits of a result depend on beside config and data: equal ones resume bit for bit."""
     name = torch.get_device_module(device).get_device_name(device) if device.type == "cuda" else platform.machine()
     return {

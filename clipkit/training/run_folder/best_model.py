@@ -19,7 +19,7 @@ from clipkit.progress import Progress
 from clipkit.training.state import require_names
 
 
-class Best:
+class BestModel:
     """Keeps the weights of the best evaluation, in memory and in output_dir/model. A part of the run.
 
     The first folder is opened again at once, so that a model that cannot be saved is known early; those that

@@ -18,7 +18,7 @@ from clipkit.files import resource_errors, write_text
 logger = logging.getLogger("clipkit")
 
 
-class Log:
+class MetricsLog:
     """metrics.jsonl: one line a measurement, written at once, by rank 0. A part of the run.
 
     A checkpoint remembers how long the file was: what a killed attempt wrote after it is cut off, and written again.
@@ -29,7 +29,7 @@ class Log:
         self.path = path
         self.file: TextIO | None = None
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> MetricsLog:
         if not self.lines and distributed.is_main():
             self.path.unlink(missing_ok=True)  # of an attempt that was killed before its first checkpoint
         return self

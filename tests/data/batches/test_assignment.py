@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from clipkit.data.batches.assignment import deal, full_batches, joined, places
+from clipkit.data.batches.assignment import assign, full_batches, joined, places
 
 
 def brute(counts, size):
@@ -29,7 +29,7 @@ def test_dealt_batches_are_full_and_keep_units_apart(seed):
     units = np.unique(rng.zipf(1.4, 300) % 60, return_inverse=True)[1]
     for size in (2, 5, 13):
         steps = full_batches(np.bincount(units), size)
-        dealt = deal(units, steps, size, rng)
+        dealt = assign(units, steps, size, rng)
         assert dealt.shape == (steps, size)
         assert len(np.unique(dealt)) == dealt.size
         assert all(len(np.unique(units[batch])) == size for batch in dealt)
@@ -39,7 +39,7 @@ def test_without_units_any_two_rows_meet_equally_often():
     rng, n, size, rounds = np.random.default_rng(0), 12, 4, 4000
     met = np.zeros((n, n))
     for _ in range(rounds):
-        for batch in deal(np.arange(n), n // size, size, rng):
+        for batch in assign(np.arange(n), n // size, size, rng):
             met[np.ix_(batch, batch)] += 1
     rate = met[np.triu_indices(n, 1)] / rounds
     expected = (size - 1) / (n - 1)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clipkit import load_pairs
 from clipkit.data.batches import plan as plan_module
-from clipkit.data.batches.build_plan import plan_of
+from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.batches.loader import Loader
 from clipkit.data.batches.plan import Draw, Plan, hash64
 from clipkit.data.dataset import key_values
@@ -51,7 +51,7 @@ def batches(plan, epochs=3):
 def test_nothing_distinct_is_twice_in_a_batch_and_what_is_left_out_is_known(n, size, distinct):
     for seed in range(3):
         source = rows(n, seed)
-        plan = plan_of(source, batch_size=size, seed=seed, distinct=distinct)
+        plan = build_plan(source, batch_size=size, seed=seed, distinct=distinct)
         for draws in batches(plan):
             assert len(draws) == size
             assert not any(repeats(source, draws, column) for column in distinct)
@@ -64,20 +64,24 @@ def test_nothing_distinct_is_twice_in_a_batch_and_what_is_left_out_is_known(n, s
 
 def test_without_the_demand_the_same_check_fails(monkeypatch):
     source = rows(400)
-    plain = plan_of(source, batch_size=15)
+    plain = build_plan(source, batch_size=15)
     assert sum(repeats(source, draws, "texts") for draws in batches(plain)) > 100
     # and with it, if the plan forgets either half: units apart, or another caption of who can give way
     bound = [{**row, "texts": WORDS[i % 4 : i % 4 + 1]} if i % 20 == 0 else row for i, row in enumerate(source)]
     monkeypatch.setattr(plan_module, "joined", lambda keys, n: np.arange(n))
-    assert any(repeats(bound, draws, "texts") for draws in batches(plan_of(bound, batch_size=15, distinct=["texts"])))
+    assert any(
+        repeats(bound, draws, "texts") for draws in batches(build_plan(bound, batch_size=15, distinct=["texts"]))
+    )
     monkeypatch.undo()
     monkeypatch.setattr(plan_module._Texts, "choose", lambda self, rows, turns: [0] * len(rows))
-    assert any(repeats(source, draws, "texts") for draws in batches(plan_of(source, batch_size=15, distinct=["texts"])))
+    assert any(
+        repeats(source, draws, "texts") for draws in batches(build_plan(source, batch_size=15, distinct=["texts"]))
+    )
 
 
 def test_all_captions_are_still_shown_in_turn():
     source = [{"image": None, "texts": [f"{row} {i}" for i in range(3)]} for row in range(8)]
-    plan = plan_of(source, batch_size=8, distinct=["texts"])
+    plan = build_plan(source, batch_size=8, distinct=["texts"])
     shown = {row: set() for row in range(8)}
     for epoch in range(3):
         for draw in plan.batch(epoch, 0):
@@ -87,7 +91,7 @@ def test_all_captions_are_still_shown_in_turn():
 
 def test_rows_left_out_are_others_each_epoch():
     source = [{"image": None, "texts": ["same" if row < 20 else f"{row}"]} for row in range(60)]
-    plan = plan_of(source, batch_size=6, distinct=["texts"])
+    plan = build_plan(source, batch_size=6, distinct=["texts"])
     assert plan.steps_per_epoch == 8  # 40 + 8 >= 8 x 6, and 40 + 9 < 9 x 6
     shown = sum(plan.shown(epoch) for epoch in range(60))
     assert all(len(plan.left_out(epoch)) == 12 for epoch in range(60))
@@ -98,11 +102,11 @@ def test_rows_left_out_are_others_each_epoch():
 @pytest.mark.parametrize("options", [{"distinct": ["texts"]}, {"balanced": "kind"}, {"grouped": "group"}, {}])
 def test_a_batch_is_a_function_of_seed_epoch_and_number(options):
     source, size = rows(120), 8
-    one, two = (plan_of(source, batch_size=size, seed=5, **options) for _ in range(2))
+    one, two = (build_plan(source, batch_size=size, seed=5, **options) for _ in range(2))
     asked = [(3, 2), (0, 1), (3, 0), (1, 9)]
     assert [two.batch(*each) for each in reversed(asked)] == [one.batch(*each) for each in asked][::-1]
     assert pickle.loads(pickle.dumps(one)).batch(2, 3) == one.batch(2, 3)
-    other = plan_of(source, batch_size=size, seed=6, **options)
+    other = build_plan(source, batch_size=size, seed=6, **options)
     assert other.batch(0, 0) != one.batch(0, 0) != one.batch(1, 0)
 
 
@@ -129,7 +133,7 @@ class Words:
 @pytest.mark.parametrize(("world", "workers", "chunks"), [(1, 0, 3), (2, 0, 2), (2, 1, 3), (5, 0, 1)])
 def test_ranks_workers_and_cached_chunks_share_one_batch_without_repeats(world, workers, chunks):
     source = rows(130)
-    plan = plan_of(source, batch_size=13, seed=1, distinct=["texts", "product"])
+    plan = build_plan(source, batch_size=13, seed=1, distinct=["texts", "product"])
     options = {"columns": ["product"], "sides": ["text"], "world_size": world, "workers": workers}
     ranks = [list(Loader(source, Words(), plan, rank=rank, **options).batches(2, 14)) for rank in range(world)]
     alone = list(Loader(source, Words(), plan, columns=["product"], sides=["text"]).batches(2, 14))
@@ -154,25 +158,25 @@ def test_images_are_distinct_by_their_bytes(tmp_path):
     opened = [{**row, "image": Image.new("RGB", (8, 8), (i // 3 * 20, 0, 0))} for i, row in enumerate(table)]
     found = []
     for source in (table, packed, opened):
-        plan = plan_of(source, batch_size=6, distinct=["image"])
+        plan = build_plan(source, batch_size=6, distinct=["image"])
         found.append(batches(plan, epochs=4))
         assert plan.steps_per_epoch == 4
         assert all(len({draw.row // 3 for draw in draws}) == 6 for draws in found[-1])
     assert found[0] == found[1] == found[2]
-    plain = plan_of(table, batch_size=6)
+    plain = build_plan(table, batch_size=6)
     assert any(len({draw.row // 3 for draw in draws}) < 6 for draws in batches(plain, epochs=4))
 
 
 def test_an_impossible_demand_names_the_column_the_figures_and_the_way_out():
     source = [{"image": None, "texts": ["a photo" if row < 600 else f"{row}"]} for row in range(1000)]
     with pytest.raises(UsageError, match=r"can show 256 of 1,000 rows(?s:.)*`texts` stands in 600 rows") as caught:
-        plan_of(source, batch_size=256, distinct=["texts"])
+        build_plan(source, batch_size=256, distinct=["texts"])
     assert "row 0" in caught.value.where
     size = int(caught.value.fix.split("batch_size=")[1].split(",")[0])
-    plan = plan_of(source, batch_size=size, distinct=["texts"])  # the fix is one
+    plan = build_plan(source, batch_size=size, distinct=["texts"])  # the fix is one
     assert len(plan.left_out(0)) <= 500
     with pytest.raises(UsageError, match="no column 'knid'"):
-        plan_of(rows(20), batch_size=4, distinct=["knid"])
+        build_plan(rows(20), batch_size=4, distinct=["knid"])
 
 
 # -- balanced
@@ -183,7 +187,7 @@ def test_balanced_classes_are_shown_equally_often_and_so_are_their_rows(n, size)
     counts = [n - 3 * n // 10 - n // 20, 3 * n // 10, n // 20]
     source = [{"texts": [f"{k}"], "kind": k} for k, count in enumerate(counts) for _ in range(count)]
     kinds = np.array(key_values(source, "kind"))
-    plan = plan_of(source, batch_size=size, balanced="kind")
+    plan = build_plan(source, batch_size=size, balanced="kind")
     assert plan.steps_per_epoch == n // size
     total = np.zeros(n, dtype=int)
     for epoch in range(9):
@@ -206,31 +210,31 @@ def test_balanced_classes_are_shown_equally_often_and_so_are_their_rows(n, size)
 
 def test_a_row_meets_itself_only_where_its_class_is_too_small():
     source = [{"texts": ["x"], "kind": int(row < 5)} for row in range(100)]
-    plan = plan_of(source, batch_size=10, balanced="kind")
+    plan = build_plan(source, batch_size=10, balanced="kind")
     for draws in batches(plan):
         assert len({draw.row for draw in draws}) == 10  # five of five rare rows, five common ones
     assert "themselves" not in plan.notes[0]
-    small = plan_of(source, batch_size=20, balanced="kind")
+    small = build_plan(source, batch_size=20, balanced="kind")
     assert all(max(Counter(draw.row for draw in draws).values()) == 2 for draws in batches(small))
     assert "rows of the rarest meet themselves in a batch" in small.notes[0]
 
 
 def test_balanced_and_distinct_together():
     source = [{"texts": [f"{row // 2}"], "kind": int(row < 20)} for row in range(100)]
-    plan = plan_of(source, batch_size=10, balanced="kind", distinct=["texts"])
+    plan = build_plan(source, batch_size=10, balanced="kind", distinct=["texts"])
     for draws in batches(plan):
         assert not repeats(source, draws, "texts")
         assert sum(draw.row < 20 for draw in draws) == 5
     templates = [{"texts": [f"a photo of {row % 5}"], "kind": row % 5} for row in range(100)]
     assert not any(
         repeats(templates, draws, "texts")
-        for draws in batches(plan_of(templates, batch_size=5, balanced="kind", distinct=["texts"]))
+        for draws in batches(build_plan(templates, batch_size=5, balanced="kind", distinct=["texts"]))
     )
     with pytest.raises(UsageError, match=r"they would meet(?s:.)*batch_size=5 \(the number of classes\)"):
-        plan_of(templates, batch_size=8, balanced="kind", distinct=["texts"])
+        build_plan(templates, batch_size=8, balanced="kind", distinct=["texts"])
     crossing = [{"texts": ["x"], "kind": row % 2} for row in range(8)]
     with pytest.raises(UsageError, match="rows 0 and 1 are not, but share a value"):
-        plan_of(crossing, batch_size=4, balanced="kind", distinct=["texts"])
+        build_plan(crossing, batch_size=4, balanced="kind", distinct=["texts"])
 
 
 # -- grouped
@@ -246,7 +250,7 @@ def test_grouped_batches_hold_p_groups_of_k_rows(distinct):
         }
         for row in range(190)
     ]
-    plan = plan_of(source, batch_size=12, grouped="group", group_size=3, distinct=distinct)
+    plan = build_plan(source, batch_size=12, grouped="group", group_size=3, distinct=distinct)
     assert plan.steps_per_epoch * 12 >= 0.9 * 180 if not distinct else plan.steps_per_epoch > 8
     total = 0
     for epoch in range(12):
@@ -266,11 +270,11 @@ def test_grouped_batches_hold_p_groups_of_k_rows(distinct):
 def test_groups_that_cannot_be_had_are_refused_with_figures():
     source = [{"texts": ["x"], "group": row % 3 or None} for row in range(60)]
     with pytest.raises(DataError, match=r"20 of 60 cells are empty(?s:.)*'group', row 0"):
-        plan_of(source, batch_size=8, grouped="group")
+        build_plan(source, batch_size=8, grouped="group")
     source = [{"texts": ["x"], "group": row % 3} for row in range(60)]
     with pytest.raises(UsageError, match=r"batches of 4 groups with 4 rows each can show 0 of 60 rows(?s:.)*3 groups"):
-        plan_of(source, batch_size=16, grouped="group")
+        build_plan(source, batch_size=16, grouped="group")
     with pytest.raises(UsageError, match="multiple of group_size"):
-        plan_of(source, batch_size=10, grouped="group", group_size=4)
+        build_plan(source, batch_size=10, grouped="group", group_size=4)
     with pytest.raises(UsageError, match="either balanced or grouped"):
-        plan_of(source, batch_size=8, grouped="group", balanced="group")
+        build_plan(source, batch_size=8, grouped="group", balanced="group")

@@ -11,7 +11,7 @@ from PIL import Image
 from clipkit.data.batches.augment import augment
 from clipkit.data.batches.loader import Loader
 from clipkit.data.batches.plan import Plan
-from clipkit.data.dataset import codes
+from clipkit.data.dataset import column_codes
 from clipkit.errors import BadImage, UsageError
 
 N, SIZE = 23, 6
@@ -87,9 +87,9 @@ def test_workers_and_the_place_of_a_restart_change_nothing():
 
 def test_codes_are_given_once_for_the_whole_data():
     values = ["b", "a", None, "b", " ", "", [1, 2], [1, 2]]
-    assert codes({"kind": values}, "kind").tolist() == [0, 1, -1, 0, -1, -1, 2, 2]
+    assert column_codes({"kind": values}, "kind").tolist() == [0, 1, -1, 0, -1, -1, 2, 2]
     with pytest.raises(UsageError, match=r"no column 'knid'(?s:.)*did you mean 'kind'"):
-        codes(pairs(), "knid")
+        column_codes(pairs(), "knid")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from clipkit.data.batches.assignment import full_batches
-from clipkit.data.batches.build_plan import plan_of
+from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.batches.no_duplicates import Placed
-from clipkit.data.batches.samplers import Apart
+from clipkit.data.batches.samplers import NoDuplicatesSampler
 
 
 def chained(n, seed=0):
@@ -22,7 +22,7 @@ def chained(n, seed=0):
 def test_chains_do_not_make_it_give_up(n, size):
     for seed in range(3):
         source = chained(n, seed)
-        plan = plan_of(source, batch_size=size, seed=seed, distinct=["texts", "product"])
+        plan = build_plan(source, batch_size=size, seed=seed, distinct=["texts", "product"])
         assert isinstance(plan.deck, Placed)  # dealing would find no batch at all: everything is one unit
         assert plan.steps_per_epoch >= 0.8 * (n // size)
         again = pickle.loads(pickle.dumps(plan))
@@ -41,7 +41,7 @@ def test_chains_do_not_make_it_give_up(n, size):
 
 def test_a_plan_that_forgets_what_a_batch_holds_repeats_itself():
     source = chained(300)
-    plan = plan_of(source, batch_size=10, distinct=["texts", "product"])
+    plan = build_plan(source, batch_size=10, distinct=["texts", "product"])
     plan.deck.values = [[] for _ in source]
     titles = [{source[draw.row]["product"] for draw in plan.batch(0, k)} for k in range(plan.steps_per_epoch)]
     assert min(map(len, titles)) < 10
@@ -49,14 +49,14 @@ def test_a_plan_that_forgets_what_a_batch_holds_repeats_itself():
 
 def test_one_key_is_dealt_and_as_many_batches_as_there_can_be():
     source = chained(300)
-    plan = plan_of(source, batch_size=10, distinct=["product"])
-    assert isinstance(plan.deck, Apart)
+    plan = build_plan(source, batch_size=10, distinct=["product"])
+    assert isinstance(plan.deck, NoDuplicatesSampler)
     assert plan.steps_per_epoch == full_batches(np.array(list(Counter(r["product"] for r in source).values())), 10)
 
 
 def test_an_epoch_that_comes_out_short_shows_a_batch_again_rather_than_fail(monkeypatch):
     source = chained(300)
-    plan = plan_of(source, batch_size=10, distinct=["texts", "product"])
+    plan = build_plan(source, batch_size=10, distinct=["texts", "product"])
     whole = Placed._place
     tried = []
     monkeypatch.setattr(Placed, "_place", lambda self, rng: tried.append(1) or whole(self, rng)[: self.steps - 2])

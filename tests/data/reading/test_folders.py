@@ -12,7 +12,7 @@ from PIL import Image as Pillow
 
 from clipkit.data.check import check_data
 from clipkit.data.pairs import load_pairs
-from clipkit.data.reading.rejects import Ledger
+from clipkit.data.reading.rejects import LoadReport
 from clipkit.errors import DataError
 
 
@@ -24,9 +24,9 @@ def images(root: Path, *names: str) -> Path:
     return root
 
 
-def loaded(root: Path, **options: Any) -> tuple[dict[str, list[str]], Ledger]:
+def loaded(root: Path, **options: Any) -> tuple[dict[str, list[str]], LoadReport]:
     """Captions by the name of the image."""
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(root, ledger=ledger, **options)
     return {Path(row["image"]["path"]).relative_to(root).as_posix(): row["texts"] for row in pairs}, ledger
 
@@ -74,7 +74,7 @@ def test_a_caption_file_that_cannot_be_read_costs_its_row_alone(tmp_path: Path) 
 def test_json_that_holds_no_captions_leaves_class_folders_alone(tmp_path: Path) -> None:
     root = images(tmp_path, "cat/a.png", "dog/b.png")
     (root / "cat/a.json").write_text('{"shapes": []}')
-    ledger = Ledger()
+    ledger = LoadReport()
     assert load_pairs(root, ledger=ledger).features["label"].names == ["cat", "dog"]
     assert ledger.notes == [f"{root}: 2 classes: cat, dog", f"{root}: not read: 1 .json"]
 
@@ -85,7 +85,7 @@ def test_metadata_files_at_any_level(tmp_path: Path) -> None:
     (root / "train/metadata.csv").write_text("\n".join(rows))
     more = [{"file_name": "c.png", "text": "a bird", "label": "bird"}, {"file_name": "e.png", "text": "none"}]
     (root / "val/metadata.jsonl").write_text("\n".join(map(json.dumps, more)))
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(root, ledger=ledger, on_bad="skip", max_bad=2)
     assert list(pairs["texts"]) == [["a dog"], ["a cat", "two"], ["a bird"]]
     assert [pairs.features["label"].int2str(n) for n in pairs["label"]] == ["dog", "cat", "bird"]
@@ -107,7 +107,7 @@ def test_captions_beside_images_complete_the_metadata(tmp_path: Path) -> None:
     assert found == {"a.png": ["a dog"], "b.png": ["a cat"]}
     (root / "b.txt").unlink()
     (root / "a.txt").unlink()
-    ledger = Ledger()
+    ledger = LoadReport()
     assert load_pairs(root, on_bad="skip", max_bad=1, ledger=ledger).column_names == ["image", "label"]
     assert ledger.notes[0] == f"{root}: labels from metadata.csv"
     (root / "b.txt").write_text("a cat")
@@ -165,7 +165,7 @@ def test_an_unreadable_folder_is_a_reject(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="1 of 3 rows cannot be used"):
         load_pairs(tmp_path)
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(tmp_path, on_bad="skip", max_bad=1, ledger=ledger)
     assert pairs.features["label"].names == ["cat", "dog"]
     assert ledger.summary() == "3 rows = 2 used + 1 rejected (1 UNREADABLE); 2 images"

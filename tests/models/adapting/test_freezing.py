@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import ModelError, UsageError
-from clipkit.models.backends.layers import blocks, layers
+from clipkit.models.backends.layers import parameters_by_depth, transformer_blocks
 from clipkit.models.dual_encoder import DualEncoder
 
 Images = list[Image.Image]
@@ -38,13 +38,13 @@ def step(model: DualEncoder, images: Images, texts: list[str]) -> set[str]:
 def test_the_first_block_and_what_lies_before_it_stand_still(
     any_model: DualEncoder, part: Any, images: Images, texts: list[str]
 ) -> None:
-    found = layers(any_model.backend, any_model.processor, part)
+    found = parameters_by_depth(any_model.backend, any_model.processor, part)
     any_model.freeze(part, blocks=1)
     moved = step(any_model, images, texts)
     assert not moved & {*found.before, *found.blocks[0]}
     # key biases have no gradient under softmax, and unread weights none at all
     assert {n for n in found.blocks[1] if n.endswith("weight")} <= moved
-    first, second = blocks(any_model.backend, part)
+    first, second = transformer_blocks(any_model.backend, part)
     assert not any(module.training for module in first.modules())
     assert second.training
     any_model.eval().train()
@@ -52,14 +52,16 @@ def test_the_first_block_and_what_lies_before_it_stand_still(
 
 
 def test_negative_blocks_count_from_the_end(towers: DualEncoder) -> None:
-    found = layers(towers.backend, towers.processor, "text")
+    found = parameters_by_depth(towers.backend, towers.processor, "text")
     read = {name for name, p in towers.backend.named_parameters() if p.requires_grad}
     towers.freeze("text", blocks=-2)  # nothing but what lies before the two
     trained = {name for name, p in towers.backend.named_parameters() if p.requires_grad}
     assert read - trained == set(found.before) & read
     towers.freeze("text", blocks=2)
     assert not any(
-        towers.backend.owns("text", n, head=False) for n, p in towers.backend.named_parameters() if p.requires_grad
+        towers.backend.belongs_to("text", n, head=False)
+        for n, p in towers.backend.named_parameters()
+        if p.requires_grad
     )  # BERT has nothing after its blocks but the pooler, which is not read
     assert not towers.backend.text.training
 
@@ -92,7 +94,7 @@ def test_statistics_of_frozen_stages_stand_still(
 def gradients(model: DualEncoder, images: Images, texts: list[str]) -> tuple[dict[str, Tensor], int]:
     """Of a loss with dropout on, and how many times the first image block was computed."""
     calls: list[int] = []
-    block = blocks(model.backend, "image")[0]
+    block = transformer_blocks(model.backend, "image")[0]
     inner = next(module for module in block.modules() if not list(module.children()))  # inside what is checkpointed
     handle = inner.register_forward_hook(lambda *_: calls.append(1))
     model.train().zero_grad()
@@ -129,7 +131,7 @@ def test_dropout_is_drawn_in_these_gradients(any_model: DualEncoder, images: Ima
     plain, _ = gradients(any_model, images, texts)
     dropped, _ = gradients(with_dropout(any_model), images, texts)
     for part in ("image", "text"):
-        names = [n for n in plain if any_model.backend.owns(part, n.removeprefix("backend."))]
+        names = [n for n in plain if any_model.backend.belongs_to(part, n.removeprefix("backend."))]
         assert any(not torch.equal(plain[n], dropped[n]) for n in names)
 
 

@@ -52,8 +52,8 @@ def test_it_begins_as_the_base_and_trains_matrices_and_scalars_alone(
     any_model.add_lora("both", rank=2)
     assert (embeddings(any_model, images, texts) - before).abs().max() < 1e-6
     moved = train(any_model, images, texts)
-    assert any(".lora_A." in name and any_model.backend.owns("image", name) for name in moved)
-    assert any(".lora_B." in name and any_model.backend.owns("text", name) for name in moved)
+    assert any(".lora_A." in name and any_model.backend.belongs_to("image", name) for name in moved)
+    assert any(".lora_B." in name and any_model.backend.belongs_to("text", name) for name in moved)
     rest = {name for name in moved if ".lora_" not in name}
     scalars = {name for name in rest if name.endswith(("logit_scale", "logit_bias"))}
     heads = {name for name in rest if f"backend.{name}" in any_model.fresh}
@@ -109,15 +109,15 @@ def test_merging_lets_the_weights_train_as_before(towers: DualEncoder) -> None:
 def test_one_tower_alone_can_be_adapted(any_model: DualEncoder, images: Images, texts: list[str]) -> None:
     any_model.add_lora("text", rank=2)
     moved = train(any_model, images, texts)
-    assert not any(".lora_" in name and any_model.backend.owns("image", name) for name in moved)
-    assert any(any_model.backend.owns("image", name, head=False) for name in moved)  # trains as a whole
+    assert not any(".lora_" in name and any_model.backend.belongs_to("image", name) for name in moved)
+    assert any(any_model.backend.belongs_to("image", name, head=False) for name in moved)  # trains as a whole
     with pytest.raises(UsageError, match="text tower has LoRA already"):
         any_model.add_lora("text")
     any_model.add_lora("image", rank=3)
     assert all(
-        ".lora_" in name or any_model.backend.owns("image", name) is False
+        ".lora_" in name or any_model.backend.belongs_to("image", name) is False
         for name in train(any_model, images, texts)
-        if any_model.backend.owns("image", name, head=False)
+        if any_model.backend.belongs_to("image", name, head=False)
     )
 
 
@@ -258,7 +258,9 @@ def test_another_base_is_refused(any_model: DualEncoder, tmp_path: Path) -> None
         other.logit_scale.fill_(1.0)  # the adapter brings its own
     copy.deepcopy(other).load_adapter(tmp_path / "adapter")
     with torch.no_grad():
-        weight = next(p for n, p in other.backend.named_parameters() if other.backend.owns("image", n) and p.ndim > 1)
+        weight = next(
+            p for n, p in other.backend.named_parameters() if other.backend.belongs_to("image", n) and p.ndim > 1
+        )
         weight.view(-1)[0] += 1e-3
     with pytest.raises(ModelMismatch, match=r"trained on another model than this one: image weights"):
         other.load_adapter(tmp_path / "adapter")

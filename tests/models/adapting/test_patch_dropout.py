@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipkit.errors import ModelError, UsageError
 from clipkit.models.adapting.patch_dropout import PatchDropout
-from clipkit.models.backends.layers import blocks
+from clipkit.models.backends.layers import transformer_blocks
 from clipkit.models.dual_encoder import DualEncoder
 
 Images = list[Image.Image]
@@ -23,7 +23,7 @@ Make = Callable[..., DualEncoder]
 def tokens_seen(model: DualEncoder, pixels: Tensor) -> Tensor:
     """What the first block is given: (n, tokens, width)."""
     seen: list[Tensor] = []
-    handle = blocks(model.backend, "image")[1].register_forward_pre_hook(
+    handle = transformer_blocks(model.backend, "image")[1].register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
     model.vision_features(pixels)

@@ -30,7 +30,7 @@ def positions(model: DualEncoder, part: str) -> tuple[str, Tensor]:
     return next(
         (name, p.detach())
         for name, p in model.backend.named_parameters()
-        if "position" in name and model.backend.owns(part, name)  # type: ignore[arg-type]
+        if "position" in name and model.backend.belongs_to(part, name)  # type: ignore[arg-type]
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clipkit.errors import ModelError
-from clipkit.models.backends.layers import blocks, layers
+from clipkit.models.backends.layers import parameters_by_depth, transformer_blocks
 from clipkit.models.dual_encoder import DualEncoder
 
 Make = Callable[..., DualEncoder]
@@ -26,11 +26,13 @@ def text(kind: str) -> Any:
 
 def test_every_parameter_of_a_tower_has_one_place(any_model: DualEncoder) -> None:
     for part in ("image", "text"):
-        found = layers(any_model.backend, any_model.processor, part)
+        found = parameters_by_depth(any_model.backend, any_model.processor, part)
         names = [*found.before, *(name for block in found.blocks for name in block), *found.after]
-        owned = [n for n, _ in any_model.backend.named_parameters() if any_model.backend.owns(part, n, head=False)]
+        owned = [
+            n for n, _ in any_model.backend.named_parameters() if any_model.backend.belongs_to(part, n, head=False)
+        ]
         assert sorted(names) == sorted(owned)
-        assert len(found.blocks) == len(blocks(any_model.backend, part)) == 2
+        assert len(found.blocks) == len(transformer_blocks(any_model.backend, part)) == 2
         assert any("position" in name for name in found.before)
         assert not any("position" in name for name in found.after)
         assert all(p.requires_grad for n, p in any_model.backend.named_parameters() if n in found.before)
@@ -42,7 +44,7 @@ def test_what_open_clip_registers_early_is_used_late(open_clip_arch: Callable[..
     arch = open_clip_arch("tiny-order")
     made, _, preprocess = open_clip.create_model_and_transforms(arch)
     model = DualEncoder.from_open_clip(made, preprocess, open_clip.get_tokenizer(arch), arch=arch)
-    image, words = (layers(model.backend, model.processor, part) for part in ("image", "text"))
+    image, words = (parameters_by_depth(model.backend, model.processor, part) for part in ("image", "text"))
     assert image.before == [
         "model.visual.class_embedding",
         "model.visual.positional_embedding",
@@ -73,7 +75,7 @@ def test_stages_of_other_towers(
     make_towers: Make, vision_tower: Callable[[str], Any], kind: str, count: int, after: list[str]
 ) -> None:
     model = make_towers(vision_tower(kind))
-    found = layers(model.backend, model.processor, "image")
+    found = parameters_by_depth(model.backend, model.processor, "image")
     assert len(found.blocks) == count
     assert [name.removeprefix("vision.") for name in found.after] == after
     assert all(found.blocks)
@@ -83,7 +85,7 @@ def test_stages_of_other_towers(
 @pytest.mark.parametrize(("kind", "before"), [("t5", "text.shared.weight"), ("distilbert", "text.embeddings")])
 def test_blocks_of_other_text_towers(make_towers: Make, kind: str, before: str) -> None:
     model = make_towers(text=text(kind))
-    found = layers(model.backend, model.processor, "text")
+    found = parameters_by_depth(model.backend, model.processor, "text")
     assert len(found.blocks) == 2
     assert all(name.startswith(before) for name in found.before)
 
@@ -93,7 +95,7 @@ def test_looking_leaves_the_model_as_it_was(towers: DualEncoder) -> None:
     modes = [module.training for module in towers.modules()]
     trained = [p.requires_grad for p in towers.parameters()]
     state = torch.get_rng_state()
-    layers(towers.backend, towers.processor, "image")
+    parameters_by_depth(towers.backend, towers.processor, "image")
     assert [module.training for module in towers.modules()] == modes
     assert [p.requires_grad for p in towers.parameters()] == trained
     assert torch.equal(torch.get_rng_state(), state)
@@ -103,4 +105,4 @@ def test_looking_leaves_the_model_as_it_was(towers: DualEncoder) -> None:
 def test_a_tower_without_blocks_is_said_to_have_none(towers: DualEncoder) -> None:
     towers.backend.vision = nn.Linear(3, 3)
     with pytest.raises(ModelError, match="image tower has no list of blocks"):
-        blocks(towers.backend, "image")
+        transformer_blocks(towers.backend, "image")

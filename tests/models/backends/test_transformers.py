@@ -106,12 +106,12 @@ def test_case_does_not_matter_where_training_had_none(family: str, family_folder
 
 def test_names_split_every_parameter(folder: Path) -> None:
     backend = DualEncoder.from_pretrained(folder).backend
-    scalars = {id(p) for p in backend.scalars()}
+    scalars = {id(p) for p in backend.logit_scale_and_bias()}
     for name, parameter in backend.named_parameters():
-        owners = [part for part in ("image", "text") if backend.owns(part, name)]
+        owners = [part for part in ("image", "text") if backend.belongs_to(part, name)]
         if id(parameter) not in scalars and name != "model.temperature":
             assert len(owners) == 1, name
-    assert {backend.owns("image", n, head=False) for n in ("model.visual_projection.weight",)} == {False}
+    assert {backend.belongs_to("image", n, head=False) for n in ("model.visual_projection.weight",)} == {False}
 
 
 def test_a_frozen_image_tower_leaves_its_projection(folder: Path, images: Images) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.files import dump_json, sha256_file
-from clipkit.models.checks.check_model import Report, examine
+from clipkit.models.checks.check_model import Report, check_model
 from clipkit.models.checks.compare_models import compare_models
 from clipkit.models.checks.finding import about
 from clipkit.models.dual_encoder import DualEncoder
@@ -223,7 +223,7 @@ def test_a_fault_in_the_files_is_named_beside_the_file(case: str, planted: Calla
     folder = planted(case)
     with pytest.raises(CorruptArtefact, match=r"not what was saved|bytes instead of"):
         DualEncoder.from_pretrained(folder)
-    report = examine(folder)
+    report = check_model(folder)
     assert {"files", FAULTS[case].named} <= errors(report)
     assert report.exit_code == 6
 
@@ -236,7 +236,7 @@ def test_a_fault_is_named_where_all_hashes_fit(case: str, planted: Callable[[str
         DualEncoder.from_pretrained(folder)
     assert fault.refused or "not the model that was saved" in refused.value.message
     assert re.search(WORDS.get(fault.named, fault.named), refused.value.message)
-    report = examine(folder)
+    report = check_model(folder)
     assert fault.named in errors(report)
     assert "files" not in errors(report)
     assert fault.unseen or fault.refused or any("embeddings of the built-in" in effect for effect in report.effects)
@@ -265,7 +265,7 @@ def test_a_comparison_says_which_model_does_not_open(planted: Callable[[str], Pa
 
 @pytest.mark.parametrize("form", ["clip", "siglip", "open_clip", "towers", "vtde"])
 def test_healthy_models_have_no_findings(form: str, healthy: dict[str, Path]) -> None:
-    report = examine(healthy[form])
+    report = check_model(healthy[form])
     assert report.findings == []
     assert "healthy: it is the model that was saved" in str(report)
     again = compare_models(healthy[form], healthy[form])
@@ -315,7 +315,7 @@ def test_each_damage_is_refused_in_its_own_words(case: str, healthy: dict[str, P
     signed_again(folder)
     with pytest.raises((CorruptArtefact, ModelError), match=said):
         DualEncoder.from_pretrained(folder)
-    report = examine(folder)
+    report = check_model(folder)
     assert any(told in finding.what for finding in report.findings)
     assert "weights" in errors(report)
     assert report.exit_code == 6
@@ -325,7 +325,7 @@ def test_the_doctor_goes_on_after_the_first_finding(healthy: dict[str, Path], tm
     folder = shutil.copytree(healthy["clip"], tmp_path / "broken")
     for case in ("activation", "mean", "filter", "scale"):
         FAULTS[case].edit(folder)
-    assert {"files", "activation", "mean and std", "resize filter", "logit scale"} <= errors(examine(folder))
+    assert {"files", "activation", "mean and std", "resize filter", "logit scale"} <= errors(check_model(folder))
 
 
 # ---------------------------------------------------------------------------------------------- without a record
@@ -382,7 +382,7 @@ def test_what_is_known_of_a_family_is_held_against_it(case: str, healthy: dict[s
     folder = shutil.copytree(healthy[form], tmp_path / "broken")
     (folder / artefact.NAME).unlink()
     edit(folder)
-    report = examine(folder)
+    report = check_model(folder)
     assert (level, named) in {(finding.level, finding.about) for finding in report.findings}
     assert report.ok == (level == "warning")
 
@@ -393,7 +393,7 @@ def test_a_folder_without_a_record_is_unverified(
     with caplog.at_level("INFO", logger="clipkit"):
         assert not DualEncoder.from_pretrained(family_folder("clip")).verified
     assert "unverified" in caplog.text
-    report = examine(family_folder("clip"))
+    report = check_model(family_folder("clip"))
     assert report.findings == []
     assert "unverified" in str(report)
     assert report.as_dict()["verified"] is False
@@ -401,14 +401,14 @@ def test_a_folder_without_a_record_is_unverified(
 
 @pytest.mark.parametrize("family", ["metaclip_2", "altclip", "chinese_clip", "align"])
 def test_every_family_is_healthy(family: str, family_folder: Callable[[str], Path]) -> None:
-    assert examine(family_folder(family)).findings == []
+    assert check_model(family_folder(family)).findings == []
 
 
 def test_an_edited_card_is_a_note(healthy: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(healthy["clip"], tmp_path / "edited")
     (folder / artefact.CARD).write_text("# My model")
     assert DualEncoder.from_pretrained(folder).verified
-    report = examine(folder)
+    report = check_model(folder)
     assert [(finding.level, finding.about) for finding in report.findings] == [("warning", "files")]
     assert report.exit_code == 0
 

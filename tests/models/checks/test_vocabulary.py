@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 
-from clipkit.models.checks.check_model import Report, examine
+from clipkit.models.checks.check_model import Report, check_model
 from clipkit.models.checks.compare_models import compare_models
 from clipkit.models.checks.vocabulary import vocabulary_findings
 from clipkit.models.dual_encoder import DualEncoder
@@ -54,7 +54,7 @@ def swap(family_folder: Callable[[str], Path], tmp_path: Path) -> Callable[..., 
 def test_a_foreign_tokenizer_is_named_once(
     family: str, donor: str, words: str, recorded: bool, swap: Callable[..., Path]
 ) -> None:
-    report = examine(swap(family, donor, recorded=recorded))
+    report = check_model(swap(family, donor, recorded=recorded))
     (found,) = [finding for finding in report.findings if finding.about == "vocabulary"]
     assert words in found.what
     assert "the tokenizer has" in found.what
@@ -70,7 +70,7 @@ def test_ids_beyond_the_table_are_counted(clip_folder: Path, tmp_path: Path) -> 
     published = convert_inputs._as_clip_tokenizer(open_clip.SimpleTokenizer())
     published.model_max_length = 24
     published.save_pretrained(folder)
-    report = examine(folder)
+    report = check_model(folder)
     assert errors(report) == ["vocabulary"]
     rows = DualEncoder.from_pretrained(clip_folder).backend.model.text_model.get_input_embeddings().num_embeddings
     assert f"49,408 tokens (as CLIP), the text tower embeds {rows}; ids {rows} to 49,407" in report.findings[0].what
@@ -100,7 +100,7 @@ def test_published_sizes(family: str, mark: str, count: int, table: int, level: 
 
 
 def test_any_model_of_its_own_tokenizer_has_none(any_model: DualEncoder) -> None:
-    assert "vocabulary" not in {finding.about for finding in examine(any_model).findings}
+    assert "vocabulary" not in {finding.about for finding in check_model(any_model).findings}
 
 
 # ------------------------------------------------------------------------------------------- one cause, told once
@@ -125,7 +125,7 @@ def test_a_damaged_weight_file_is_one_finding(how: str, saved: Path) -> None:
         flip(weights)
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
-    report = examine(saved)
+    report = check_model(saved)
     assert errors(report) == ["files"]
     assert report.findings[0].what.startswith("model.safetensors ")
     assert ("cannot be run" in str(report)) == (how == "cut")
@@ -136,7 +136,7 @@ def test_what_a_fault_does_to_embeddings_is_no_second_fault(saved: Path) -> None
     path = saved / "preprocessor_config.json"
     path = path if path.is_file() else saved / "processor_config.json"
     path.write_text(path.read_text().replace('"resample": 3', '"resample": 2'))
-    report = examine(saved)
+    report = check_model(saved)
     assert errors(report) == ["files", "resize filter"]
     assert "effect: image embeddings of the built-in images differ by" in str(report)
 

@@ -10,10 +10,10 @@ import open_clip
 import pytest
 import torch
 
-from clipkit.models.backend import PARTS
+from clipkit.models.backend import MODALITIES
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import fingerprint as module
-from clipkit.models.fingerprint.fingerprint import Fingerprint, facts, hash_weights
+from clipkit.models.fingerprint.fingerprint import Fingerprint, hash_weights, settings_fingerprint
 
 Make = Callable[..., DualEncoder]
 
@@ -152,7 +152,7 @@ def test_a_state_is_hashed_once_and_no_change_is_missed(
 ) -> None:
     before = towers.fingerprint()
     assert towers.fingerprint() == before
-    assert len(hashed) == len(PARTS)
+    assert len(hashed) == len(MODALITIES)
     change(towers)
     after = towers.fingerprint()
     assert after.record["image"]["weights"] != before.record["image"]["weights"]
@@ -168,7 +168,7 @@ def test_a_step_of_one_tower_leaves_the_other_hashed(towers: DualEncoder, hashed
     with torch.no_grad():
         towers.backend.text_head.weight.add_(1)
     towers.fingerprint()
-    assert len(hashed) == len(PARTS) + 1
+    assert len(hashed) == len(MODALITIES) + 1
 
 
 def test_what_is_remembered_does_not_grow(hashed: list[int]) -> None:
@@ -194,14 +194,14 @@ def test_it_is_the_same_in_another_process_and_with_other_threads(clip_folder: P
 
 
 def test_float_noise_does_not_move_the_facts(any_model: DualEncoder) -> None:
-    before = facts(any_model.backend, any_model.processor)
+    before = settings_fingerprint(any_model.backend, any_model.processor)
     with torch.no_grad():
         for name, parameter in any_model.named_parameters():
             if not name.endswith(("logit_scale", "logit_bias")):
                 parameter.mul_(1 + 1e-6)
-    after = facts(any_model.backend, any_model.processor)
+    after = settings_fingerprint(any_model.backend, any_model.processor)
     assert before.difference(after) == []
-    assert facts(any_model.backend.double(), any_model.processor).difference(before) == []
+    assert settings_fingerprint(any_model.backend.double(), any_model.processor).difference(before) == []
 
 
 def test_all_backends_have_the_same_keys(
@@ -215,7 +215,7 @@ def test_all_backends_have_the_same_keys(
         DualEncoder.from_pretrained(siglip_folder),
         DualEncoder.from_open_clip(model, preprocess, open_clip.get_tokenizer(arch), arch=arch),
     ]
-    keys = [{key: set(value) for key, value in m.fingerprint().record.items() if key in PARTS} for m in models]
+    keys = [{key: set(value) for key, value in m.fingerprint().record.items() if key in MODALITIES} for m in models]
     assert all(each == keys[0] for each in keys)
 
 

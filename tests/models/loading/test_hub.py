@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from clipkit.errors import ModelError
-from clipkit.models.checks.check_model import examine
+from clipkit.models.checks.check_model import check_model
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.loading.hub import download, find_folder
 
@@ -108,7 +108,7 @@ def test_a_misspelt_path_brings_the_near_one(
     (tmp_path / "runs" / "birds" / "model").mkdir(parents=True)
     (tmp_path / "runs" / "cars" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    for use in (DualEncoder.from_pretrained, examine):
+    for use in (DualEncoder.from_pretrained, check_model):
         with pytest.raises(ModelError) as refused:
             use(asked)
         assert (hint or ".") in refused.value.message
@@ -124,7 +124,7 @@ def test_the_folder_of_a_run_is_its_model(towers: DualEncoder, tmp_path: Path) -
     assert find_folder(tmp_path / "run") == saved
     opened = DualEncoder.from_pretrained(tmp_path / "run")
     assert opened.fingerprint() == DualEncoder.from_pretrained(saved).fingerprint()
-    assert "no clipkit.json" not in str(examine(tmp_path / "run"))
+    assert "no clipkit.json" not in str(check_model(tmp_path / "run"))
 
 
 def test_what_is_not_in_the_cache_is_an_error_offline() -> None:

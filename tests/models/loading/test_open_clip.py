@@ -148,9 +148,9 @@ def test_every_trained_parameter_has_one_owner_and_a_gradient(
     (found.scale * found.image @ found.text.T).logsumexp(1).sum().backward()
     lacking = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert lacking <= {"backend.model.logit_bias"}  # a softmax reads none
-    scalars = {id(p) for p in model.backend.scalars()}
+    scalars = {id(p) for p in model.backend.logit_scale_and_bias()}
     for key, parameter in model.backend.named_parameters():
-        owners = [part for part in ("image", "text") if model.backend.owns(part, key)]
+        owners = [part for part in ("image", "text") if model.backend.belongs_to(part, key)]
         if id(parameter) not in scalars and not key.startswith("model.text_decoder."):
             assert len(owners) == 1, key
 

@@ -16,7 +16,7 @@ from open_clip.tokenizer import HFTokenizer
 from transformers import ViTConfig, ViTModel
 
 from clipkit.errors import CorruptArtefact, ModelError
-from clipkit.models.checks.check_model import examine
+from clipkit.models.checks.check_model import check_model
 from clipkit.models.checks.compare_models import compare_models
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.loading.remote_code import refuse_code
@@ -82,7 +82,7 @@ def test_a_config_runs_no_code_unasked(case: str, plant: Callable[..., Path], cl
         # a comparison calls any folder that does not open corrupt, as the doctor's exit code does
         with pytest.raises((ModelError, CorruptArtefact), match=r"asks to run its own code \(.*auto_map"):
             open_it(folder)
-    report = examine(folder)
+    report = check_model(folder)
     assert [finding.about for finding in report.findings if finding.level == "error"] == ["remote code"]
     assert "trust_remote_code=True" in report.findings[0].fix
     for towers in (
@@ -184,7 +184,7 @@ def test_a_config_of_open_clip_runs_no_code_unasked(
     for open_it in (DualEncoder.from_pretrained, DualEncoder.from_config):
         with pytest.raises(ModelError, match="asks to run its own code"):
             open_it(f"open_clip:{open_clip_folder}")
-    assert "remote code" in {finding.about for finding in examine(open_clip_folder).findings}
+    assert "remote code" in {finding.about for finding in check_model(open_clip_folder).findings}
     assert not canary.exists()
 
 

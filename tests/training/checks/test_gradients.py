@@ -77,7 +77,7 @@ def test_a_scale_that_is_counted_once_a_chunk_is_seen(tmp_path: Path) -> None:
 
 def test_a_loss_of_each_chunk_alone_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        contrastive.Embedded, "gathered", lambda self: contrastive.Embedded(self.emb.detach(), self.keys)
+        contrastive.EmbeddedBatch, "gathered", lambda self: contrastive.EmbeddedBatch(self.emb.detach(), self.keys)
     )
     found = check(tmp_path)
     assert {each.name for each in found.groups if not each.same} >= {"text tower", "text head"}

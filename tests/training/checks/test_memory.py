@@ -14,13 +14,15 @@ import torch
 from clipkit import TrainConfig, Trainer
 from clipkit.errors import ResourceError
 from clipkit.training import loop
-from clipkit.training.checks.memory import Needs, advice
+from clipkit.training.checks.memory import MemoryEstimate, advice
 
 GB = 2**30
 
 
 def test_the_advice_is_arithmetic():
-    needs = Needs(weights=2 * GB, training=6 * GB, held=0, sample=0.1 * GB, checkpointed=0.01 * GB, free=10 * GB)
+    needs = MemoryEstimate(
+        weights=2 * GB, training=6 * GB, held=0, sample=0.1 * GB, checkpointed=0.01 * GB, free=10 * GB
+    )
     error = advice(needs, 256, TrainConfig("x", batch_size=512), "CUDA out of memory")
     assert "beside 2.00 GiB of weights it needs about 31.60 GiB (6.00 GiB of gradients and optimizer" in error.message
     assert "10.00 GiB were free" in error.message
@@ -32,7 +34,7 @@ def test_the_advice_is_arithmetic():
     assert "micro_batch=32: about" in advice(later, 256, TrainConfig("x"), "x").fix  # (0.9 x 6 - 2) / 0.1 = 34
     assert "LoRA" not in advice(replace(needs, lora=True), 256, TrainConfig("x"), "x").fix
     assert 'precision="bf16"' in advice(needs, 256, TrainConfig("x", precision="fp32"), "x").fix
-    nothing = Needs(2 * GB, 6 * GB, 0, 0.1 * GB, None, 0)
+    nothing = MemoryEstimate(2 * GB, 6 * GB, 0, 0.1 * GB, None, 0)
     assert "take a smaller model" in advice(nothing, 256, TrainConfig("x"), "x").fix
     assert "micro_batch=128 or less" in advice(None, 256, TrainConfig("x"), "x").fix
 

@@ -11,8 +11,7 @@ import pytest
 import tiny
 from command import clipkit
 
-from clipkit.cli import main as cli
-from clipkit.cli import shell
+from clipkit.cli import output, shell
 from clipkit.cli.main import main
 
 VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
@@ -106,8 +105,8 @@ def test_no_name_costs_the_output(monkeypatch):
     bytes_written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
     shell.never_fail_on_a_name()
-    cli._say("caf\udce9 漢字.png")
-    cli._print_json({"path": "caf\udce9 漢字.png"})
+    output.say("caf\udce9 漢字.png")
+    output.print_json({"path": "caf\udce9 漢字.png"})
     sys.stdout.flush()
     text, _, data = bytes_written.getvalue().partition(b"\n")
     assert "漢字.png" in text.decode()

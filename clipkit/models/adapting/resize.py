@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from clipkit.errors import UsageError
-from clipkit.models.adapting import resize_open_clip, resize_transformers
+from clipkit.models.adapting import resize_transformers
 from clipkit.models.backend import Backend
 from clipkit.models.processor import Processor
 
@@ -20,7 +21,11 @@ def resize(
         raise UsageError("a model with LoRA cannot be resized", fix="merge_lora() first, or resize before add_lora")
     if min(value for value in (image_size, context_length) if value is not None) < 1:
         raise UsageError(f"sizes are at least 1; found image_size={image_size}, context_length={context_length}")
-    native = resize_open_clip if backend.family == "open_clip" else resize_transformers
+    native: Any = resize_transformers
+    if backend.family == "open_clip":  # which takes six seconds to import
+        from clipkit.models.adapting import resize_open_clip
+
+        native = resize_open_clip
     image = native.image(backend, processor, image_size) if image_size else None
     text = native.text(backend, processor, context_length) if context_length else None
     for change in (image, text):

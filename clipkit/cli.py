@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from clipkit.errors import UsageError, exit_with_message
-from clipkit.shell import Verb
+from clipkit.paths import show
+from clipkit.prompts import DEFAULT_TEMPLATE
+from clipkit.shell import Verb, never_fail_on_a_name
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -33,31 +35,64 @@ app.add_typer(check, name="check")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for scripts.")]
 ModelName = Annotated[
-    str, typer.Option("--model", "-m", help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER."),
 ]
-ImageColumn = Annotated[str | None, typer.Option("--image", help="Column of the image; found by itself if obvious.")]
-TextColumn = Annotated[list[str] | None, typer.Option("--text", help="Column of the text; repeat for several.")]
-LabelColumn = Annotated[str | None, typer.Option("--label", help="Column of the class.")]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image", metavar="COLUMN", help="Column of the image; found by itself if obvious.")
+]
+TextColumn = Annotated[
+    list[str] | None, typer.Option("--text", metavar="COLUMN", help="Column of the text; repeat for several.")
+]
+Separator = Annotated[
+    str | None, typer.Option(help="Of a CSV file: a character, or comma, semicolon, tab, bar; a tab in .tsv files.")
+]
+Encoding = Annotated[str, typer.Option(help="Of text files, such as cp1252; UTF-16 is seen by its mark.")]
+Quoting = Annotated[
+    Literal["double", "backslash", "none"],
+    typer.Option(help='How a quotation mark within a quoted cell is written: "" or \\"; none: nothing is quoted.'),
+]
+LabelColumn = Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="Column of the class.")]
 OnBad = Annotated[
     Literal["error", "skip"], typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it.")
 ]
+
+
+def _budget(typed: str | float) -> int | float:
+    """`20` is a number of rows, `0.2` a part of them, and `1.0` all."""
+    try:
+        return int(typed) if isinstance(typed, str) else typed
+    except ValueError:
+        return float(typed)
+
+
+MaxBad = Annotated[
+    float,
+    typer.Option(
+        parser=_budget, metavar="NUMBER", help="With skip: how much may be left out, a part (0.1) or a number (20)."
+    ),
+]
+Split = Annotated[str, typer.Option(help="Of a data set of the hub.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file that --to names.")]
 BatchSize = Annotated[int, typer.Option(help="Items embedded at once.", min=1)]
-Rejects = Annotated[Path, typer.Option(help="Where images and rows that were left out are listed, if there are any.")]
+Rejects = Annotated[Path, typer.Option(help="Where images and rows that cannot be used are listed, if there are any.")]
 Workers = Annotated[int, typer.Option(help="Processes that decode images; 0: this one.", min=0)]
 Templates = Annotated[
-    list[str] | None, typer.Option("--template", help="Prompt with {} for the class; repeat to average several.")
+    list[str] | None,
+    typer.Option("--template", metavar="TEXT", help="Prompt with {} for the class; repeat to average several."),
 ]
-DEFAULT_TEMPLATE = "a photo of a {}."
 
 
 @app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
-    overwrite: Annotated[bool, typer.Option(help="Replace the folder of an earlier quickstart.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder of an earlier quickstart.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Draws the unseen characters, the weights and the batches.")] = 0,
     max_steps: Annotated[int | None, typer.Option(help="Stop early, to try the command out.", min=1)] = None,
 ) -> None:
-    """The main job on embedded data: train, evaluate, label, index, search, report."""
+    """Do the main job on embedded data, from pairs to a report."""
     from clipkit.quickstart import main
 
     main(output, overwrite=overwrite, seed=seed, max_steps=max_steps)
@@ -69,25 +104,34 @@ def quickstart(
 )
 def train(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both.")],
-    print_config: Annotated[bool, typer.Option(help="Print the whole config and stop.")] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole config, every key of it, and stop.")
+    ] = False,
     resume: Annotated[
         Literal["never", "auto"] | None,
-        typer.Option(help="auto: go on with the run that the folder holds, or begin; the same as train.resume=auto."),
+        typer.Option(help="auto: go on with the run that the folder holds, or begin; sets train.resume."),
     ] = None,
     forget_budget: Annotated[
         float | None,
         typer.Option(
-            help="How much of the reference metric may be lost, such as 0.01; the same as train.forget_budget=0.01.",
+            help="How much of the reference metric may be lost, such as 0.01; sets train.forget_budget.",
             min=0,
         ),
     ] = None,
     on_bad: Annotated[
         Literal["error", "skip"] | None,
-        typer.Option(help="skip: leave out what cannot be used, and list it; the same as train.on_bad=skip."),
+        typer.Option(help="error: stop at what cannot be used; skip: leave it out and list it; sets train.on_bad."),
     ] = None,
+    max_bad: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER", help="With skip: how much may be left out, a part or a number; sets train.max_bad."
+        ),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Train a model on pairs, from a config."""
-    options = {"resume": resume, "forget_budget": forget_budget, "on_bad": on_bad}
+    options = {"resume": resume, "forget_budget": forget_budget, "on_bad": on_bad, "max_bad": max_bad}
     given = [f"train.{name}={value}" for name, value in options.items() if value is not None]
     config = _run_config([*settings, *given])
     if print_config:
@@ -100,11 +144,14 @@ def train(
     if distributed.is_main():
         result = done.result
         written = json.loads((done.folder / "result.json").read_text(encoding="utf-8"))
-        _print_metrics(result.metrics, written["chance"])
-        _say(f"model:   {done.folder / 'model'}   ({_which(result)})")
+        if as_json:
+            _print_json(written)
+        else:
+            _print_metrics(result.metrics, written["chance"])
+        _tell(f"model:   {done.folder / 'model'}   ({_which(result)})")
         if result.forgetting is not None:
-            _say(f"         {done.folder / 'last'}   (step {result.step} of {result.steps}, as it was trained)")
-        _say(f"results: {done.folder / 'result.json'}")
+            _tell(f"         {done.folder / 'last'}   (step {result.step} of {result.steps}, as it was trained)")
+        _tell(f"results: {done.folder / 'result.json'}")
 
 
 def _which(result: TrainResult) -> str:
@@ -125,18 +172,24 @@ def evaluate(
     image: ImageColumn = None,
     text: TextColumn = None,
     label: LabelColumn = None,
-    group: Annotated[str | None, typer.Option(help="Column whose members all count as correct.")] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Column whose members all count as correct.")
+    ] = None,
     template: Templates = None,
-    split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    split: Split = "train",
+    separator: Separator = None,
+    encoding: Encoding = "utf-8-sig",
+    quoting: Quoting = "double",
     on_bad: OnBad = "error",
-    max_bad: Annotated[float, typer.Option(help="How many rows may be left out: a part below 1, or a number.")] = 0.1,
+    max_bad: MaxBad = 0.1,
     rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
-    to: Annotated[Path | None, typer.Option(help="Write result.json here.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: retrieval both ways, and zero-shot classification where there is a label."""
+    """Measure retrieval, and zero-shot classification by labels."""
     import time
 
     from clipkit import distributed
@@ -146,13 +199,16 @@ def evaluate(
     from clipkit.evaluation.report import build_result
     from clipkit.evaluation.retrieval import RetrievalEvaluator
     from clipkit.evaluation.zero_shot import ZeroShotEvaluator
-    from clipkit.files import write_json
+    from clipkit.files import require_free, write_json
 
+    require_free(to, overwrite)
     distributed.start()
     start, ledger = time.perf_counter(), Ledger()
+    policy: dict[str, Any] = {"on_bad": on_bad, "max_bad": max_bad}
+    policy["rejects"] = rejects if distributed.is_main() else None
     pairs = load_pairs(
-        data, image=image, text=text or None, label=label, split=split, on_bad=on_bad, max_bad=_budget(max_bad),
-        ledger=ledger,
+        data, image=image, text=text or None, label=label, split=split, separator=separator, encoding=encoding,
+        quoting=quoting, ledger=ledger, **policy,
     )  # fmt: skip
     opened = _open(model)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
@@ -160,18 +216,23 @@ def evaluate(
     evaluators: list[Any] = []
     if has_texts(pairs):
         evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
+    elif group is not None:
+        raise UsageError(
+            "--group is of retrieval, and there are no texts to be retrieved", fix="--text COLUMN, or leave it out"
+        )
     else:
-        typer.echo("the images have labels, but no texts: retrieval is not measured", err=True)
+        _tell("the images have labels, but no texts: retrieval is not measured")
     if "label" in pairs.column_names and (label or None not in key_values(pairs, "label")):
         evaluators.append(ZeroShotEvaluator(pairs, templates=template or DEFAULT_TEMPLATE, **options))
     metrics: dict[str, float] = {}
     for evaluator in evaluators:
         metrics |= evaluator(opened)
+    if undecoded := [reject for evaluator in evaluators for reject in evaluator.rejected]:
+        ledger.refuse(undecoded)
+        ledger.settle(data, **policy)
     result = build_result(opened, metrics, evaluators, 0, time.perf_counter() - start)
     if not distributed.is_main():
         return
-    found = {(each.where, each.path, each.code): each for e in evaluators for each in e.rejected}  # by both, perhaps
-    _list_rejects([*ledger.rejects, *found.values()], rejects, ledger.rows)
     if to:
         write_json(to, result)
     if as_json:
@@ -185,41 +246,105 @@ def evaluate(
     epilog="Example: clipkit label photos/ --model runs/birds/model --class robin --class crow --to labels.csv",
 )
 def label(
-    folder: Annotated[Path, typer.Argument(help="A folder of images, or one image.")],
+    images: Annotated[
+        str, typer.Argument(help="A folder of images, an image, a table that names images, or a data set of the hub.")
+    ],
     model: ModelName,
-    classes: Annotated[list[str], typer.Option("--class", "-c", help="A class, in words; repeat.")],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--class", "-c", metavar="NAMES", help="A class, in words; repeat, or put commas between several."
+        ),
+    ] = None,
+    class_file: Annotated[
+        Path | None, typer.Option("--classes", help="A file of classes, one a line; commas are part of their names.")
+    ] = None,
     template: Templates = None,
-    top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 1,
-    on_bad: OnBad = "skip",
+    top: Annotated[int, typer.Option(help="Classes to give for each image, best first.", min=1)] = 1,
+    image: ImageColumn = None,
+    split: Split = "train",
+    separator: Separator = None,
+    encoding: Encoding = "utf-8-sig",
+    quoting: Quoting = "double",
+    on_bad: OnBad = "error",
+    max_bad: MaxBad = 0.1,
     rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
-    to: Annotated[Path | None, typer.Option(help="Write a CSV file: image, label, score.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(help="Write a CSV file: image, label, score; with --top 2 also label_2, score_2; and so on."),
+    ] = None,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Name what is on each image, out of the classes you give."""
     from clipkit import distributed
+    from clipkit.data.listed_images import load_images, names_images
+    from clipkit.data.rejects import Ledger
+    from clipkit.files import require_free
     from clipkit.labelling.classifier import ZeroShotClassifier
     from clipkit.search.listing import list_images
 
-    listing = list_images(folder, on_bad=on_bad)
-    paths = listing.files
-    classify = ZeroShotClassifier(_open(model), classes, templates=template or DEFAULT_TEMPLATE, progress=not as_json)
+    require_free(to, overwrite)
+    names = _class_names(classes or [], class_file)
+    policy: dict[str, Any] = {"on_bad": on_bad, "max_bad": max_bad, "rejects": rejects}
+    if names_images(images, separator):
+        form: dict[str, Any] = {"separator": separator, "encoding": encoding, "quoting": quoting}
+        ledger = Ledger()
+        paths, items = load_images(images, image=image, split=split, ledger=ledger, **form, **policy)
+    else:
+        listing = list_images(images, on_bad=on_bad)
+        paths, items, ledger = list(map(str, listing.files)), list(listing.files), listing.ledger()
+    classify = ZeroShotClassifier(_open(model), names, templates=template or DEFAULT_TEMPLATE, progress=not as_json)
     found = classify.label(
-        paths, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
+        items, top_k=top, on_bad=on_bad, batch_size=batch_size, workers=workers, progress=not as_json
     )
     if not distributed.is_main():
         return
-    rejected = [*found.rejected, *listing.rejected]
-    _list_rejects(rejected, rejects, len(found.rows) + len(rejected))
-    rows = [(paths[row], each) for row, each in zip(found.rows, found.predictions, strict=True)]
+    ledger.refuse(found.rejected)
+    ledger.settle(images, **policy)
+    rows = [(paths[each.row], each.top) for each in found.predictions]
     if to:
-        _write_csv(to, ["image", "label", "score"], [[str(path), p.label, f"{p.score:.4f}"] for path, p in rows])
+        heads = [
+            f"{name}_{place}" if place > 1 else name
+            for place in range(1, 1 + len(rows[0][1]))
+            for name in ("label", "score")
+        ]
+        cells = [[path, *(cell for name, score in best for cell in (name, f"{score:.4f}"))] for path, best in rows]
+        _write_csv(to, ["image", *heads], cells)
     if as_json:
-        _print_json([{"image": str(path), "label": p.label, "score": p.score, "top": p.top} for path, p in rows])
+        warnings = {
+            name: [notice.as_dict() for notice in classify.notices if name in notice.texts]
+            for name in classify.class_names
+        }
+        _print_json(
+            [
+                {"image": path, "label": best[0][0], "score": best[0][1], "top": best, "warnings": warnings[best[0][0]]}
+                for path, best in rows
+            ]
+        )
     elif not to:
-        for path, each in rows:
-            _say(f"{path}\t" + "\t".join(f"{name} {score:.2f}" for name, score in each.top))
+        for path, best in rows:
+            _say(f"{show(path)}\t" + "\t".join(f"{name} {score:.2f}" for name, score in best))
+
+
+def _class_names(typed: Sequence[str], file: Path | None) -> list[str]:
+    """The classes that were typed, and those of a file."""
+    from clipkit.data.tables import read_text
+
+    names = []
+    for each in typed:
+        parts = [part.strip() for part in each.split(",") if part.strip()]
+        names += parts or [each]
+        if len(parts) > 1:
+            _tell(f"-c {shlex.quote(each)}: {len(parts)} classes, {', '.join(map(repr, parts))}; "
+                  "a name with a comma goes into a file: --classes FILE")  # fmt: skip
+    if file is not None:
+        names += [line.strip() for line in read_text(file, "utf-8-sig").splitlines() if line.strip()]
+    if not names:
+        raise UsageError("there is no class to choose from", where=file, fix="-c robin -c crow, or --classes FILE")
+    return names
 
 
 @app.command(cls=Verb, epilog="Example: clipkit index photos/ --model runs/birds/model --to photos.index")
@@ -227,22 +352,26 @@ def index(
     folder: Annotated[Path, typer.Argument(help="A folder of images.")],
     model: ModelName,
     to: Annotated[Path, typer.Option(help="The index to write.")],
-    on_bad: OnBad = "skip",
+    on_bad: OnBad = "error",
+    max_bad: MaxBad = 0.1,
     rejects: Rejects = Path("rejects.jsonl"),
     batch_size: BatchSize = 64,
     workers: Workers = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace an index that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     verify: Annotated[
-        bool, typer.Option(help="Read all files again, to see those replaced with the same size and time, too.")
+        bool,
+        typer.Option("--verify", help="Read all files again, to see those replaced with the same size and time, too."),
     ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Embed a folder of images, to be searched; or bring its index up to date."""
+    """Embed a folder of images for search, or update its index."""
     from clipkit import distributed
     from clipkit.search.index import EmbeddingIndex
     from clipkit.search.standing import index_of_folder
 
     standing = None if overwrite else index_of_folder(to, folder)
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": True, "on_bad": on_bad}
+    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": not as_json}
+    options |= {"on_bad": on_bad, "max_bad": max_bad, "rejects": rejects}
     changes = None
     if standing is None:
         standing = EmbeddingIndex.build(_open(model), folder, to, overwrite=overwrite, **options)
@@ -250,9 +379,12 @@ def index(
         changes = standing.update(_open(model), verify=verify, **options)
     if not distributed.is_main():
         return
-    _list_rejects(standing.rejected, rejects, len(standing) + len(standing.rejected))
-    _say(f"{to}: {len(standing)} images" + (f" ({changes})" if changes else ""))
-    _say(f'next: clipkit search {to} "what you look for"')
+    if as_json:
+        counts = changes.counts() if changes else None
+        _print_json({"index": to, "images": len(standing), "rejected": len(standing.rejected), "changes": counts})
+        return
+    _tell(f"{show(to)}: {len(standing)} images" + (f" ({changes})" if changes else ""))
+    _tell(f'next: clipkit search {shlex.quote(show(to))} "what you look for"')
 
 
 @app.command(cls=Verb, epilog='Example: clipkit search photos.index "two dogs on a beach" -k 5')
@@ -260,20 +392,29 @@ def search(
     index: Annotated[Path, typer.Argument(help="An index that `clipkit index` wrote.")],
     query: Annotated[str, typer.Argument(help="A text, or the path of an image.")],
     k: Annotated[int, typer.Option("-k", help="Images to show.", min=1)] = 10,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Where the model is now, if it moved.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="Where the model is now, if it moved.")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Where the folder that was indexed is now, if it moved.")] = None,
-    missing: Annotated[bool, typer.Option(help="Show files that are no longer there, too, marked as missing.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Show files that are no longer there, too, marked as missing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find images by text or by image."""
-    from clipkit.paths import show
+    from clipkit.models.text_notices import text_notices
     from clipkit.search.index import EmbeddingIndex
     from clipkit.search.query import kind_of
 
     kind_of(query)  # what cannot be asked is told before anything is opened
-    hits = EmbeddingIndex.open(index, model=model, root=root).search(query, k=k, missing=missing)
+    opened = EmbeddingIndex.open(index, model=model, root=root)
+    hits = opened.search(query, k=k, missing=missing)
     if as_json:
-        _print_json([{"path": hit.path, "score": hit.score, "missing": hit.missing} for hit in hits])
+        notices = text_notices(opened.model.processor, [query]) if kind_of(query) == "text" else []
+        warnings = [notice.as_dict() for notice in notices]
+        _print_json(
+            [{"path": hit.path, "score": hit.score, "missing": hit.missing, "warnings": warnings} for hit in hits]
+        )
         return
     for hit in hits:
         _say(f"{hit.score:.3f}  {show(hit.path)}" + ("  (missing)" if hit.missing else ""))
@@ -284,10 +425,10 @@ def export(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[Literal["transformers", "open_clip", "onnx"], typer.Option(help="The format.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an export that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model in another library's format, and say how close the two are."""
+    """Write a model in another library's format, and compare the two."""
     from dataclasses import asdict
 
     from clipkit.models.dual_encoder import DualEncoder
@@ -304,7 +445,7 @@ def check_gradients_command(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both, as for train.")],
     as_json: Json = False,
 ) -> None:
-    """Compare the gradients of a config's first step, under this launcher, with those of the big batch."""
+    """Compare a launch's first gradients with those of one process."""
     import tempfile
     from dataclasses import replace
 
@@ -315,7 +456,10 @@ def check_gradients_command(
     with tempfile.TemporaryDirectory() as folder:  # each process its own: nothing of a run is written
         found = check_run_gradients(replace(config, train=replace(config.train, output_dir=folder, progress=False)))
     if distributed.is_main():
-        typer.echo(json.dumps(found.as_dict()) if as_json else "\n".join(found.lines()))
+        if as_json:
+            _print_json(found.as_dict())
+        else:
+            _say("\n".join(found.lines()))
     if not found.same:
         raise typer.Exit(1)
 
@@ -326,22 +470,28 @@ def check_data_command(
     image: ImageColumn = None,
     text: TextColumn = None,
     label: LabelColumn = None,
-    split: Annotated[str, typer.Option(help="Of a data set of the hub.")] = "train",
+    split: Split = "train",
+    separator: Separator = None,
+    encoding: Encoding = "utf-8-sig",
+    quoting: Quoting = "double",
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Count tokens with this model's tokenizer.")
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="Count tokens with this model's tokenizer.")
     ] = None,
+    rejects: Rejects = Path("rejects.jsonl"),
     as_json: Json = False,
 ) -> None:
-    """Open every image and caption of a data set and tell what is wrong with it."""
+    """Open every image and caption, and tell what is wrong."""
     from clipkit.data.check import check_data
     from clipkit.data.pairs import load_pairs
-    from clipkit.data.rejects import Ledger
+    from clipkit.data.rejects import Ledger, write_rejects
 
     ledger = Ledger()  # every bad row is to be listed, however many there are
     columns: dict[str, Any] = {"image": image, "text": text or None, "label": label, "split": split}
+    columns |= {"separator": separator, "encoding": encoding, "quoting": quoting}
     pairs = load_pairs(data, **columns, on_bad="skip", max_bad=1.0, ledger=ledger)
     processor = _open(model).processor if model else None
     report = check_data(pairs, processor=processor, ledger=ledger, progress=not as_json)
+    write_rejects(rejects, report.rejects)
     if as_json:
         _print_json(report.as_dict())
     else:
@@ -353,10 +503,12 @@ def check_data_command(
 def check_model_command(
     model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
     other: Annotated[str | None, typer.Argument(help="A second model: tell why the two disagree.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Let the model run Python code that it brings.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the model run Python code that it brings.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what a model is and what is wrong with it, or why two models disagree."""
+    """Tell what is wrong with a model, or why two disagree."""
     from clipkit.models.comparison import Comparison, compare_models
     from clipkit.models.doctor import Report, examine
 
@@ -388,11 +540,12 @@ def env(as_json: Json = False) -> None:
 
 def _run_config(settings: Sequence[str]) -> RunConfig:
     from clipkit.training.config import RunConfig
+    from clipkit.training.config_errors import is_override
 
-    files = [each for each in settings if "=" not in each]
+    files = [each for each in settings if not is_override(each)]
     if len(files) > 1:
         raise UsageError(f"expected one YAML file, found {len(files)}: {', '.join(files)}")
-    return RunConfig.load(files[0] if files else None, [each for each in settings if "=" in each])
+    return RunConfig.load(files[0] if files else None, [each for each in settings if is_override(each)])
 
 
 def _open(model: str) -> DualEncoder:
@@ -403,13 +556,19 @@ def _open(model: str) -> DualEncoder:
     return DualEncoder.from_pretrained(model, device=distributed.start())
 
 
-def _budget(max_bad: float) -> int | float:
-    return int(max_bad) if max_bad >= 1 else max_bad
-
-
 def _say(text: str) -> None:
+    """A line of the result, on standard output."""
+    typer.echo(_harmless(text))
+
+
+def _tell(text: str) -> None:
+    """A message to who waits, on standard error."""
+    typer.echo(_harmless(text), err=True)
+
+
+def _harmless(text: str) -> str:
     # control characters in names and captions could rewrite the terminal
-    typer.echo("".join(c if c.isprintable() or c in "\t\n" else f"\\x{ord(c):02x}" for c in text))
+    return "".join(c if c.isprintable() or c in "\t\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _print_json(value: Any) -> None:
@@ -425,47 +584,23 @@ def _print_metrics(metrics: dict[str, float], chance: dict[str, float] | None = 
         _say(f"{name:<{width}}  {value:.4f}{beside}")
 
 
-def _list_rejects(rejected: Sequence[Any], path: Path, total: int | None = None) -> None:
-    from dataclasses import asdict
-
-    from clipkit.files import dump_json, write_text
-
-    if not rejected:
-        return
-    write_text(path, "".join(dump_json(asdict(each), indent=None) for each in rejected))
-    count = f"{total} = {total - len(rejected)} used + " if total else ""
-    typer.echo(f"{count}{len(rejected)} rejected, listed in {path}:", err=True)
-    for each in rejected[:10]:
-        typer.echo(f"  {each.where}: {each.code}: {each.message}", err=True)
-
-
 def _write_csv(path: Path, head: list[str], rows: list[list[str]]) -> None:
     import csv
+    import io
 
     from clipkit.files import write_text
 
     buffer = io.StringIO()
-    writer = csv.writer(buffer)
+    writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(head)
-    writer.writerows([[_plain_cell(cell) for cell in row] for row in rows])
+    writer.writerows(rows)
     write_text(path, buffer.getvalue())
-    typer.echo(f"{path}: {len(rows)} rows", err=True)
-
-
-def _plain_cell(cell: str) -> str:
-    return f"'{cell}" if cell[:1] in ("=", "+", "@") else cell  # spreadsheets would run it
-
-
-def _never_fail_on_a_name() -> None:
-    """One odd character, in a locale that lacks it, must not cost the output of an hour. JSON is UTF-8 anywhere."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    _tell(f"{show(path)}: {len(rows)} rows")
 
 
 def main() -> NoReturn:
     """The console script: exit codes as in `clipkit.errors`."""
-    _never_fail_on_a_name()
+    never_fail_on_a_name()
     # OpenMP threads that spin while they wait make a step ten times slower once another program wants their core;
     # threads that never spin make it a fifth slower when none does
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

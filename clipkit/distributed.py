@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipkit.errors import ClipkitError, UsageError
+from clipkit.errors import ClipkitError, UsageError, option
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ def lost_processes() -> Iterator[None]:
             raise
         raise ClipkitError(
             f"another process of this run is gone; rank {rank()} of {world_size()} cannot go on alone",
-            fix="see what ended it, then start the run again (with resume=auto it goes on from its last checkpoint)",
+            fix=f"see what ended it; {option('resume', 'auto')} goes on from the last checkpoint",
         ) from error
 
 

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import ClassVar, TypeAlias
 
 FrontEnd: TypeAlias = Callable[[str, object], str]
@@ -87,6 +88,17 @@ class BadImage(DataError):
         self.code = code
         super().__init__(f"{code}: {message}", where=where, fix=fix)
 
+    @property
+    def reason(self) -> str:
+        """The message without its code, and the fix: for one line of a list."""
+        return self.message.removeprefix(f"{self.code}: ") + (f"; {self.fix}" if self.fix else "")
+
+    def or_skip(self) -> BadImage:
+        """The same where images that cannot be used may be left out: the fix says how."""
+        way = f"leave out what cannot be used with {option('on_bad', 'skip')}"
+        fix = f"{self.fix}, or {way}" if self.fix else way
+        return BadImage(self.code, self.message.removeprefix(f"{self.code}: "), where=self.where, fix=fix)
+
 
 class TooManyRejected(ClipkitError):
     exit_code = 4
@@ -119,9 +131,13 @@ def option(name: str, value: object = None, *, python: str | None = None) -> str
     >>> option("on_bad", "skip")  # `--on-bad skip` or `train.on_bad=skip` in a shell
     'on_bad="skip"'
     """
-    if python is not None and _front_end is as_python:
-        return python
-    return _front_end(name, value)
+    written = _front_end(name, value)
+    return written if python is None else typed(python=python, shell=written)
+
+
+def typed(*, python: str, shell: str) -> str:
+    """What the user types where they are, where that is no option."""
+    return python if _front_end is as_python else shell
 
 
 def as_python(name: str, value: object) -> str:
@@ -129,7 +145,9 @@ def as_python(name: str, value: object) -> str:
     name = name.rpartition(".")[2]
     if value is None:
         return name
-    return f"{name}={json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"
+    plain = isinstance(value, str | list | tuple)  # in double quotes, as in the documentation
+    text = json.dumps(value, ensure_ascii=False) if plain else repr(value)
+    return f"{name}={f'({text[1:-1]})' if isinstance(value, tuple) else text}"
 
 
 _front_end: FrontEnd = as_python
@@ -146,10 +164,30 @@ def speaking(front_end: FrontEnd) -> Iterator[None]:
         _front_end = before
 
 
+@contextlib.contextmanager
+def within(section: str, names: Collection[str]) -> Iterator[None]:
+    """Within it, settings of these names are those of this section of a config, such as ``evaluate.reference``."""
+    outer = _front_end
+
+    def front_end(name: str, value: object) -> str:
+        return outer(f"{section}.{name}" if name in names else name, value)
+
+    with speaking(outer if outer is as_python else front_end):
+        yield
+
+
 def exit_with_message(program: Callable[[], object]) -> None:
-    """Run a program; a ClipkitError ends it with its message on standard error, and its exit code."""
+    """Run a program; a ClipkitError ends it with its message on standard error, and its exit code.
+
+    So does what the system refuses (a file that may not be read, too long a name), with the code of a ResourceError.
+    """
     try:
         program()
     except ClipkitError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.strerror}\n  where: {os.fsdecode(error.filename)}\n")
+        sys.exit(ResourceError.exit_code)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import ResourceError, UsageError
+from clipkit.errors import ResourceError, UsageError, option
 
 
 def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, replace: bool = False) -> None:
@@ -36,7 +36,9 @@ def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, re
     """
     target = Path(target).absolute()
     if target.exists() and not replace:
-        raise UsageError("the target exists already", where=target, fix="choose another path, or ask to overwrite it")
+        raise UsageError(
+            "the target exists already", where=target, fix=f"choose another path, or {option('overwrite', True)}"
+        )
     with resource_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -51,6 +53,18 @@ def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, re
         finally:
             if target.exists() or not (room / "old").exists():  # never the last copy
                 shutil.rmtree(room, ignore_errors=True)
+
+
+def require_free(target: str | os.PathLike[str] | None, overwrite: bool) -> None:
+    """Before the work whose result goes to a file: raises UsageError if something is there that may not be replaced."""
+    if target is None or not Path(target).exists():
+        return
+    if Path(target).is_dir():
+        raise UsageError("a folder is at this path, where a file is to be written", where=target)
+    if not overwrite:
+        raise UsageError(
+            "there is a file at this path already", where=target, fix=f"{option('overwrite', True)}, or another path"
+        )
 
 
 def _swap(fresh: Path, target: Path, aside: Path) -> None:

@@ -24,6 +24,11 @@ def show(path: str | os.PathLike[str]) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
+def at_home(path: str) -> str:
+    """A path with `~` as the home folder: a shell leaves it as it is in `--to=~/x` and `key=~/x`."""
+    return str(Path(path).expanduser()) if re.match(r"~(/|$)", path) else path
+
+
 def is_url(name: str) -> bool:
     """Whether a name has a scheme (https://, s3://, data:) rather than being a file's."""
     return re.match(r"[a-z][a-z0-9+.-]+://|data:", name[:32], re.IGNORECASE) is not None
@@ -151,7 +156,7 @@ def near_path(path: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     # img_0001 and img_0002 are two files, not one and its misspelling
-    alike = [name for name in names if _digits(name) == _digits(path.name)]
+    alike = [name for name in names if _digits(name) == _digits(path.name) and names[name] != path.name]
     close = difflib.get_close_matches(_plain(path.name), alike, n=1, cutoff=0.8)
     return path.parent / names[close[0]] if close else None
 

@@ -144,10 +144,10 @@ def _names(job: Job) -> Section:
     last, pairs = job.unseen.last, job.data.unseen_characters
     assert last is not None
     rows: list[tuple[str | Tile, list[Choice]]] = []
-    for row in range(0, len(pairs), max(1, len(pairs) // 8)):
-        right = set(pairs[row]["texts"])
-        names = [last.texts[i] for i in last.image_to_text.top[row, :3].tolist()]
-        rows.append((Tile(_pixels(pairs[row])), [Choice(name, name in right) for name in names]))
+    for image in range(0, len(last.images), max(1, len(last.images) // 8)):
+        row = pairs[last.images[image]]
+        names = [last.texts[i] for i in last.image_to_text.top[image, :3].tolist()]
+        rows.append((Tile(_pixels(row)), [Choice(name, name in row["texts"]) for name in names]))
     return Section("Images and their names", [Gallery(rows)], "The three nearest of all the names of the test.")
 
 
@@ -160,12 +160,15 @@ def _mistakes(job: Job) -> Section:
 
 
 def _confused(evaluator: RetrievalEvaluator, pairs: Any) -> list[tuple[str | Tile, list[Tile]]]:
-    assert evaluator.last is not None
+    last = evaluator.last
+    assert last is not None
     rows: list[tuple[str | Tile, list[Tile]]] = []
-    for each in evaluator.last.most_confused("text_to_image", 6):
-        own = evaluator.last.image_of_text[each.query]
-        wrong = Tile(_pixels(pairs[each.found]), pairs[each.found]["name"], False)
-        rows.append((evaluator.last.texts[each.query], [wrong, Tile(_pixels(pairs[own]), "", True)]))
+    for each in last.most_confused("text_to_image", 6):
+        own = pairs[last.images[last.image_of_text[each.query]]]
+        wrong = pairs[last.images[each.found]]
+        rows.append(
+            (last.texts[each.query], [Tile(_pixels(wrong), wrong["name"], False), Tile(_pixels(own), "", True)])
+        )
     return rows
 
 

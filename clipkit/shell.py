@@ -1,9 +1,11 @@
-"""How a verb meets the shell: `~` in what was typed, and options in errors as they are typed there."""
+"""How a verb meets the shell: `~` in what was typed, options as they are typed there, a reader that left, Ctrl-C."""
 
 from __future__ import annotations
 
-import dataclasses
+import io
+import os
 import shlex
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,24 +14,52 @@ from typing import Any
 import typer.core
 
 from clipkit.errors import speaking
+from clipkit.paths import at_home
+
+INTERRUPTED, READER_LEFT = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell gives for other programs
 
 
 class Verb(typer.core.TyperCommand):
-    """A command whose errors name options as this command takes them."""
+    """A command whose errors name options as this command takes them, and which ends quietly when it is not wanted."""
 
     def invoke(self, ctx: Any) -> Any:  # click's or typer's own Context, by typer's version
-        ctx.params = {name: at_home(value) for name, value in ctx.params.items()}
-        with speaking(partial(_typed, self.params)):
-            return super().invoke(ctx)
+        ctx.params = {name: _at_home(value) for name, value in ctx.params.items()}
+        try:
+            with speaking(partial(_typed, self.params)):
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            if not reader_left():
+                raise
+            raise typer.Exit(READER_LEFT) from None
 
 
-def at_home(value: Any) -> Any:
-    """What was typed, with `~/` as the home folder: a shell leaves it alone in `--to=~/x` and `key=~/x`."""
+def reader_left() -> bool:
+    """Whether nobody reads standard output any more (`| head`); what is still to be written is then thrown away."""
+    left = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            left = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())  # or the interpreter complains when it flushes at its end
+            os.close(nowhere)
+    return left
+
+
+def never_fail_on_a_name() -> None:
+    """One odd character, in a locale that lacks it, must not cost the output of an hour. JSON is UTF-8 anywhere."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _at_home(value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(at_home(item) for item in value)
-    if isinstance(value, str | Path) and (str(value) == "~" or str(value).startswith("~/")):
-        return type(value)(Path(value).expanduser())
-    return value
+        return type(value)(map(_at_home, value))
+    return type(value)(at_home(str(value))) if isinstance(value, str | Path) else value
 
 
 def _typed(params: Sequence[Any], name: str, value: object) -> str:
@@ -37,21 +67,16 @@ def _typed(params: Sequence[Any], name: str, value: object) -> str:
     word = name.rpartition(".")[2]
     for each in params:
         if each.name == word and each.opts[0].startswith("-"):
-            return each.opts[0] if value is None else f"{each.opts[0]} {shlex.quote(str(value))}"
-    if any(each.name == "settings" for each in params):
+            flag = value is None or value is True
+            return each.opts[0] if flag else f"{each.opts[0]} {shlex.quote(str(value))}"
+    if "." in name or any(each.name == "settings" for each in params):
+        from clipkit.training.config_errors import as_setting
+
         return as_setting(name, value)
-    return word if value is None else f"{word}={shlex.quote(str(value))}"
+    return as_option(name, value)  # of another verb
 
 
-def as_setting(name: str, value: object) -> str:
-    """As an override of a config, quoted for the shell: ``train.on_bad=skip``."""
-    from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, TrainConfig
-
-    sections = {"data": DataConfig, "train": TrainConfig, "model": ModelConfig, "evaluate": EvaluateConfig}
-    if "." not in name:
-        homes = (part for part, kind in sections.items() if name in {each.name for each in dataclasses.fields(kind)})
-        name = f"{next(homes, 'train')}.{name}"
-    if value is None:
-        return name
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return f"{name}={shlex.quote(text)}"
+def as_option(name: str, value: object) -> str:
+    """As an option of a program: ``--on-bad skip``."""
+    flag = f"--{name.rpartition('.')[2].replace('_', '-')}"
+    return flag if value is None else f"{flag} {shlex.quote(str(value))}"

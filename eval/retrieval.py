@@ -13,9 +13,10 @@ from pathlib import Path
 
 from clipkit import DualEncoder, RetrievalEvaluator, load_pairs
 from clipkit.distributed import is_main, start
-from clipkit.errors import exit_with_message
+from clipkit.errors import exit_with_message, speaking
 from clipkit.evaluation.report import build_result
 from clipkit.files import write_json
+from clipkit.shell import as_option
 
 
 def main() -> None:
@@ -23,9 +24,11 @@ def main() -> None:
     device = start()
     began = time.perf_counter()
 
-    # 1. Every caption is a query of its own, and an item of its own, as in the papers.
-    pairs = load_pairs(args.pairs, image=args.image, text=args.text)
-    evaluator = RetrievalEvaluator(pairs, group=args.group, batch_size=args.batch_size, progress=is_main())
+    # 1. Every caption is a query and an item of its own, as in the papers; equal captions are one, equal images, too.
+    form = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
+    pairs = load_pairs(args.pairs, image=args.image, text=args.text, on_bad=args.on_bad, **form)
+    options = {"batch_size": args.batch_size, "progress": is_main(), "on_bad": args.on_bad}
+    evaluator = RetrievalEvaluator(pairs, group=args.group, **options)
 
     # 2. Measure.
     model = DualEncoder.from_pretrained(args.model, device=device)
@@ -48,10 +51,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image", default=None, help="column of the image")
     parser.add_argument("--text", default=None, help="column of the text")
     parser.add_argument("--group", default=None, help="column whose members all count as correct")
+    parser.add_argument("--separator", default=None, help="of a CSV file: a character, or semicolon, tab, bar")
+    parser.add_argument("--encoding", default="utf-8-sig", help="of text files, such as cp1252")
+    parser.add_argument("--quoting", default="double", choices=["double", "backslash", "none"])
+    parser.add_argument("--on-bad", default="error", choices=["error", "skip"], help="rows that cannot be used")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--to", type=Path, default=None, help="write result.json here")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    with speaking(as_option):  # errors name the options below
+        exit_with_message(main)

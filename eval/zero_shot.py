@@ -13,9 +13,11 @@ from pathlib import Path
 
 from clipkit import DualEncoder, ZeroShotEvaluator, load_pairs
 from clipkit.distributed import is_main, start
-from clipkit.errors import exit_with_message
+from clipkit.errors import exit_with_message, speaking
 from clipkit.evaluation.report import build_result
 from clipkit.files import write_json
+from clipkit.prompts import DEFAULT_TEMPLATE
+from clipkit.shell import as_option
 
 
 def main() -> None:
@@ -24,10 +26,13 @@ def main() -> None:
     began = time.perf_counter()
 
     # 1. Images with a class. The classes' names are the folders', or the values of the label column.
-    images = load_pairs(args.images, image=args.image, label=args.label)
+    form = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
+    images = load_pairs(args.images, image=args.image, label=args.label, on_bad=args.on_bad, **form)
 
-    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you.
-    evaluator = ZeroShotEvaluator(images, templates=args.template, batch_size=args.batch_size, progress=is_main())
+    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you; of `sea_lion` both make
+    #    "a photo of a sea lion.", as training does.
+    options = {"batch_size": args.batch_size, "progress": is_main(), "on_bad": args.on_bad}
+    evaluator = ZeroShotEvaluator(images, templates=args.template or DEFAULT_TEMPLATE, **options)
     model = DualEncoder.from_pretrained(args.model, device=device)
     metrics = evaluator(model)
 
@@ -49,12 +54,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image", default=None, help="column of the image")
     parser.add_argument("--label", default=None, help="column of the class")
     parser.add_argument("--template", action="append", default=None, help="prompt with {}; repeat for several")
+    parser.add_argument("--separator", default=None, help="of a CSV file: a character, or semicolon, tab, bar")
+    parser.add_argument("--encoding", default="utf-8-sig", help="of text files, such as cp1252")
+    parser.add_argument("--quoting", default="double", choices=["double", "backslash", "none"])
+    parser.add_argument("--on-bad", default="error", choices=["error", "skip"], help="rows that cannot be used")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--to", type=Path, default=None, help="write result.json here")
-    args = parser.parse_args()
-    args.template = args.template or ["a photo of a {}."]
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    exit_with_message(main)
+    with speaking(as_option):  # errors name the options below
+        exit_with_message(main)

@@ -20,7 +20,7 @@ def clipkit(*arguments: object) -> Done:
     """Exit code, standard output and standard error of `clipkit ARGUMENTS`."""
     from clipkit.cli import main
 
-    out, err = io.StringIO(), io.StringIO()
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))  # as a shell gives them
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, []  # the command sets up its own, on this standard error
     try:
@@ -32,7 +32,13 @@ def clipkit(*arguments: object) -> Done:
             try:
                 main()
             except SystemExit as stop:
-                return Done(int(stop.code or 0), out.getvalue(), err.getvalue())
+                return Done(int(stop.code or 0), _written(out), _written(err))
     finally:
         root.handlers = handlers
     raise AssertionError("main() always exits")
+
+
+def _written(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    assert isinstance(stream.buffer, io.BytesIO)
+    return stream.buffer.getvalue().decode("utf-8")

@@ -5,9 +5,9 @@ import pickle
 import pytest
 
 from clipkit import errors
-from clipkit.embedding.encode import BadText
-from clipkit.errors import BadImage, ClipkitError, exit_with_message, option, speaking
-from clipkit.shell import as_setting
+from clipkit.errors import BadImage, ClipkitError, exit_with_message, option, speaking, within
+from clipkit.texts import BadText
+from clipkit.training.config_errors import as_setting
 
 
 def kinds(base=ClipkitError):
@@ -56,3 +56,11 @@ def test_a_fix_is_written_as_the_user_types():
         assert option("text", ["title", "a b"]) == "data.text='title,a b'"
         assert option("model.freeze", ["image"]) == "model.freeze=image"
     assert option("model.freeze", ["image"], python='model.freeze("image")') == 'model.freeze("image")'
+
+
+def test_a_setting_of_the_reference_is_named_as_its_own():
+    with speaking(as_setting), within("evaluate.reference", ["text"]):
+        assert option("text", "caption") == "evaluate.reference.text=caption"
+        assert option("on_bad", "skip") == "train.on_bad=skip"
+    with within("evaluate.reference", ["text"]):
+        assert option("text", "caption") == 'text="caption"'

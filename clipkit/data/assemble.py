@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.data.columns import Columns
 from clipkit.data.pictures import Pictures
-from clipkit.data.tables import Table
+from clipkit.data.tables import Table, absolute
 
 if TYPE_CHECKING:
     from datasets import ClassLabel, Dataset
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Item:
-    """One image with what the rows say of it."""
+    """One image with what its rows say of it; the first of them gives the other columns."""
 
-    row: int
+    rows: list[int]
     path: str | None
     texts: list[str]
     label: str | None
@@ -43,13 +43,13 @@ def assemble(
     table = pictures.table
     used = {columns.image, *columns.texts, columns.label if classes else None}
     rest = [name for name in table.names if name not in used]
-    kept = [item.row for item in items]
+    kept = [item.rows[0] for item in items]
     # An embedded image stays where it is: texts for all rows are put beside it, then rows are chosen by an index.
     beside: list[Item | None] = list(items)
     if pictures.sizes is not None:
         beside = [None] * len(table)
         for item in items:
-            beside[item.row] = item
+            beside[item.rows[0]] = item
     features: dict[str, Any] = {}
     new: dict[str, Any] = {}
     if texts:
@@ -98,15 +98,8 @@ def _metadata(table: Table, names: list[str], kept: list[int]) -> Dataset:
         return Dataset(rows.with_format("arrow")[:], info=rows.info)
     columns = {name: [table.columns[name][row] for row in kept] for name in names}
     if "hard_images" in columns:
-        columns["hard_images"] = [_beside(table, cell) for cell in columns["hard_images"]]
+        columns["hard_images"] = [absolute(table.root, cell) for cell in columns["hard_images"]]
     return Dataset(pa.table({name: _cells(cells) for name, cells in columns.items()}))
-
-
-def _beside(table: Table, cell: Any) -> Any:
-    """Paths of hard negatives start where those of the images do."""
-    if isinstance(cell, str) and cell.strip():
-        return str((table.root / cell).absolute())
-    return [_beside(table, each) for each in cell] if isinstance(cell, list) else cell
 
 
 def _cells(cells: list[Any]) -> Any:

@@ -15,8 +15,9 @@ from torch import Tensor
 from clipkit.data.augment import Augmentation, augment
 from clipkit.data.map_style import drawn
 from clipkit.data.plan import Draw, hash64
-from clipkit.errors import BadImage, DataError
+from clipkit.errors import BadImage, DataError, option
 from clipkit.images import describe, load_image
+from clipkit.texts import is_blank
 
 Side = Literal["image", "text"]
 ROW, VIEW = "row", "view"  # keys that every sample carries, and every image where there are views
@@ -201,7 +202,7 @@ class Assembly:
 
     def _refused(self, draw: Draw, error: BadImage) -> dict[str, Any]:
         if self.on_bad == "error":
-            raise error
+            raise error.or_skip()
         return {"row": draw.row, "path": error.where, "code": error.code, "message": error.message}
 
 
@@ -210,7 +211,7 @@ def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[st
         raise DataError(
             f"none of the {len(draws)} images of this process's part of a batch can be used",
             where=rejected[0]["path"] if rejected else "the data",
-            fix="`clipkit check data` lists what is broken; a larger batch_size, or fewer processes, leave some",
+            fix=f"see `clipkit check data`; a larger {option('batch_size')}, or fewer processes, leave some",
         )
 
 
@@ -247,7 +248,7 @@ def _listed(cell: Any, column: str) -> list[Any]:
         and (wrong := next((each for each in found if not isinstance(each, str)), None)) is not None
     ):
         raise DataError(f"expected texts; found {type(wrong).__name__} {repr(wrong)[:40]}", where=column)
-    return [each for each in found if not (isinstance(each, str) and not each.strip())]
+    return [each for each in found if not (isinstance(each, str) and is_blank(each))]
 
 
 def _hash(content: bytes) -> int:

@@ -16,9 +16,10 @@ import numpy as np
 
 from clipkit.data.keys import has_texts
 from clipkit.data.rejects import Ledger, Reject
-from clipkit.errors import BadImage, DataError
+from clipkit.errors import BadImage, DataError, option
 from clipkit.images import describe, is_image_name, load_image
 from clipkit.progress import track
+from clipkit.texts import is_blank
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,7 +56,7 @@ class DataReport:
     height: dict[str, float] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     duplicates: list[list[int]] = field(default_factory=list)
-    """Rows of the checked data set whose decoded images are equal pixel by pixel."""
+    """Rows whose decoded images are equal pixel by pixel; numbered as in `rejects`."""
     conflicts: list[list[int]] = field(default_factory=list)
     """Those of the duplicates whose labels differ."""
     shared_captions: dict[str, int] = field(default_factory=dict)
@@ -96,7 +97,8 @@ def check_data(
     Args:
         pairs: as `load_pairs` gives them.
         processor: of the model to be trained; with it captions are counted in its tokens.
-        ledger: of the `load_pairs` call; its rejects become part of the report.
+        ledger: of the `load_pairs` call; its rejects become part of the report, and every row is named by its number in
+            the source (the line of a text table). Without it rows are numbered from 0 as they stand in `pairs`.
         threads: that decode; by default one a core, at most 8.
         progress: show a bar.
 
@@ -119,12 +121,23 @@ def check_data(
     _measure_images(report, pairs, looks, good)
     if has_texts(pairs):
         _measure_captions(report, pairs, processor)
-    if ledger is not None:
-        report.rows = ledger.rows
-        report.rejects = [*ledger.rejects, *report.rejects]
+    ledger = ledger or Ledger(rows=len(pairs))
+    place = _number_as(report, ledger)
     report.unreferenced = _unreferenced(pairs, [reject.path for reject in report.rejects if reject.path])
-    report.advice = list(_advise(report))
+    report.advice = list(_advise(report, place))
     return report
+
+
+def _number_as(report: DataReport, ledger: Ledger) -> dict[int, str]:
+    """Number the rows of a report as their source does; where a person finds those that are alike."""
+    report.rows = ledger.rows
+    found = [row for reject in report.rejects for row in ledger.at(reject)]
+    report.rejects = sorted([*ledger.rejects, *found], key=lambda reject: reject.row)
+    first = {row: ledger.source_rows(row)[0] for rows in report.duplicates for row in rows}
+    report.duplicates, report.conflicts = (
+        [[first[row][0] for row in rows] for rows in groups] for groups in (report.duplicates, report.conflicts)
+    )
+    return dict(first.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -150,8 +163,7 @@ def _decode(row: int, cell: dict[str, Any]) -> _Look:
     try:
         image = load_image(cell)
     except BadImage as bad:
-        message = bad.message.removeprefix(f"{bad.code}: ") + (f"; {bad.fix}" if bad.fix else "")
-        return _Look((0, 0), b"", Reject(row, bad.code, message, f"row {row}", describe(cell)))
+        return _Look((0, 0), b"", Reject(row, bad.code, bad.reason, f"row {row}", describe(cell)))
     return _Look(image.size, hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest())
 
 
@@ -192,7 +204,7 @@ def _measure_captions(report: DataReport, pairs: Dataset, processor: TokenCounte
     images = Counter(text for row in all_texts for text in set(row))
     report.shared_captions = {text: n for text, n in images.most_common() if n > 1}
     for row, found in enumerate(all_texts):
-        if not any(text.strip() for text in found):
+        if all(map(is_blank, found)):
             report.rejects.append(Reject(row, "EMPTY_TEXT", "the row has no caption", f"row {row}"))
     if processor is not None:
         counts = [
@@ -214,23 +226,27 @@ def _spread(values: Iterable[int]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ report
 
 
-def _advise(report: DataReport) -> Iterator[str]:
+def _advise(report: DataReport, place: dict[int, str]) -> Iterator[str]:
+    split = option("data.split_by", "image", python='split_pairs(by="image")')
+    alike = option("similar.group", "COLUMN", python="similar=SameGroup(column)")
     if report.rejects:
-        yield 'mend the rows listed, or train with on_bad="skip", which leaves them out and counts them'
+        skip = option("train.on_bad", "skip")
+        yield f"mend the rows listed, or train with {skip}, which leaves them out and counts them"
     if report.conflicts:
-        rows = ", ".join(map(str, report.conflicts[0][:_SHOWN]))
-        yield f"{len(report.conflicts)} images carry two different labels, e.g. rows {rows}: decide on one"
+        rows = ", ".join(place[row] for row in report.conflicts[0][:_SHOWN])
+        yield f"{len(report.conflicts)} images carry two different labels, e.g. {rows}: decide on one"
     if report.duplicates:
         extra = sum(len(rows) - 1 for rows in report.duplicates)
+        rows = ", ".join(place[row] for row in report.duplicates[0][:_SHOWN])
         yield (
-            f"{extra:,} rows repeat an image: split files that are equal with split_pairs(by='image'); in one batch "
-            "they are false negatives of each other, which similar=SameGroup(column) mends"
+            f"{extra:,} rows repeat an image, e.g. {rows}: split files that are equal with {split}; in one batch they "
+            f"are false negatives of each other, which {alike} mends"
         )
     if report.shared_captions:
         text, n = next(iter(report.shared_captions.items()))
         yield (
             f"{len(report.shared_captions):,} captions stand for several images, {text[:40]!r} for {n:,}: retrieval "
-            "counts only one of them as right; similar=SameGroup(column) treats them as alike"
+            f"counts only one of them as right; {alike} treats them as alike"
         )
     if report.truncated:
         share = report.truncated / report.captions

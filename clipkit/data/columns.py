@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from clipkit.data.tables import Table
-from clipkit.errors import DataError, UsageError
+from clipkit.data.tables import SEPARATOR_WORDS, Table
+from clipkit.errors import DataError, UsageError, option
+from clipkit.texts import checked_text, is_blank
 
 # In the order of preference; compared without case.
 # fmt: off
@@ -47,12 +48,10 @@ def choose(
     if templates and text is not None:
         raise UsageError("templates make texts out of the label; text names columns of texts: give one of the two")
     wanted = [text] if isinstance(text, str) else list(text or ())
-    the_image = _named(table, image, "image") if image else _obvious(table, IMAGE_NAMES) or _of_images(table)
-    if the_image is None:
-        raise _unknown(table, "image", None)
-    the_label = _named(table, label, "label") if label else _obvious(table, LABEL_NAMES)
+    the_image = image_column(table, image)
+    the_label = _named(table, label, "label") if label else obvious(table.names, LABEL_NAMES)
     the_texts = [_named(table, name, "text") for name in wanted]
-    if not the_texts and not templates and (found := _obvious(table, TEXT_NAMES)):
+    if not the_texts and not templates and (found := obvious(table.names, TEXT_NAMES)):
         the_texts = [found]
     if not the_texts and the_label is None:
         raise _unknown(table, "label" if templates else "text", None)
@@ -64,19 +63,29 @@ def choose(
     return Columns(the_image, the_texts, the_label, needed)
 
 
-def texts_of(cell: Any) -> list[str]:
-    """The captions of one cell as they stand; "" for each that is empty: nothing, whitespace, None or NaN.
+def image_column(table: Table, name: str | None) -> str:
+    """The column of the images: the one that was named, or the one that is obvious.
 
     Raises:
-        TypeError: the cell holds something that is no text.
+        DataError: it is not there, or none is obvious.
+    """
+    found = _named(table, name, "image") if name else obvious(table.names, IMAGE_NAMES) or _of_images(table)
+    if found is None:
+        raise _unknown(table, "image", None)
+    return found
+
+
+def texts_of(cell: Any) -> list[str]:
+    """The captions of one cell as they stand; "" for each that is empty: None, NaN, or a text without ink.
+
+    Raises:
+        BadText: the cell holds something that is no text.
     """
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return [""]
-    if isinstance(cell, str):
-        return [cell if cell.strip() else ""]
     if isinstance(cell, (list, tuple)):
         return [text for part in cell for text in texts_of(part)]
-    raise TypeError(f"expected text, or a list of texts; found {type(cell).__name__} {repr(cell)[:40]}")
+    return [""] if isinstance(cell, str) and is_blank(cell) else [checked_text(cell)]
 
 
 def label_of(cell: Any) -> str | None:
@@ -84,27 +93,7 @@ def label_of(cell: Any) -> str | None:
     if cell is None or isinstance(cell, (list, dict)) or (isinstance(cell, float) and math.isnan(cell)):
         return None
     text = str(cell).strip()
-    return text or None
-
-
-def check_templates(templates: str | Sequence[str] | None) -> list[str]:
-    """Templates as a list.
-
-    Raises:
-        UsageError: there is none, or one has no place for the name.
-    """
-    found = [templates] if isinstance(templates, str) else list(templates or ())
-    for template in found:
-        if template.count("{}") != 1:
-            raise UsageError(f"a template has one {{}} for the class name; found {template!r}", fix="a photo of a {}.")
-    if templates is not None and not found:
-        raise UsageError("expected at least one template; found none")
-    return found
-
-
-def fill(templates: Sequence[str], name: str) -> list[str]:
-    """One text a template. Plain replacement: str.format would evaluate what stands in braces."""
-    return [template.replace("{}", name.replace("_", " ")) for template in templates]
+    return None if is_blank(text) else text
 
 
 def _named(table: Table, name: str, role: str) -> str:
@@ -113,8 +102,9 @@ def _named(table: Table, name: str, role: str) -> str:
     return name
 
 
-def _obvious(table: Table, candidates: Sequence[str]) -> str | None:
-    by_name = {name.strip().lower(): name for name in reversed(table.names)}
+def obvious(names: Sequence[str], candidates: Sequence[str]) -> str | None:
+    """The name that is first among the candidates, compared without case."""
+    by_name = {name.strip().lower(): name for name in reversed(names)}
     return next((by_name[candidate] for candidate in candidates if candidate in by_name), None)
 
 
@@ -128,16 +118,17 @@ def _unknown(table: Table, role: str, name: str | None) -> DataError:
     columns = ", ".join(map(repr, table.names))
     if name is None:
         message = f"COLUMN: no column is obviously the {role}; there are {columns}"
-        fix = f"name it: {role}=..."
+        fix = f"name it: {option(role, 'COLUMN')}"
         if role == "text":
-            fix += ", or the column of the class: label=..."
+            fix += f", or the column of the class: {option('label', 'COLUMN')}"
     else:
         message = f"COLUMN: no column {name!r} for the {role}; there are {columns}"
         lower = {column.lower(): column for column in table.names}
         near = difflib.get_close_matches(name.lower(), lower, n=1)
-        fix = f"did you mean {role}={lower[near[0]]!r}?" if near else f"name one of them: {role}=..."
-    if other := next((s for s in ";\t|" if any(s in column for column in table.names)), None):
-        fix += f" If the columns look wrong, the separator may be sep={other!r}"
+        fix = f"did you mean {option(role, lower[near[0]])}?" if near else f"name one of them: {option(role, 'COLUMN')}"
+    header = "".join(table.names)
+    if other := next((word for s, word in SEPARATOR_WORDS.items() if s != "," and s in header), None):
+        fix = f"if the columns look wrong, name their separator: {option('separator', other)}"
     return DataError(message, where=table.name, fix=fix)
 
 
@@ -147,5 +138,5 @@ def _refuse_overwriting(table: Table, image: str, texts: Sequence[str], label: s
             raise DataError(
                 f"HEADER: the result has a column {role!r} of its own, but one of that name is there already",
                 where=table.name,
-                fix=f"rename the column {role!r}, or use it as {role.removesuffix('s')}={role!r}",
+                fix=f"rename the column {role!r}, or use it: {option(role.removesuffix('s'), role)}",
             )

@@ -11,7 +11,7 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from clipkit.data.dealing import Ints, deal, full_batches, places
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 
 Shown: TypeAlias = tuple[Ints, Ints]
 LEAST = 0.5  # of the rows an epoch has to show: a demand that leaves out more than it trains on is taken for an error
@@ -92,7 +92,8 @@ class Balanced:
                     f"balanced batches show {sizes[worst]:,} rows that share a value of `distinct` up to "
                     f"{drawn[worst]:,} times an epoch, which has {self.steps:,} batches of {size}: they would meet",
                     where=f"row {int(np.flatnonzero(units == worst)[0])}",
-                    fix=f"batch_size of at most the number of classes ({len(self.counts)}), or leave out `distinct`",
+                    fix=f"{option('batch_size', len(self.counts))} (the number of classes) or less, or leave out "
+                    f"{option('distinct')}",
                 )
         rare, common = int(self.counts.min()), int(self.counts.max())
         often = self.steps * size / len(self.counts)
@@ -142,7 +143,7 @@ class Grouped:
             raise UsageError(
                 f"grouped batches hold P groups of group_size rows, at least 2; found batch_size={size}, "
                 f"group_size={group_size}",
-                fix="make batch_size a multiple of group_size",
+                fix=f"a {option('batch_size')} that is a multiple of {option('group_size')}",
             )
         counts = np.bincount(groups)
         self.chunks = counts // group_size
@@ -160,7 +161,7 @@ class Grouped:
                 f"{n:,} rows an epoch: {np.count_nonzero(self.chunks):,} groups have that many rows that may meet, "
                 f"{small:,} rows are of smaller ones, and the largest group has {counts.max():,}",
                 where="grouped",
-                fix="lower batch_size or group_size, or leave out the rows of small groups",
+                fix=f"lower {option('batch_size')} or {option('group_size')}, or leave out the rows of small groups",
             )
         self.notes = (
             f"grouped: {np.count_nonzero(self.chunks):,} groups; {n - self.steps * size:,} of {n:,} rows are left out "
@@ -183,15 +184,15 @@ class Grouped:
         return rows, np.full_like(rows, number)
 
 
-def _nested(units: Ints, outer: Ints, option: str) -> None:
+def _nested(units: Ints, outer: Ints, name: str) -> None:
     """Raises UsageError where rows that must not meet are of two classes or groups."""
     first = np.zeros(int(units.max()) + 1, dtype=np.int64)
     first[units[::-1]] = np.arange(len(units))[::-1]
     if (wrong := np.flatnonzero(outer != outer[first[units]])).size:
         row = int(wrong[0])
         raise UsageError(
-            f"`distinct` with `{option}` needs equal things to be of one class or group; rows {first[units[row]]} and "
+            f"`distinct` with `{name}` needs equal things to be of one class or group; rows {first[units[row]]} and "
             f"{row} are not, but share a value",
             where=f"row {row}",
-            fix=f"leave out `distinct` or `{option}`, or mend the column",
+            fix=f"leave out `distinct` or `{name}`, or mend the column",
         )

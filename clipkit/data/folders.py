@@ -1,88 +1,100 @@
-"""Folders as data: images with same-named .txt files, or one folder a class."""
+"""Folders as data: images with captions beside them, with metadata files, or in one folder a class."""
 
 from __future__ import annotations
 
-import io
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from clipkit.data.rejects import Ledger
-from clipkit.data.tables import TABLE_SUFFIXES, Table, read_text
+from clipkit.data.caption_files import SUFFIXES, CaptionFiles
+from clipkit.data.class_folders import classes_of
+from clipkit.data.columns import TEXT_NAMES, obvious
+from clipkit.data.metadata_files import is_metadata, read_metadata
+from clipkit.data.rejects import Ledger, unreadable_folders
+from clipkit.data.tables import TABLE_SUFFIXES, Table, TextFormat, Unusable
 from clipkit.errors import DataError
 from clipkit.images import find_images
-from clipkit.paths import show, walk
+from clipkit.paths import Tree, show, walk
+from clipkit.prompts import DEFAULT_TEMPLATE
 
-DEFAULT_TEMPLATE = "a photo of a {}."
-_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
-_LAYOUTS = "images with same-named .txt files, or one folder of images a class"
+_NAMES = 10  # classes or files that one line names
 
 
-def read_folder(folder: Path, ledger: Ledger, *, encoding: str) -> Table:
-    """The images below a folder, with their captions (column `texts`) or their class (column `label`).
+def read_folder(folder: Path, ledger: Ledger, form: TextFormat) -> Table:
+    """The images below a folder, with their captions, their metadata, or their class (column `label`).
 
-    A .txt file beside an image holds one caption a line. Without any .txt file the folders are the classes.
+    What is said of the images is looked for wherever they are: metadata files at any level, and beside each image a
+    caption file of its name. Only where there is neither, the folders are the classes. What was decided becomes a note,
+    and so does what was not read; a folder that cannot be listed is a reject.
 
     Raises:
-        DataError: neither layout fits; says what was found.
+        DataError: no layout fits; says what was found.
     """
-    images = find_images(walk(folder))
+    tree = walk(folder)
+    images = find_images(tree)
     if not images:
-        raise _no_images(folder)
-    captions = {path for path in folder.rglob("*.txt") if not path.name.startswith(".")}
-    if any(image.with_suffix(".txt") in captions for image in images):
-        return _with_captions(folder, images, captions, ledger, encoding)
-    return _with_classes(folder, images)
+        raise _no_images(tree)
+    captions = CaptionFiles(tree, form.encoding)
+    texts = [captions.of(image) for image in images]
+    metadata = [path for path in tree.files if is_metadata(path)]
+    absolute, places = [str(image.absolute()) for image in images], [show(image) for image in images]
+    used = [*images, *metadata, *captions.read]
+    if metadata:
+        table = read_metadata(tree, images, metadata, captions, form)
+        decided = _sources(table, [show(path.relative_to(folder)) for path in metadata], captions.read)
+    elif any(text is not None and not _is_broken_json(text) for text in texts):
+        no_text = f"there is no caption beside the image, in a file that ends in {', '.join(SUFFIXES)}"
+        table = Table(show(folder), folder, {"image": absolute, "texts": texts}, places=places, no_text=no_text)
+        decided = _sources(table, [], captions.read)
+    else:
+        _refuse_tables(tree)
+        labels = classes_of(tree, images)
+        columns = {"image": absolute, "label": labels}
+        table = Table(show(folder), folder, columns, places=places, templates=(DEFAULT_TEMPLATE,))
+        names, used = sorted(set(labels)), images
+        decided = f"{len(names):,} class{'es' if len(names) > 1 else ''}: {_some(names)}"
+    table.rejects.extend(unreadable_folders(tree, len(table)))
+    ledger.note(f"{show(folder)}: {decided}")
+    if line := tree.passed_over(used):
+        ledger.note(line)
+    return table
 
 
-def _with_captions(folder: Path, images: list[Path], captions: set[Path], ledger: Ledger, encoding: str) -> Table:
-    if unused := captions - {image.with_suffix(".txt") for image in images}:
-        first = ", ".join(show(path) for path in sorted(unused)[:3])
-        ledger.note(f"UNREFERENCED: {len(unused):,} .txt files without an image, e.g. {first}")
-    texts = [_lines(image.with_suffix(".txt"), captions, encoding) for image in images]
-    no_text = "the .txt file beside the image is missing or empty"
-    return Table(show(folder), folder, {"image": _absolute(images), "texts": texts}, no_text=no_text)
+def _is_broken_json(text: list[str] | Unusable) -> bool:
+    return isinstance(text, Unusable) and text.code == "BAD_JSON"
 
 
-def _lines(path: Path, captions: set[Path], encoding: str) -> list[str]:
-    if path not in captions:
-        return []
-    lines = io.StringIO(read_text(path, encoding, empty_ok=True), newline=None)
-    return [text for line in lines if (text := line.rstrip("\n")).strip()]
+def _sources(table: Table, metadata: Sequence[str], captions: Sequence[Path]) -> str:
+    """Where the captions, or the labels alone, come from."""
+    kinds = Counter(path.suffix.lower() for path in captions)
+    sources = [_some(metadata)] if metadata else []
+    sources += [f"{n:,} {suffix} file{'s' if n > 1 else ''}" for suffix, n in kinds.most_common()]
+    what = "captions" if obvious(table.names, TEXT_NAMES) else "labels"
+    return f"{what} from {' and '.join(sources)}"
 
 
-def _with_classes(folder: Path, images: list[Path]) -> Table:
-    if tables := _tables(folder):
-        message = "the folder holds images and a table, but no .txt file"
-        raise DataError(message, where=show(folder), fix=f"pass the table itself: {show(tables[0])}")
-    parts = [image.relative_to(folder).parts for image in images]
-    loose = [image for image, inner in zip(images, parts, strict=True) if len(inner) == 1]
-    if loose:
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMES:,} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more
+
+
+def _tables(tree: Tree) -> list[Path]:
+    """Tables that may say what is on the images; a .json file beside an image is no table."""
+    beside = {path.with_suffix("") for path in find_images(tree)}
+    return [path for path in tree.files if path.suffix.lower() in TABLE_SUFFIXES and path.with_suffix("") not in beside]
+
+
+def _refuse_tables(tree: Tree) -> None:
+    if tables := _tables(tree):
         raise DataError(
-            f"NO_TEXT: expected {_LAYOUTS}; {len(loose):,} images lie in no class folder and have no .txt",
-            where=show(loose[0]),
-            fix="add the .txt files, move the images into class folders, or pass a table that lists them",
+            "the folder holds images and a table, but no captions beside the images",
+            where=show(tree.root),
+            fix=f"pass the table itself: {show(tables[0])}; if the folders are the classes, move it out of them",
         )
-    classes = {inner[0] for inner in parts}
-    if classes <= _SPLITS:
-        fix = f"pass one of them: {show(folder / min(classes))}"
-        raise DataError(f"these folders look like splits, not classes: {', '.join(sorted(classes))}", fix=fix)
-    visible = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
-    if empty := sorted(visible - classes):
-        fix = "remove it, or put images into it"
-        raise DataError(f"EMPTY_CLASS: a class folder holds no image: {', '.join(empty)}", where=show(folder), fix=fix)
-    columns: dict[str, Any] = {"image": _absolute(images), "label": [inner[0] for inner in parts]}
-    return Table(show(folder), folder, columns, templates=(DEFAULT_TEMPLATE,))
 
 
-def _absolute(paths: list[Path]) -> list[str]:
-    return [str(path.absolute()) for path in paths]
-
-
-def _tables(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES]
-
-
-def _no_images(folder: Path) -> DataError:
-    tables = _tables(folder)
+def _no_images(tree: Tree) -> DataError:
+    tables = _tables(tree)
     fix = f"pass the table itself: {show(tables[0])}" if tables else "check the folder"
-    return DataError(f"EMPTY_TABLE: expected {_LAYOUTS}; found no image", where=show(folder), fix=fix)
+    found = tree.passed_over([]) or "the folder is empty"
+    return DataError(f"EMPTY_TABLE: expected images; found none ({found})", where=show(tree.root), fix=fix)

@@ -13,6 +13,7 @@ import numpy as np
 
 from clipkit.data.map_style import as_table
 from clipkit.errors import UsageError, option
+from clipkit.texts import is_blank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ def require_texts(pairs: Any) -> None:
     if has_texts(pairs):
         return
     columns = as_table(pairs).column_names
-    fix = f"name their column with {option('text')}"
+    fix = f"name their column: {option('text', 'COLUMN')}"
     if "label" in columns:
         fix = f"make them out of the labels: {option('templates', 'a photo of a {}.')}; or {fix}"
     raise UsageError(f"there are no texts to learn from or to find; there are {', '.join(columns)}", fix=fix)
@@ -99,4 +100,4 @@ def _column(pairs: Any, column: str) -> Sequence[Any]:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    return value is None or value != value or (isinstance(value, str) and is_blank(value))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from clipkit.errors import DataError, UsageError
+from clipkit.texts import BadText, checked_text
 
 PIXELS = ("image", "hard_images", "image_features")  # never kept, for they would fill the memory
 
@@ -104,7 +105,7 @@ def caption_counts(pairs: Any) -> list[int]:
     """How many captions each row has.
 
     Raises:
-        DataError: a row whose `texts` are no list of texts, or none at all.
+        DataError: a row whose `texts` are no list of texts, or none at all; a text that is empty or broken.
     """
     counts = []
     for row, texts in enumerate(pairs["texts"]):
@@ -113,8 +114,18 @@ def caption_counts(pairs: Any) -> list[int]:
             found = repr(texts)[:40] if listed else f"{type(texts).__name__} {repr(texts)[:40]}"
             fix = 'write "texts": [caption]' if isinstance(texts, str) else "give each row a caption, or leave it out"
             raise DataError(f"`texts` is a list of at least one caption; found {found}", where=f"row {row}", fix=fix)
+        for text in texts:
+            _check(text, row)
         counts.append(len(texts))
     return counts
+
+
+def _check(text: str, row: int) -> None:
+    try:
+        checked_text(text)
+    except BadText as error:
+        fix = "give the row another caption, or leave it out"
+        raise DataError(error.message, where=f"row {row}", fix=fix) from error
 
 
 def _offers_columns(source: Any) -> bool:

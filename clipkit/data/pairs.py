@@ -7,18 +7,21 @@ and every other column as it was. Images and labels alone have no column `texts`
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from clipkit.data.assemble import Item, assemble
-from clipkit.data.columns import Columns, check_templates, choose, fill, label_of, texts_of
+from clipkit.data.columns import Columns, choose, label_of, texts_of
 from clipkit.data.pictures import Pictures
 from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
 from clipkit.data.sources import open_source
-from clipkit.data.tables import Table
+from clipkit.data.tables import Quoting, Table, Unusable, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
+from clipkit.prompts import Templates, captions, check_templates
+from clipkit.texts import BadText
 
 if TYPE_CHECKING:
     from datasets import ClassLabel, Dataset
@@ -33,9 +36,10 @@ def load_pairs(
     text: str | Sequence[str] | None = None,
     label: str | None = None,
     split: str = "train",
-    templates: str | Sequence[str] | None = None,
-    sep: str | None = None,
+    templates: Templates | None = None,
+    separator: str | None = None,
     encoding: str = "utf-8-sig",
+    quoting: Quoting = "double",
     on_bad: OnBad = "error",
     max_bad: int | float = 0.1,
     rejects: str | os.PathLike[str] | None = None,
@@ -49,9 +53,9 @@ def load_pairs(
     decoded: `check_data` does that.
 
     Args:
-        source: a .csv, .tsv, .jsonl or .parquet file; a folder of images with same-named .txt files, one caption a
-            line; a folder of class folders; a `datasets.Dataset`, a `DatasetDict`, a folder that `save_to_disk` wrote,
-            or the name (org/name) of a data set of the hub.
+        source: a .csv, .tsv, .jsonl or .parquet file; a folder of images with captions beside them (`CaptionFiles`) or
+            metadata files among them (`read_metadata`); a folder of class folders; a `datasets.Dataset`, a
+            `DatasetDict`, a folder that `save_to_disk` wrote, or the name (org/name) of a data set of the hub.
         image: column of the images: paths (absolute, or relative to the table; of a `Dataset`, to the working
             directory), or encoded images in a `Dataset` or Parquet file. URLs are refused. By default a column with an
             obvious name, such as image, file, filepath.
@@ -60,10 +64,10 @@ def load_pairs(
             by zero-shot classification, and trained on with `templates`.
         label: column of the class. By default a column named label, if there is one.
         split: which split of a `DatasetDict` or of a data set of the hub.
-        templates: one or more texts with {} for the class name (underscores become spaces). They make the texts out
-            of the label. For class folders "a photo of a {}." by default.
-        sep: separator of a text table, if not comma (tab for .tsv).
-        encoding: of text files.
+        templates: one or more texts with {} for the class name (underscores become spaces), or a mapping from each
+            class to its own, as for `prompts`. They make the texts out of the label. For class folders
+            "a photo of a {}." by default.
+        separator, encoding, quoting: of text files, see `TextFormat`.
         on_bad: ``error`` lists the rows that cannot be used and stops; ``skip`` leaves them out and counts them.
         max_bad: how many rows (int) or what fraction of them (float) may be skipped.
         rejects: file to which every row that cannot be used is written as JSON lines: row, code, message, where, path.
@@ -75,20 +79,27 @@ def load_pairs(
         UsageError: arguments that contradict each other.
     """
     check_policy(on_bad, max_bad)
+    form = checked_format(separator, encoding, quoting)
     ledger = Ledger() if ledger is None else ledger
     if not isinstance(source, str) and isinstance(source, os.PathLike):
         source = Path(source)
-    table = open_source(source, ledger, split=split, sep=sep, encoding=encoding)
-    filled = check_templates(templates) or list(table.templates)
+    table = open_source(source, ledger, split=split, form=form)
+    filled = list(table.templates) if templates is None else check_templates(templates)
     columns = choose(table, image=image, text=text, label=label, templates=bool(filled))
     pictures = Pictures.of(table, columns.image)
     ledger.rows = len(table) + len(table.rejects)
     ledger.rejects += table.rejects
     items, names = _collect(table, columns, pictures, filled, ledger)
     ledger.images = len(items)
+    ledger.origin = _origin(table, items)
     hint = _wrong_root(table, ledger)
     ledger.settle(table.name, on_bad=on_bad, max_bad=max_bad, rejects=rejects, hint=hint)
     return assemble(pictures, columns, items, names, texts=bool(columns.texts or filled))
+
+
+def _origin(table: Table, items: list[Item]) -> Callable[[int], list[tuple[int, str]]]:
+    rows, places = [item.rows for item in items], replace(table, columns={})  # without the cells
+    return lambda row: [(places.row(each), places.where(each)) for each in rows[row]]
 
 
 def _wrong_root(table: Table, ledger: Ledger) -> str | None:
@@ -105,7 +116,7 @@ class _BadRow(Exception):
 
 
 def _collect(
-    table: Table, columns: Columns, pictures: Pictures, templates: Sequence[str], ledger: Ledger
+    table: Table, columns: Columns, pictures: Pictures, templates: Templates, ledger: Ledger
 ) -> tuple[list[Item], ClassLabel | None]:
     cells = table.cells(columns.label) if columns.label else []
     labels, classes = _labels(table, columns, cells)
@@ -120,7 +131,7 @@ def _collect(
             if name is None and columns.label_needed:
                 raise _no_label(cells[index])
             key = _key(pictures, index)
-            item = Item(index, key if isinstance(key, str) else None, found, name, groups[index] if groups else None)
+            item = Item([index], key if isinstance(key, str) else None, found, name, groups[index] if groups else None)
             _merge(items, key, item, table)
         except _BadRow as bad:
             path = pictures.paths[index]
@@ -130,8 +141,9 @@ def _collect(
             ledger.used += 1
             empty += blank
     if templates and not texts:
+        made = captions({str(item.label) for item in items.values()}, templates)
         for item in items.values():
-            item.texts = fill(templates, str(item.label))
+            item.texts = list(made[str(item.label)])
     _take_notes(ledger, table, items, empty, classes)
     return list(items.values()), classes
 
@@ -140,16 +152,18 @@ def _key(pictures: Pictures, index: int) -> str | int:
     try:
         return pictures.key(index)
     except BadImage as bad:
-        message = bad.message.removeprefix(f"{bad.code}: ") + (f"; {bad.fix}" if bad.fix else "")
-        raise _BadRow(bad.code, message) from bad
+        raise _BadRow(bad.code, bad.reason) from bad
 
 
 def _texts(columns: Sequence[Sequence[Any]], index: int, no_text: str) -> tuple[list[str], int]:
     """The captions of a row, and how many of its captions are empty while others are not."""
+    cells = [column[index] for column in columns]
+    if unusable := next((cell for cell in cells if isinstance(cell, Unusable)), None):
+        raise _BadRow(*unusable)
     try:
-        found = [text for column in columns for text in texts_of(column[index])]
-    except TypeError as error:
-        raise _BadRow("NOT_TEXT", str(error)) from error
+        found = [text for cell in cells for text in texts_of(cell)]
+    except BadText as error:
+        raise _BadRow(error.code, error.message.removeprefix(f"{error.code}: ")) from error
     full = [text for text in found if text]
     if not full:
         raise _BadRow("EMPTY_TEXT", no_text)
@@ -162,9 +176,10 @@ def _merge(items: dict[str | int, Item], key: str | int, item: Item, table: Tabl
         return
     for name, one, other in (("label", first.label, item.label), ("group", first.group, item.group)):
         if one != other:
-            where = table.where(first.row)
+            where = table.where(first.rows[0])
             raise _BadRow("CONFLICT", f"the image has the {name} {other!r} here and {one!r} at {where}")
     first.texts += item.texts
+    first.rows += item.rows
 
 
 def _labels(table: Table, columns: Columns, cells: list[Any]) -> tuple[list[str | None], ClassLabel | None]:

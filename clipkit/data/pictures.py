@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from clipkit.data.tables import Table
-from clipkit.errors import BadImage, DataError
+from clipkit.errors import BadImage, DataError, option
 from clipkit.images import probe_image
 from clipkit.paths import is_url
 
@@ -50,7 +50,9 @@ class Pictures:
         except Exception as error:  # pyarrow and datasets have many types for it
             found = table.columns.features[column]
             message = f"COLUMN: the column {column!r} holds neither paths nor images, but {found}"
-            raise DataError(message, where=table.name, fix="name another column: image=...") from error
+            raise DataError(
+                message, where=table.name, fix=f"name another column: {option('image', 'COLUMN')}"
+            ) from error
         paths, sizes = _paths_and_sizes(data, column)
         if not any(size is not None for size in sizes):
             return cls(table, paths)

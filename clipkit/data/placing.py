@@ -13,7 +13,7 @@ import numpy as np
 
 from clipkit.data.dealing import Ints, full_batches, rng_of
 from clipkit.data.decks import LEAST, Apart, Deck, Shown
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 
 _LOOKS = 64  # at batches a row, so that an epoch takes time in proportion to its rows; a row that fits nowhere waits
 _TRIES = 20
@@ -136,10 +136,13 @@ def _impossible(keys: Mapping[str, Key], units: Ints, size: int, steps: int) -> 
     row = int(rows[codes == often[column].argmax()].min(initial=n))
     sizes = [size // 2**halved for halved in range(1, size.bit_length() - 1)]
     possible = [each for each in sizes if full_batches(counts, each) * each >= LEAST * n]
+    python = f'known={{"{column}": "positive"}}'
+    smaller = f"{option('batch_size', possible[0])}, or " if possible else ""
+    alike = option("similar", f"[{{known: {{{column}: positive}}}}]", python=python)
     return UsageError(
         f"batches of {size} without a repeated {' or '.join(f'`{key}`' for key in keys)} can show {steps * size:,} of "
         f"{n:,} rows an epoch: one value of `{column}` stands in {often[column].max():,} rows, and a batch takes one",
         where=f"distinct, row {row}: {column}",
-        fix=f"{f'batch_size={possible[0]}, or ' if possible else ''}leave out repeated rows, or take {column!r} from "
-        f'`distinct` and let what is equal count as alike: known={{"{column}": "positive"}}',
+        fix=f"{smaller}leave out repeated rows, or take {column!r} from {option('distinct')} and let what is equal "
+        f"count as alike: {alike}",
     )

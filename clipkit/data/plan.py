@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from clipkit.data.dealing import Ints, hash64, joined, rng_of
 from clipkit.data.decks import Balanced, Deck, Grouped, Shown, Shuffled
 from clipkit.data.placing import kept_apart
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 
 __all__ = ["Draw", "Plan", "hash64"]
 
@@ -68,12 +68,12 @@ class Plan:
         if batch_size < 2:
             raise UsageError(
                 f"a batch needs at least 2 pairs to have a negative, found batch_size={batch_size}",
-                fix="raise batch_size",
+                fix=f"raise {option('batch_size')}",
             )
         if batch_size > len(self.captions):
             raise UsageError(
                 f"batch_size={batch_size} is larger than the data ({len(self.captions)} pairs)",
-                fix=f"set batch_size to at most {len(self.captions)}, or add data",
+                fix=f"{option('batch_size', len(self.captions))} or less, or add data",
             )
         if balanced is not None and grouped is not None:
             raise UsageError("batches are either balanced or grouped", fix="leave out one of the two")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.data.folders import read_folder
 from clipkit.data.rejects import Ledger
-from clipkit.data.tables import Table, read_table
-from clipkit.errors import DataError, UsageError
+from clipkit.data.tables import Table, TextFormat, read_table
+from clipkit.errors import DataError, UsageError, option
 from clipkit.paths import did_you_mean, show
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def open_source(source: Any, ledger: Ledger, *, split: str, sep: str | None, encoding: str) -> Table:
+def open_source(source: Any, ledger: Ledger, *, split: str, form: TextFormat) -> Table:
     """Read the source; see `load_pairs` for what it may be.
 
     Raises:
@@ -28,9 +28,9 @@ def open_source(source: Any, ledger: Ledger, *, split: str, sep: str | None, enc
         return Table(f"data set {data.builder_name or ''}".strip(), Path.cwd(), data)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _read_directory(path, ledger, split, encoding)
+        return _read_directory(path, ledger, split, form)
     if path.exists():
-        return read_table(path, sep=sep, encoding=encoding)
+        return read_table(path, form)
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.is_dir():
         return Table(f"data set {source}", Path.cwd(), _from_hub(source, split))
     raise DataError(
@@ -40,12 +40,12 @@ def open_source(source: Any, ledger: Ledger, *, split: str, sep: str | None, enc
     )
 
 
-def _read_directory(path: Path, ledger: Ledger, split: str, encoding: str) -> Table:
+def _read_directory(path: Path, ledger: Ledger, split: str, form: TextFormat) -> Table:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         from datasets import load_from_disk  # a folder that datasets' save_to_disk wrote
 
         return Table(show(path), Path.cwd(), _one_split(load_from_disk(str(path)), split))
-    return read_folder(path, ledger, encoding=encoding)
+    return read_folder(path, ledger, form)
 
 
 def _one_split(data: Any, split: str) -> Dataset:
@@ -54,7 +54,7 @@ def _one_split(data: Any, split: str) -> Dataset:
     if isinstance(data, DatasetDict):
         if split not in data:
             names = ", ".join(map(repr, data))
-            raise DataError(f"no split {split!r}; there are {names}", fix=f"split={next(iter(data), 'train')!r}")
+            raise DataError(f"no split {split!r}; there are {names}", fix=option("split", next(iter(data), "train")))
         data = data[split]
     if isinstance(data, (IterableDataset, IterableDatasetDict)):
         fix = "pack it first: load it with streaming=False, or Dataset.from_generator"

@@ -13,7 +13,7 @@ import numpy as np
 from clipkit.data.identity import file_or_bytes, raw_cells
 from clipkit.data.keys import key_values, require_column
 from clipkit.data.map_style import as_table
-from clipkit.errors import DataError, UsageError
+from clipkit.errors import DataError, UsageError, option
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -95,7 +95,10 @@ def _file_size(path: str | None) -> int | None:
 def _column(pairs: Dataset, name: str) -> list[Any]:
     if name not in pairs.column_names:
         columns = ", ".join(map(repr, pairs.column_names))
-        raise UsageError(f"no column {name!r} to split by; there are {columns}", fix='by="image", or one of them')
+        raise UsageError(
+            f"no column {name!r} to split by; there are {columns}",
+            fix=option("data.split_by", "image", python='by="image"'),
+        )
     values = key_values(pairs, name)
     if None in values:
         where = f"row {values.index(None)}"
@@ -106,7 +109,7 @@ def _column(pairs: Dataset, name: str) -> list[Any]:
 def _size(test: float | int, units: int, by: str) -> int:
     kind = "images" if by == "image" else f"values of {by!r}"
     if isinstance(test, bool) or not (0 < test < 1 if isinstance(test, float) else test > 0):
-        raise UsageError(f"test is a fraction in (0, 1) or a number of {kind}; found {test!r}", fix="test=0.1")
+        raise UsageError(f"test is a fraction in (0, 1) or a number of {kind}; found {test!r}", fix=option("test", 0.1))
     size = max(1, round(test * units)) if isinstance(test, float) else test
     if size >= units:
         fix = f"test must be less than {units}" if units > 1 else "more data is needed"

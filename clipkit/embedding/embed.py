@@ -15,13 +15,14 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.data.rejects import Reject
-from clipkit.embedding.encode import Encoder, Kind, checked_text, reject
+from clipkit.embedding.encode import Encoder, Kind, reject
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
-from clipkit.errors import ClipkitError, DataError, UsageError
+from clipkit.errors import BadImage, ClipkitError, DataError, UsageError
 from clipkit.images import bytes_of
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.encode import report_cut
 from clipkit.progress import track
+from clipkit.texts import checked_text
 
 logger = logging.getLogger("clipkit")
 
@@ -179,7 +180,7 @@ def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool, pro
             return content_hash(bytes_of(items[row])) if hashed else row
         except DataError as error:
             if not skip:
-                raise
+                raise (error.or_skip() if isinstance(error, BadImage) else error) from error.__cause__
             return reject(row, items[row] if kind == "image" else None, error)
 
     here, world = distributed.rank(), distributed.world_size()

@@ -19,6 +19,7 @@ from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.encode import encode, text_chunks
 from clipkit.models.processor import Processor
+from clipkit.texts import BadText
 
 Kind: TypeAlias = Literal["image", "text"]
 
@@ -32,20 +33,6 @@ def reject(row: int, item: Any, error: DataError) -> Reject:
 def _path(item: object) -> str | None:
     found = item.get("path") if isinstance(item, Mapping) else item
     return os.fsdecode(found) if isinstance(found, (str, os.PathLike)) else None
-
-
-def checked_text(item: object) -> str:
-    if not isinstance(item, str):
-        raise BadText("NOT_TEXT", f"expected a text, found {type(item).__name__}")
-    if not item.strip():
-        raise BadText("EMPTY_TEXT", "the text is empty")
-    return item
-
-
-class BadText(DataError):
-    def __init__(self, code: str, message: str) -> None:
-        self.code = code
-        super().__init__(f"{code}: {message}", fix="mend or drop it")
 
 
 class Encoder:
@@ -93,7 +80,7 @@ class Encoder:
             numbers, pixels, refused = loaded
             for n, error in refused:
                 if not self.skip:
-                    raise error
+                    raise error.or_skip()
                 self.rejected[n] = reject(self.first[n], self.items[self.first[n]], error)
             with evaluating(self.model):
                 vectors = self.model(pixel_values=pixels.to(self.model.device)).image if numbers else pixels

@@ -20,7 +20,7 @@ from clipkit.data.plan import hash64
 from clipkit.embedding.embed import Embedded, batched, shown
 from clipkit.embedding.encode import evaluating, reject
 from clipkit.embedding.store import EmbeddingStore, Key, content_hash
-from clipkit.errors import BadImage, ModelError, UsageError
+from clipkit.errors import BadImage, ModelError, UsageError, option
 from clipkit.images import bytes_of, describe, load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import tower_hash
@@ -71,10 +71,11 @@ def with_image_features(
         ModelError: a feature is not finite.
     """
     if trained := _trained(model):
+        fix = option("model.freeze", "image", python='model.freeze("image")')
         raise UsageError(
-            "features can be kept only of a tower that stands still; a saved model is opened with nothing frozen",
+            "features can be kept only of a frozen tower; a saved model is opened with nothing frozen",
             where=trained[0],
-            fix='model.freeze("image")',
+            fix=fix,
         )
     pairs = as_table(pairs)
     draws = 1 if augmentation == "none" else draws
@@ -178,9 +179,9 @@ def _content(image: Any, on_bad: str) -> bytes | None:
     """SHA-256 of an image; None if it cannot be read."""
     try:
         return content_hash(bytes_of(image))
-    except BadImage:
+    except BadImage as error:
         if on_bad == "error":
-            raise
+            raise error.or_skip() from error
         return None
 
 
@@ -219,7 +220,7 @@ class _Versions(Dataset[Any]):
                 opened.append((each, self._open(each)))
             except BadImage as error:
                 if self.on_bad == "error":
-                    return error
+                    return error.or_skip()
         pixels = self.processor.images([image for _, image in opened]) if opened else torch.zeros(0)
         return [each for each, _ in opened], pixels
 

@@ -301,7 +301,7 @@ def _translated(error: Exception, path: Path | None) -> ClipkitError:
         return ClipkitError("the store is closed", where=path, fix="open it again")
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # Python's own: text that is no UTF-8
     if isinstance(error, sqlite3.Error) and code in _BROKEN:
-        fix = "delete the file and build it again, or choose another path"
+        fix = "check the path; if a store was there, it is lost: build it again"
         return CorruptArtefact(f"expected an embedding store: {error}", where=path, fix=fix)
     if isinstance(error, sqlite3.Error) and code == sqlite3.SQLITE_BUSY:
         return ResourceError("another process keeps writing to the store", where=path, fix="wait for it to end")

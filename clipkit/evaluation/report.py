@@ -17,7 +17,6 @@ from clipkit.models.dual_encoder import DualEncoder
 
 logger = logging.getLogger("clipkit")
 
-_FEW = 25  # images: the 95 % interval of a recall of one half is 20 points to either side
 _PACKAGES = (
     *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),
@@ -35,7 +34,8 @@ def build_result(
     """The content of result.json.
 
     ``metrics`` flat; ``chance`` and ``majority`` (always naming the most frequent class) under the same keys; ``n`` by
-    evaluator; ``seed``, ``seconds``, ``versions``, ``system``, and the model's name and ``fingerprint``.
+    evaluator; ``warnings``: their notices, each with ``code``, ``message`` and ``texts``; ``seed``, ``seconds``,
+    ``versions``, ``system``, and the model's name and ``fingerprint``.
 
     Args:
         model: as it was measured.
@@ -57,6 +57,7 @@ def build_result(
         _require_finite(part)
     result = {
         **figures,
+        "warnings": [notice.as_dict() for each in evaluators for notice in getattr(each, "notices", ())],
         "seed": seed,
         "seconds": round(seconds, 3),
         "versions": versions(),
@@ -68,24 +69,6 @@ def build_result(
     if taken:
         raise UsageError(f"result.json has a key {min(taken)!r} already")
     return result | more
-
-
-def warn_if_few(name: str, images: int, sure: Sequence[str]) -> None:
-    """A line in the log where figures will tell little: of few images, or such as any model gets.
-
-    Args:
-        name: of the evaluator.
-        images: that it measures on.
-        sure: keys of metrics that are 1 whatever the model does.
-    """
-    if (images >= _FEW and not sure) or not distributed.is_main():
-        return
-    said = []
-    if images < _FEW:  # the normal approximation at one half, where it is widest
-        said.append(f"{images} images tell little (50 % of them is 50 ± {min(50, 98 / math.sqrt(images)):.0f} %)")
-    if sure:
-        said.append(f"{', '.join(key.removeprefix(f'{name}/') for key in sure)} is 100 % whatever the model does")
-    logger.warning("%s: %s: measure on more", name, "; ".join(said))
 
 
 def versions() -> dict[str, str]:

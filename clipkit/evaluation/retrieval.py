@@ -16,11 +16,14 @@ from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.encode import reject
 from clipkit.embedding.store import EmbeddingStore, content_hash
 from clipkit.errors import BadImage, DataError, UsageError, option
-from clipkit.evaluation.report import warn_if_few
+from clipkit.evaluation.small import small_test
 from clipkit.images import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.processor import Processor, TextSide
+from clipkit.models.text_notices import Notice, caption_notices, tell
 from clipkit.progress import track
+from clipkit.texts import is_blank
 
 Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
@@ -32,8 +35,8 @@ class Confusion:
     """A query whose best item is wrong.
 
     Attributes:
-        query: its row among the queries.
-        found: the row of the item it found.
+        query: its place among the ``texts`` or ``images`` of the result.
+        found: the place of the item it found among the others.
         margin: best correct score minus the score of what was found; the more negative, the more confident.
     """
 
@@ -48,10 +51,11 @@ class RetrievalResult:
 
     Attributes:
         metrics: the figures.
-        n: "images", "texts", and of those how many repeat an earlier one: "duplicate_images", "duplicate_texts".
+        n: "images" and "texts" that differ, and how many repeat an earlier one: "duplicate_images", "duplicate_texts".
         text_to_image, image_to_text: where the best correct item of every query stands, and its best items.
-        texts: every caption; a text's row is its place here.
-        image_of_text: for each text the row of its image.
+        texts: the distinct captions; queries and items are places here.
+        images: the distinct images, as the row of the data set where each stands first.
+        image_of_text: for each text the place among ``images`` of the first image that carries it.
     """
 
     metrics: dict[str, float]
@@ -59,6 +63,7 @@ class RetrievalResult:
     text_to_image: Ranks
     image_to_text: Ranks
     texts: list[str]
+    images: list[int]
     image_of_text: list[int]
 
     def most_confused(self, direction: Direction, limit: int = 20) -> list[Confusion]:
@@ -72,10 +77,11 @@ class RetrievalEvaluator:
     """Finds the image for each caption and a caption for each image, among all of a data set.
 
     Every caption is a query and an item of its own, as in the papers (Flickr30k, MS-COCO); recall@k is the share of
-    queries with at least one correct item among the k best. *What is correct:* with ``group``, whatever has the same
-    value in that column; without it, what is paired, where equal captions count as one caption and byte-identical
-    images as one image (a model cannot tell them apart, and should not be marked down for it). `last.n` says how many
-    duplicates there are. Ties give their exact expectation, see `metrics.ranking`.
+    queries with at least one correct item among the k best. Equal captions (the same characters) are one query and one
+    item, and so are byte-identical images: a model cannot tell them apart, and copies would take the ranks of others.
+    *What is correct:* what is paired in any row, so that a caption of fifteen images has fifteen right answers; with
+    ``group``, whatever stands in a row with the same value in that column. `last.n` says how many duplicates there are.
+    Ties give their exact expectation, see `metrics.ranking`.
 
     Args:
         pairs: a data set with ``image`` and ``texts``, as `load_pairs` gives it.
@@ -89,6 +95,9 @@ class RetrievalEvaluator:
     Raises:
         DataError: no pair, a row without a caption, or an empty cell in ``group``.
         UsageError: a column is missing; there are labels alone, and no texts.
+
+    ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
+    captions.
 
     Call it with a model, on every process where there are several; keys are ``{name}/text_to_image_recall@1``,
     ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
@@ -117,11 +126,12 @@ class RetrievalEvaluator:
         self.images: Sequence[Any] = pairs["image"]
         self.texts, self.image_of_text = _captions(pairs["texts"])
         self.groups = None if group is None else _codes(_filled(key_values(pairs, group), group))
-        warn_if_few(name, len(self.images), [key for key in self.keys() if self._is_sure(key)])
         self.last: RetrievalResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
-        self._codes: tuple[list[int], list[int]] | None = None
+        self._hashes: list[bytes] | None = None  # of the images' contents
+        self._captions: tuple[TextSide, list[Notice]] | None = None
+        self.notices = self._small(list(range(len(self.images))))  # before an hour of training
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         """The figures of this model, the same on every process.
@@ -130,17 +140,38 @@ class RetrievalEvaluator:
             ModelError: the model gives embeddings that are not finite.
             BadImage: an image cannot be used.
         """
-        images = self._image_vectors(model)
-        texts = self._embed(model, self.texts, "text").vectors
-        towards_images, towards_texts = self._relevance()
+        images = self._image_vectors(model)  # first: it may leave images out
+        texts = self._embed(model, self._distinct_texts(), "text").vectors
+        towards_images, towards_texts = self._relevance(self._image_codes())
         found = {
             "text_to_image": _shared_rank(texts, images, towards_images, model.device),
             "image_to_text": _shared_rank(images, texts, towards_texts, model.device),
         }
         metrics = {f"{self.name}/{way}_recall@{k}": r.recall_at(k) for way, r in found.items() for k in self.ks}
         metrics |= {f"{self.name}/{way}_median_rank": r.median_rank() for way, r in found.items()}
-        self.last = RetrievalResult(metrics, self._n(), **found, texts=self.texts, image_of_text=self.image_of_text)
+        self.last = self._result(metrics, found)
+        self.notices = [*self._small(self._image_codes()), *self._unseen(model.processor)]
         return metrics
+
+    def _small(self, images: list[int]) -> list[Notice]:
+        queries = {"images": len(set(images)), "texts": len(self._distinct_texts())}
+        notices = small_test(self.name, queries, self._chance(images))
+        tell(notices, self)
+        return notices
+
+    def _unseen(self, processor: Processor) -> list[Notice]:
+        if self._captions is None or self._captions[0] is not processor.text_side:  # the same at every evaluation
+            self._captions = processor.text_side, caption_notices(processor, self._distinct_texts())
+        tell(self._captions[1], self)
+        return self._captions[1]
+
+    def _result(self, metrics: dict[str, float], found: dict[str, Ranks]) -> RetrievalResult:
+        codes, texts = self._image_codes(), self._distinct_texts()
+        first = {text: codes[row] for text, row in reversed(list(zip(self.texts, self.image_of_text, strict=True)))}
+        rows = [self._rows[row] for row in _first(codes)]
+        return RetrievalResult(
+            metrics, self._n(), **found, texts=texts, images=rows, image_of_text=[first[t] for t in texts]
+        )
 
     def keys(self) -> list[str]:
         """The keys of the metrics, in their order."""
@@ -148,40 +179,35 @@ class RetrievalEvaluator:
         recalls = [f"{self.name}/{way}_recall@{k}" for way in ways for k in self.ks]
         return recalls + [f"{self.name}/{way}_median_rank" for way in ways]
 
-    def _is_sure(self, key: str) -> bool:
-        """Whether any model gets 1: there are no more items than recall@k looks at."""
-        texts = len(self.texts if self.groups else set(self.texts))
-        items = len(self.images) if "text_to_image" in key else texts
-        return "@" in key and int(key.rpartition("@")[2]) >= items
-
     def chance(self) -> dict[str, float]:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
-        ways = zip(("text_to_image", "image_to_text"), self._relevance(), strict=True)
+        return self._chance(self._image_codes())
+
+    def _chance(self, images: list[int]) -> dict[str, float]:
+        ways = zip(("text_to_image", "image_to_text"), self._relevance(images), strict=True)
         return {f"{self.name}/{way}_recall@{k}": chance(relevant, k) for way, relevant in ways for k in self.ks}
 
     def n(self) -> dict[str, int]:
-        """How many images and texts there are, by ``{name}/images``, and how many are duplicates."""
+        """How many images and texts that differ there are, by ``{name}/images``, and how many more are duplicates."""
         return {f"{self.name}/{what}": count for what, count in self._n().items()}
 
     def _n(self) -> dict[str, int]:
-        image_codes, text_codes = self._contents()
-        images, texts = len(image_codes), len(text_codes)
+        images, texts = len(set(self._image_codes())), len(self._distinct_texts())
         return {
             "images": images,
             "texts": texts,
-            "duplicate_images": images - len(set(image_codes)),
-            "duplicate_texts": texts - len(set(text_codes)),
+            "duplicate_images": len(self.images) - images,
+            "duplicate_texts": len(self.texts) - texts,
         }
 
     def _image_vectors(self, model: DualEncoder) -> Tensor:
-        codes, _ = self._contents()
-        first = {code: row for row, code in reversed(list(enumerate(codes)))}  # each distinct image once
-        found = self._embed(model, Rows(self.images, [first[code] for code in range(len(first))]), "image")
+        """(distinct images, dim)"""
+        codes = self._image_codes()
+        found = self._embed(model, Rows(self.images, _first(codes)), "image")
         if found.rejected:
             refused = {reject.row: reject for reject in found.rejected}
             self._drop({row: refused[code] for row, code in enumerate(codes) if code in refused})
-            return found.vectors[self._contents()[0]]  # what is left has the same order
-        return found.vectors[codes]
+        return found.vectors
 
     def _drop(self, refused: Mapping[int, Reject]) -> None:
         """Leaves images out, with their captions, for this and every later call."""
@@ -194,7 +220,8 @@ class RetrievalEvaluator:
         self.texts, self.image_of_text = [text for text, _ in pairs], [row for _, row in pairs]
         self._rows = [self._rows[row] for row in kept]
         self.groups = None if self.groups is None else [self.groups[row] for row in kept]
-        self.images, self._codes = Rows(self.images, kept), None
+        self._hashes = None if self._hashes is None else [self._hashes[row] for row in kept]
+        self.images = Rows(self.images, kept)
 
     def _embed(self, model: DualEncoder, items: Sequence[Any], kind: Literal["image", "text"]) -> Embedded:
         return embed(
@@ -209,9 +236,12 @@ class RetrievalEvaluator:
             on_bad=self.on_bad,
         )
 
-    def _contents(self) -> tuple[list[int], list[int]]:
-        """A code for the content of each image and each text; the images are read once, shared over the ranks."""
-        if self._codes is None:
+    def _distinct_texts(self) -> list[str]:
+        return list(dict.fromkeys(self.texts))
+
+    def _image_codes(self) -> list[int]:
+        """A code for the content of each image, from 0; the images are read once, shared over the ranks."""
+        if self._hashes is None:
             here, world, n = distributed.rank(), distributed.world_size(), len(self.images)
             rows, main = range(here, n, world), self.progress and distributed.is_main()
             read = track(rows, len(rows), "reading images", unit="image", shown=main)
@@ -220,26 +250,26 @@ class RetrievalEvaluator:
             refused = {row: found for row, found in enumerate(hashes) if isinstance(found, Reject)}
             if refused:
                 self._drop(refused)
-                hashes = [found for found in hashes if not isinstance(found, Reject)]
-            self._codes = _codes(hashes), _codes(self.texts)
-        return self._codes
+            self._hashes = [found for found in hashes if not isinstance(found, Reject)]
+        return _codes(self._hashes)
 
     def _content(self, row: int) -> bytes | Reject:
         try:
             return content_hash(bytes_of(self.images[row]))
         except BadImage as error:
             if self.on_bad == "error":
-                raise
+                raise error.or_skip() from error
             return reject(row, self.images[row], error)
 
-    def _relevance(self) -> tuple[Relevance, Relevance]:
-        """Which images are correct for each text, and which texts for each image."""
-        if self.groups is not None:
-            own = [self.groups[i] for i in self.image_of_text]
-            return Relevance.by_group(own, self.groups), Relevance.by_group(self.groups, own)
-        images, texts = self._contents()
-        pairs = {(images[i], texts[t]) for t, i in enumerate(self.image_of_text)}
-        return _related(texts, images, ((t, i) for i, t in pairs)), _related(images, texts, pairs)
+    def _relevance(self, images: list[int]) -> tuple[Relevance, Relevance]:
+        """Which distinct images are correct for each distinct text, and the other way; ``images`` are their codes.
+
+        A row's key is its group, or else its image; texts and images have the keys of all rows where they stand.
+        """
+        keys = images if self.groups is None else self.groups
+        of_images = _keys(images, keys)
+        of_texts = _keys(_codes(self.texts), [keys[row] for row in self.image_of_text])
+        return Relevance.by_keys(of_texts, of_images), Relevance.by_keys(of_images, of_texts)
 
 
 class Rows(Sequence[Any]):
@@ -260,7 +290,7 @@ def require_columns(pairs: Any, columns: Iterable[str]) -> None:
     found = list(pairs.column_names)
     for column in columns:
         if column not in found:
-            fix = f"name the column of the class with {option('label')}" if column == "label" else None
+            fix = f"name the column of the class: {option('label', 'COLUMN')}" if column == "label" else None
             raise UsageError(f"expected a column {column!r}; the data set has {', '.join(found)}", fix=fix)
     if not len(pairs):
         raise DataError("the data set has no row, so there is nothing to evaluate")
@@ -270,7 +300,7 @@ def _captions(texts: Iterable[Sequence[str]]) -> tuple[list[str], list[int]]:
     captions: list[str] = []
     owner: list[int] = []
     for row, own in enumerate(texts):
-        if not own or not all(isinstance(text, str) and text.strip() for text in own):
+        if not own or not all(isinstance(text, str) and not is_blank(text) for text in own):
             raise DataError("every image needs a caption, and none may be empty", where=f"row {row}")
         captions += own
         owner += [row] * len(own)
@@ -291,15 +321,18 @@ def _codes(values: Iterable[Hashable]) -> list[int]:
     return [seen.setdefault(value, len(seen)) for value in values]
 
 
-def _related(queries: list[int], items: list[int], pairs: Iterable[tuple[int, int]]) -> Relevance:
-    """From pairs of a query's content and an item's content to the items themselves."""
-    rows: dict[int, list[int]] = {}
-    for row, code in enumerate(items):
-        rows.setdefault(code, []).append(row)
-    positives: list[list[int]] = [[] for _ in range(max(queries) + 1)]
-    for query, item in pairs:
-        positives[query] += rows[item]
-    return Relevance.by_code(queries, positives, len(items))
+def _first(codes: list[int]) -> list[int]:
+    """For each code the row where it stands first."""
+    first = {code: row for row, code in reversed(list(enumerate(codes)))}
+    return [first[code] for code in range(len(first))]
+
+
+def _keys(codes: list[int], keys: list[int]) -> list[frozenset[int]]:
+    """For each code all keys that it has in one row or another."""
+    found: list[set[int]] = [set() for _ in range(max(codes) + 1)]
+    for code, key in zip(codes, keys, strict=True):
+        found[code].add(key)
+    return [frozenset(own) for own in found]
 
 
 def _shared_rank(queries: Tensor, items: Tensor, relevance: Relevance, device: torch.device) -> Ranks:

@@ -26,7 +26,8 @@ class ValidationLoss:
     The pairs, each image with its first caption, are mixed once by a fixed rule (or a table that is sorted by class
     would give batches of one class) and cut into batches of nearly equal size; the figure is the mean over all pairs.
     It depends on these batches (a uniform guess gives ln of their size under
-    InfoNCE), but not on the batch size, the augmentation, or the number of processes of a training.
+    InfoNCE), but not on the batch size, the augmentation, or the number of processes of a training. Equal captions in a
+    batch count against each other, as in training with `Paired()`: where captions repeat, it cannot reach 0.
 
     Args:
         pairs: a data set with `image` and `texts`.

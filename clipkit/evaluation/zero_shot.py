@@ -12,13 +12,14 @@ from torch import Tensor
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import DataError, UsageError
-from clipkit.evaluation.report import warn_if_few
+from clipkit.errors import DataError, UsageError, option
 from clipkit.evaluation.retrieval import Rows, require_columns
+from clipkit.evaluation.small import small_test
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
-from clipkit.labelling.prompts import DEFAULT_TEMPLATE, prompts
 from clipkit.metrics import classification as metrics
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.text_notices import Notice, tell
+from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, prompts
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class ZeroShotEvaluator:
         pairs: a data set with ``image`` and a column of labels: `datasets.ClassLabel`, class names, or numbers from 0.
         class_names: names for the prompts. Left out, the labels' own names. A list is in the order of the labels (for
             labels that are names: any order); a mapping goes from each label's name to the names its prompts use.
-        templates: one or several, with the slot ``{}`` or ``{c}``.
+        templates: one or several, with the slot ``{}`` or ``{c}``; or a mapping from each class to its own templates or
+            whole prompts.
         label: the column of labels.
         name: the prefix of the metric keys.
         store: keeps the embeddings by content, for the next evaluation of the same weights.
@@ -79,6 +81,9 @@ class ZeroShotEvaluator:
         DataError: no row, a row without a label, or a label that is none of the classes.
         UsageError: a column is missing, or the class names do not fit the labels.
 
+    ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
+    classes.
+
     Call it with a model, on every process where there are several. Keys: ``{name}/top1``, ``{name}/mean_per_class``
     (the mean recall of the classes that are present) and, with more than five classes, ``{name}/top5``.
     """
@@ -87,8 +92,8 @@ class ZeroShotEvaluator:
         self,
         pairs: Any,
         *,
-        class_names: Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
-        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        class_names: Names | None = None,
+        templates: Templates = DEFAULT_TEMPLATE,
         label: str = "label",
         name: str = "zero_shot",
         store: EmbeddingStore | None = None,
@@ -105,10 +110,10 @@ class ZeroShotEvaluator:
         self.name, self.templates, self.store, self.features = name, templates, store, features
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
-        warn_if_few(name, len(self.images), [f"{name}/top1"] if len(self.class_names) == 1 else [])
         self.last: ZeroShotResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
+        self.notices = self._small()
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         """The figures of this model, the same on every process.
@@ -141,6 +146,7 @@ class ZeroShotEvaluator:
         found[f"{self.name}/mean_per_class"] = metrics.mean_per_class(logits, self.labels)
         predictions = classifier.predict(embedded.vectors, range(len(embedded.vectors)))
         self.last = _result(found, classifier.class_names, self.labels, logits, predictions)
+        self.notices = [*self._small(), *classifier.notices]
         return found
 
     def keys(self) -> list[str]:
@@ -168,6 +174,11 @@ class ZeroShotEvaluator:
         counts = {"images": len(self.labels), "classes": len(self.class_names), "classes_present": self._present()}
         return {f"{self.name}/{what}": count for what, count in counts.items()}
 
+    def _small(self) -> list[Notice]:
+        notices = small_test(self.name, {"images": len(self.labels)}, self.chance(), self.majority())
+        tell(notices, self)
+        return notices
+
     def _present(self) -> int:
         return int((torch.bincount(self.labels) > 0).sum())
 
@@ -180,9 +191,6 @@ def _result(
     recall = [r if c else None for r, c in zip(metrics.per_class_recall(logits, labels).tolist(), n, strict=True)]
     rows = [ClassFigures(*row) for row in zip(names, n, recall, named, strict=True)]
     return ZeroShotResult(found, names, labels, metrics.hits(logits, labels), predictions, confusion, rows)
-
-
-Names = Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
 def _align(
@@ -214,7 +222,10 @@ def _align(
 def _numbered(own_names: Sequence[str] | None, class_names: Names | None, column: str) -> Names:
     if class_names is None:
         if own_names is None:
-            raise UsageError(f"the labels in {column!r} are bare numbers", fix="pass class_names, in their order")
+            raise UsageError(
+                f"the labels in {column!r} are bare numbers",
+                fix=option("evaluate.zero_shot", "COLUMN", python="class_names=[…], in their order"),
+            )
         return own_names
     if own_names is None:
         return class_names

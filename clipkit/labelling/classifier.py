@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,9 +13,11 @@ from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import ClipkitError, UsageError
-from clipkit.labelling.prompts import DEFAULT_TEMPLATE, class_embeddings, prompts
+from clipkit.labelling.prompts import class_embeddings
 from clipkit.metrics.ranking import distinct_rows
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.text_notices import class_notices, tell
+from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, names_of, prompts
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class ZeroShotClassifier:
     Args:
         model: any dual encoder. Its weights are read when the classifier is made: make a new one after training.
         class_names: the classes; or a mapping from each class to the names its prompts use.
-        templates: one or several, with the slot ``{}`` or ``{c}``.
+        templates: one or several, with the slot ``{}`` or ``{c}``; or a mapping from each class to its own templates or
+            whole prompts.
         store: keeps text and image embeddings for the next time.
         progress: whether to show how far the prompts are embedded.
 
@@ -65,6 +68,8 @@ class ZeroShotClassifier:
         class_names: as a tuple, in order.
         prompts: what the model was asked, by class.
         weights: (classes, dim) float32, unit length.
+        notices: what the model cannot see of the classes (unknown words, classes that become the same tokens); also
+            told in the log.
 
     Raises:
         UsageError: see `prompts`.
@@ -73,9 +78,9 @@ class ZeroShotClassifier:
     def __init__(
         self,
         model: DualEncoder,
-        class_names: Sequence[str] | Mapping[str, str | Sequence[str]],
+        class_names: Names,
         *,
-        templates: str | Sequence[str] = DEFAULT_TEMPLATE,
+        templates: Templates = DEFAULT_TEMPLATE,
         store: EmbeddingStore | None = None,
         progress: bool = False,
     ) -> None:
@@ -83,6 +88,8 @@ class ZeroShotClassifier:
         self.class_names = tuple(self.prompts)
         self.model, self.store = model, store
         self.weights = class_embeddings(model, self.prompts, store=store, progress=progress)
+        self.notices = class_notices(model.processor, names_of(class_names), self.prompts)
+        tell(self.notices, model.processor.text_side)
 
     def __call__(
         self,

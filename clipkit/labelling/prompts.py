@@ -1,4 +1,4 @@
-"""From class names and templates to one text embedding for each class."""
+"""From the prompts of each class to one text embedding for it."""
 
 from __future__ import annotations
 
@@ -12,31 +12,6 @@ from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import UsageError
 from clipkit.models.dual_encoder import DualEncoder
-
-DEFAULT_TEMPLATE = "a photo of a {}."
-_SLOTS = ("{}", "{c}")
-
-
-def prompts(
-    class_names: Sequence[str] | Mapping[str, str | Sequence[str]], templates: str | Sequence[str] = DEFAULT_TEMPLATE
-) -> dict[str, list[str]]:
-    """The prompts of each class: each of its names in each template.
-
-    Args:
-        class_names: the names; or a mapping from each class to the name or names that are written into the prompts,
-            such as ``{"happy": ["happy", "smiling"]}``.
-        templates: one or several; each holds the slot ``{}`` or ``{c}``, which the name replaces as it stands (other
-            braces are plain text).
-
-    Raises:
-        UsageError: no class, a class or a name twice, an empty name, or a template without a slot.
-
-    >>> prompts({"cat": ["cat", "kitten"]}, "a {}.")
-    {'cat': ['a cat.', 'a kitten.']}
-    """
-    names = _names(class_names)
-    patterns = _templates(templates)
-    return {c: [_fill(pattern, name) for name in own for pattern in patterns] for c, own in names.items()}
 
 
 def class_embeddings(
@@ -63,52 +38,3 @@ def class_embeddings(
     if lost:
         raise UsageError("the prompts of a class average to nothing", where=list(class_prompts)[lost[0]])
     return normalize(means, dim=1)
-
-
-def _fill(template: str, name: str) -> str:
-    # not str.format: "{c.__class__}" would look up attributes, and any other brace would raise
-    for slot in _SLOTS:
-        template = template.replace(slot, "\0")
-    return template.replace("\0", name)
-
-
-def _templates(templates: str | Sequence[str]) -> list[str]:
-    found = [templates] if isinstance(templates, str) else list(templates)
-    if not found:
-        raise UsageError("expected at least one template", fix=f'for example "{DEFAULT_TEMPLATE}"')
-    for template in found:
-        if not any(slot in template for slot in _SLOTS):
-            raise UsageError(
-                "a template needs the slot {} or {c}, where the class name goes",
-                where=repr(template),
-                fix=f'for example "{DEFAULT_TEMPLATE}"',
-            )
-    if len(set(found)) < len(found):
-        raise UsageError("a template is given twice", where=repr(_twice(found)))
-    return found
-
-
-def _names(class_names: Sequence[str] | Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
-    if isinstance(class_names, str):
-        raise UsageError(
-            f"expected a list of class names, found the text {class_names!r}", fix=f"[{class_names!r}, ...]"
-        )
-    if isinstance(class_names, Mapping):
-        own = {c: [n] if isinstance(n, str) else list(n) for c, n in class_names.items()}
-    else:
-        own = {name: [name] for name in class_names}
-        if len(own) < len(class_names):
-            raise UsageError("a class name is given twice", where=repr(_twice(class_names)), fix="drop one")
-    if not own:
-        raise UsageError("expected at least one class name, found none")
-    every = [name for names in own.values() for name in names]
-    for c, names in own.items():
-        if not names or not all(isinstance(name, str) and name.strip() for name in [c, *names]):
-            raise UsageError("every class needs a name, and no name may be empty", where=repr(c))
-    if len(set(every)) < len(every):
-        raise UsageError("two classes share a name, so no image could be told apart", where=repr(_twice(every)))
-    return own
-
-
-def _twice(values: Sequence[str]) -> str:
-    return next(value for i, value in enumerate(values) if value in values[:i])

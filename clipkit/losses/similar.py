@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 
 Side = Literal["image", "text"]
 Keys = Mapping[str, Tensor]  # column -> (n,) int64 codes, or (n,) or (n, d) float32 numbers
@@ -98,14 +98,17 @@ class Similar(ABC):
         if self.views < 0 or self.views == 1 or (self.views and self.between != ("image", "image")):
             raise UsageError(
                 f"views are compared with each other, two or more; found views={self.views}, between={self.between}",
-                fix='views=2, between=("image", "image")',
+                fix=f"{option('similar.views', 2)}, {option('similar.between', ('image', 'image'))}",
             )
         if self.head and self.between != ("image", "image"):
             raise UsageError(
-                f"a head of its own projects images; found between={self.between}", fix='between=("image", "image")'
+                f"a head of its own projects images; found between={self.between}",
+                fix=option("similar.between", ("image", "image")),
             )
         if self.head and self.temperature is None:
-            raise UsageError("a notion with a head of its own needs a temperature of its own", fix="temperature=0.1")
+            raise UsageError(
+                "a notion with a head of its own needs a temperature of its own", fix=option("similar.temperature", 0.1)
+            )
 
     @property
     def alone(self) -> bool:

@@ -8,7 +8,7 @@ tie-breaking, so that embeddings which are all alike score chance, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import accumulate
@@ -24,7 +24,7 @@ _TILE = 2**24  # scores held at once: 64 MiB of float32, and as much again in co
 
 @dataclass(frozen=True)
 class Relevance:
-    """Which items are correct for which query. Build one with `by_group` or `by_code`.
+    """Which items are correct for which query. Build one with `by_group` or `by_keys`.
 
     Attributes:
         code: (queries,) long; queries of one code share their positives.
@@ -56,17 +56,22 @@ class Relevance:
         return cls(code, start, order[kept], len(items))
 
     @classmethod
-    def by_code(cls, code: Sequence[int], positives: Sequence[Collection[int]], items: int) -> Relevance:
-        """Every code of a query lists its items: for relations that groups cannot express.
+    def by_keys(cls, query_keys: Sequence[frozenset[int]], item_keys: Sequence[frozenset[int]]) -> Relevance:
+        """An item is correct for every query that shares a key with it: a caption of two images has two keys.
 
         Args:
-            code: (queries,) from 0; the query's place in ``positives``.
-            positives: for each code its correct items, each once.
-            items: how many items there are.
+            query_keys: (queries,) the keys of each query.
+            item_keys: (items,) the keys of each item.
         """
+        holders: dict[int, list[int]] = {}
+        for number, keys in enumerate(item_keys):
+            for key in keys:
+                holders.setdefault(key, []).append(number)
+        codes = {keys: code for code, keys in enumerate(dict.fromkeys(query_keys))}
+        positives = [sorted({number for key in keys for number in holders.get(key, ())}) for keys in codes]
         start = torch.tensor([0, *accumulate(len(own) for own in positives)]).long()
         item = torch.tensor([i for own in positives for i in own]).long()
-        return cls(torch.as_tensor(code).long(), start, item, items)
+        return cls(torch.tensor([codes[keys] for keys in query_keys]).long(), start, item, len(item_keys))
 
     def __len__(self) -> int:
         return len(self.code)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from clipkit.errors import ModelError, UsageError
+from clipkit.errors import ModelError, UsageError, option
 from clipkit.models.backend import PARTS, Backend, Part
 from clipkit.models.blocks import blocks, layers
 from clipkit.models.processor import Processor
@@ -73,7 +73,9 @@ def checkpoint_gradients(backend: Backend, on: bool) -> None:
     if lacking:
         _switch(backend, False)
         kind = type(backend.get_submodule(backend.names[lacking[0]].tower[0])).__name__
-        raise ModelError(f"the {lacking[0]} tower ({kind}) has no gradient checkpointing", fix="a smaller micro-batch")
+        raise ModelError(
+            f"the {lacking[0]} tower ({kind}) has no gradient checkpointing", fix=f"a smaller {option('micro_batch')}"
+        )
 
 
 def _switch(backend: Backend, on: bool) -> None:
@@ -112,4 +114,5 @@ def _refuse_double_statistics(backend: Backend, part: Part) -> None:
         trained = any(p.requires_grad for p in block.parameters())
         if trained and any(isinstance(module, _BATCH_NORM) for module in block.modules()):
             message = f"the {part} tower has BatchNorm, whose statistics gradient checkpointing would move twice a step"
-            raise ModelError(message, fix=f'model.freeze("{part}"), or a smaller micro-batch')
+            freeze = option("model.freeze", part, python=f'model.freeze("{part}")')
+            raise ModelError(message, fix=f"{freeze}, or a smaller {option('micro_batch')}")

@@ -17,6 +17,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import words
 from clipkit.models.folder_checks import damaged
 from clipkit.models.known_answers import about, why
+from clipkit.models.names import model_of_run
 from clipkit.models.open_model import OPEN_CLIP, open_model
 from clipkit.models.saving import golden, reference
 
@@ -124,7 +125,7 @@ def _damaged(model: str | os.PathLike[str] | DualEncoder) -> dict[str, str]:
 
 
 def _path(model: str | os.PathLike[str]) -> Path:
-    return Path(os.fspath(model).removeprefix(OPEN_CLIP)).expanduser()
+    return model_of_run(Path(os.fspath(model).removeprefix(OPEN_CLIP)).expanduser())
 
 
 # ------------------------------------------------------------------------------------------------------ step by step

@@ -7,8 +7,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import CorruptArtefact, ModelError
+from clipkit.errors import CorruptArtefact, ModelError, option
 
+# What transformers, open_clip, timm and peft read; other files with such names (data_config.json, ds_config.json) are
+# not read by any of them. `config.4.57.0.json` is what config.json may name for another version of transformers.
+_READ = (
+    "config.json",
+    "config.*.json",
+    "adapter_config.json",
+    "audio_tokenizer_config.json",
+    "generation_config.json",
+    "open_clip_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "video_preprocessor_config.json",
+)
 # transformers imports what the first three name, and peft the last. open_clip hands `tokenizer_kwargs` to transformers
 # as they stand, so that a config would agree to its own code.
 _RUNS_CODE = ("auto_map", "custom_pipelines", "custom_generate", "trust_remote_code", "auto_mapping")
@@ -25,15 +39,16 @@ def read_json(path: Path) -> dict[str, Any]:
             f"not a JSON file: {error}", where=path, fix="download or save the model again"
         ) from error
     if not isinstance(found, dict):
-        raise CorruptArtefact("a JSON object was expected", where=path)
+        message = f"a JSON object was expected, found {type(found).__name__}"
+        raise CorruptArtefact(message, where=path, fix="download or save the model again")
     return found
 
 
 def refuse_code(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Look at every config in a folder, at any depth of its JSON.
+    """Look at every config in a folder that a library reads, at any depth of its JSON.
 
     Args:
-        folder: its ``*config*.json`` are read, folders below it are not.
+        folder: its own configs are looked at, those of folders below it are not, and neither is any other file.
         trust_remote_code: whether the user has agreed.
 
     Raises:
@@ -42,10 +57,11 @@ def refuse_code(folder: Path, *, trust_remote_code: bool = False) -> None:
     """
     if trust_remote_code:
         return
-    for path in sorted(folder.glob("*config*.json")):
+    for path in sorted({path for name in _READ for path in folder.glob(name) if path.is_file()}):
         asked = list(_asked(read_json(path)))
         if asked:
-            fix = "read that code, then pass trust_remote_code=True with a fixed revision="
+            agree = option("trust_remote_code", True, python="trust_remote_code=True with a fixed revision=")
+            fix = f"read that code, then {agree}"
             raise ModelError(f"the model asks to run its own code ({', '.join(asked[:5])})", where=path, fix=fix)
 
 

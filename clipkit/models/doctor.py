@@ -17,7 +17,7 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import Fingerprint
 from clipkit.models.folder_checks import damaged, file_findings, weight_findings
 from clipkit.models.known_answers import Finding, known_answers, why
-from clipkit.models.names import find_folder
+from clipkit.models.names import find_folder, model_of_run
 from clipkit.models.open_model import open_model
 from clipkit.models.saving import golden, reference
 
@@ -110,7 +110,7 @@ def _folder(name: str | os.PathLike[str]) -> Path | None:
     text = os.fspath(name)
     folder = Path(text.removeprefix("open_clip:")).expanduser()
     if folder.is_dir():
-        return folder
+        return model_of_run(folder)
     return None if text.startswith("open_clip:") else find_folder(text)
 
 

@@ -104,7 +104,10 @@ class DualEncoder(nn.Module):
         return "softmax" if self.logit_bias is None else "sigmoid"
 
     def fingerprint(self) -> Fingerprint:
-        """What names this model in every index and result; changes with any weight or setting."""
+        """What names this model in every index and result; changes with any weight or setting.
+
+        Takes a pass over the weights at the speed of memory, and SHA-256 over them once for a state of the weights.
+        """
         plain = lora.merged(self)  # what `save_pretrained` writes
         return take(plain.backend, plain.processor)
 

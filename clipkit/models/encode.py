@@ -18,6 +18,7 @@ from clipkit.images import load_image
 from clipkit.models.backend import Part
 from clipkit.models.processor import Processor
 from clipkit.progress import Progress
+from clipkit.texts import checked_text, is_broken
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -123,6 +124,8 @@ def text_chunks(items: Sequence[Any], processor: Processor, batch_size: int) -> 
     for index, text in enumerate(items):
         if not isinstance(text, str):
             raise DataError(f"a text was expected, found {type(text).__name__}: {text!r}", where=f"item {index}")
+        if is_broken(text):
+            checked_text(text)
     for start in range(0, len(items), _positive(batch_size)):
         yield processor.texts(items[start : start + batch_size])
 

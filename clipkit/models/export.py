@@ -64,7 +64,7 @@ def export(model: DualEncoder, folder: Path, to: Target, overwrite: bool) -> Exp
         raise UsageError(f"a model can be exported to transformers, open_clip or onnx, found {to!r}")
     native = "open_clip" if model.backend.family == "open_clip" else "transformers"
     if native == to:
-        raise UsageError(f"this model is one of {to} already", fix=f"save_pretrained({str(folder)!r})")
+        raise _nothing_to_convert(model, to)
     check_place(folder, overwrite)
     source = reference(model)
     with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
@@ -80,6 +80,24 @@ def export(model: DualEncoder, folder: Path, to: Target, overwrite: bool) -> Exp
         target.name, target.card = model.name, model.card
         target.save_pretrained(folder, overwrite=overwrite)
     return ExportReport(folder, to, tensors, _end_to_end(source, target), notes)
+
+
+def _nothing_to_convert(model: DualEncoder, to: Target) -> UsageError:
+    from clipkit.models import vtde
+    from clipkit.models.towers import TowersBackend
+
+    reason = None
+    if isinstance(model.backend, TowersBackend):
+        with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
+            reason = vtde.attempt(model.backend, model.processor, Path(room), golden(model))
+    if reason is None:
+        fix = f"copy its folder ({model.name}), or model.save_pretrained(FOLDER): that is its format"
+        return UsageError(f"this model is one of {to} already", fix=fix)
+    message = f"transformers has no class for these joined towers: {reason}"
+    fix = (
+        "export to onnx; or a saved folder as it is: AutoModel opens its vision/ and text/, without_clipkit.py the rest"
+    )
+    return UsageError(message, fix=fix)
 
 
 def _to_open_clip(model: DualEncoder, folder: Path) -> list[str]:

@@ -70,7 +70,7 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 def weight_findings(folder: Path) -> Iterator[Finding]:
     """What can be said of weight files without building the model, damage aside that clipkit.json shows."""
     named = damaged(folder)
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(path for path in folder.rglob("*.safetensors") if path.name[0] != "."):
         name = path.relative_to(folder).as_posix()
         try:
             with safe_open(path, "pt") as file:

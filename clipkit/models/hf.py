@@ -110,7 +110,8 @@ def open_folder(
 ) -> tuple[TransformersBackend, Processor]:
     """Open a folder that transformers wrote; `fresh` leaves its weights aside and draws new ones."""
     check_folder(folder, trust_remote_code=trust_remote_code, weights=not fresh)
-    model_type = str(read_json(folder / "config.json").get("model_type"))
+    written = read_json(folder / "config.json")
+    model_type = str(written.get("model_type", "timm_wrapper" if "pretrained_cfg" in written else None))
     if model_type in CONFIG_MAPPING:  # before the weights are read, and whatever they hold
         family_of(model_type, MODEL_MAPPING.get(CONFIG_MAPPING[model_type], object))
     if fresh:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipkit.errors import ModelError
+from clipkit.models.layouts import tower_folder
 
 Library = Literal["transformers", "open_clip"]
 
@@ -56,22 +57,46 @@ def near_folders(name: str) -> str:
 
 
 def find_folder(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:
-    """The folder of a local or hub model. A local folder never touches the network.
+    """The folder that holds a local or hub model's config. A local folder never touches the network.
+
+    Of a run, and of an older model of sentence-transformers, that is a folder within the one that is named
+    (`model_of_run`, `tower_folder`).
 
     Raises:
         ModelError: no such folder, no such repository, or it is not in the cache and there is no network.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder
+        return tower_folder(model_of_run(folder))
     text = os.fspath(name)
     if folder.exists():
         fix = "pass the folder that holds config.json"
         raise ModelError("a model is a folder, not a single file", where=text, fix=fix)
     if text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text:
-        kinds = "a folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER"
-        raise ModelError(f"no such model folder.{near_folders(text)}", where=text, fix=f"a model's name is {kinds}")
-    return download(text, revision)
+        raise _no_folder(text)
+    try:
+        return tower_folder(download(text, revision))
+    except ModelError as error:
+        if folder.parent.is_dir():  # runs/birds looks like org/name
+            raise _no_folder(text) from error
+        raise
+
+
+def model_of_run(folder: Path) -> Path:
+    """The folder itself; of a run, which is not a model but holds one, its `model` folder."""
+    inner = folder / "model"
+    if any((folder / name).is_file() for name in ("config.json", "clipkit.json")):
+        return folder
+    return inner if (folder / "config.yaml").is_file() and (inner / "clipkit.json").is_file() else folder
+
+
+def _no_folder(name: str) -> ModelError:
+    parent = Path(name).expanduser().parent
+    hint = near_folders(name)
+    if not hint and parent.is_dir() and (there := sorted(path.name for path in parent.iterdir() if path.is_dir())):
+        hint = f" In {parent} there are {', '.join(there[:10])}."
+    fix = None if hint else "a model's name is a folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER"
+    return ModelError(f"no such model folder.{hint}", where=name, fix=fix)
 
 
 def download(name: str, revision: str | None, library: Library = "transformers") -> Path:

@@ -102,16 +102,18 @@ def _trace(module: nn.Module, inputs: Mapping[str, Tensor], model: DualEncoder, 
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """Without what the exporter says of its own doings: names of axes it merges, constants it does not fold."""
-    logger = logging.getLogger("onnxscript")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without what the exporter says of its own doings: axes, constants it does not fold, weights it merges."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"# The axis name: \w+ will not be used", UserWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
 
 
 def _session(path: Path) -> Any:

@@ -59,8 +59,7 @@ def open_folder(
 ) -> tuple[OpenClipBackend, Processor]:
     """A folder with open_clip_config.json and weights; `name` stands for it in messages."""
     config = _folder_config(folder, trust_remote_code)
-    check_weights(folder, _PICKLED)
-    path = next(path for pattern in _PREFERRED for path in sorted(folder.glob(pattern)))
+    path = check_weights(folder, _PREFERRED)[0]
     named = name or str(folder)
     return _create(named, f"local-dir:{folder}", config, trust_remote_code, folder=folder, weights=path)
 

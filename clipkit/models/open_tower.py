@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 
-from clipkit.errors import ModelError
+from clipkit.errors import ModelError, option, typed
 from clipkit.models.backend import Part
 from clipkit.models.configs import read_json, refuse_code
+from clipkit.models.layouts import steps_after
 from clipkit.models.names import find_folder
 from clipkit.models.processor import ImageSide, TransformersImages
 from clipkit.models.transform import ImageTransform, Resize
 from clipkit.models.weights import check_folder, load_exactly
+
+logger = logging.getLogger("clipkit")
 
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
 
@@ -37,7 +41,9 @@ def open_tower(tower: Any, part: Part, pooling: str, trust: bool, class_name: st
     check_folder(folder, trust_remote_code=trust)
     loader = getattr(transformers, class_name or _class_name(folder, part), AutoModel)
     spare_pooler = () if pooling == "pooler" else ("pooler.",)
-    options = {"trust_remote_code": trust} if loader is AutoModel else {}
+    options: dict[str, Any] = {"trust_remote_code": trust} if loader is AutoModel else {}
+    if (config := _timm_config(folder)) is not None:
+        options["config"] = config
     model, missing = load_exactly(loader.from_pretrained, folder, spare=True, may_lack=spare_pooler, **options)
     if missing:
         model.pooler = None
@@ -50,10 +56,27 @@ def _class_name(folder: Path, part: Part) -> str:
     return name if part == "text" and name.endswith("EncoderModel") else "AutoModel"
 
 
+def _timm_config(folder: Path) -> Any:
+    """Of a folder that timm wrote, the config that transformers makes of it, so that it can build the model.
+
+    timm 1.0.31 repeats the number of classes in `model_args`, and transformers 5.23 then passes it twice: an error.
+    """
+    found = read_json(folder / "config.json")
+    if "pretrained_cfg" not in found or "num_classes" not in (found.get("model_args") or {}):
+        return None
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    return config
+
+
 def trained_pooling(text: Any, asked: str) -> Any:
     """The pooling that a folder of sentence-transformers was trained with, where `auto` is asked for."""
-    config = find_folder(text) / "1_Pooling" / "config.json" if isinstance(text, str | Path) else None
-    if asked != "auto" or config is None or not config.is_file():
+    steps = steps_after(find_folder(text)) if isinstance(text, str | Path) else []
+    if left_out := [step.kind for step in steps if step.kind not in _NO_WEIGHTS]:
+        names = ", ".join(left_out)
+        logger.warning("%s: %s of sentence-transformers is left out; the new text head stands for it", text, names)
+    config = next((step.folder / "config.json" for step in steps if step.kind == "Pooling"), None)
+    if asked != "auto" or config is None:
         return asked
     found = read_json(config)
     modes = [
@@ -66,6 +89,7 @@ def trained_pooling(text: Any, asked: str) -> Any:
     return pooling
 
 
+_NO_WEIGHTS = ("Pooling", "Normalize", "Dropout")  # steps of sentence-transformers that nothing is lost with
 # Of sentence-transformers' pooling config: the switches up to version 5, and the one word since.
 _SENTENCE_POOLING = {
     "pooling_mode_cls_token": "cls",
@@ -90,7 +114,8 @@ def open_tokenizer(tokenizer: Any, trust: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        fix = "pass tokenizer=, or a folder with tokenizer.json"
+        name = option("model.tokenizer", "FOLDER", python="tokenizer=")
+        fix = f"name it: {name}; or copy tokenizer.json into the folder"
         raise ModelError(f"no tokenizer could be opened: {error}", where=folder, fix=fix) from error
 
 
@@ -140,7 +165,8 @@ def image_side_for(
         if resize in (None, known.resize):
             return replace(known, mean=tuple(mean), std=tuple(std))
     elif folder is not None and not asked:
-        fix = "pass image_processor=, or image_size= with image_mean= and image_std="
+        ways = "image_processor=, or image_size= with image_mean= and image_std="
+        fix = typed(python=f"pass {ways}", shell="copy preprocessor_config.json from the original model into it")
         raise ModelError("no preprocessor_config.json: the image transform is unknown", where=folder, fix=fix)
     size = image_size or getattr(tower.config, "image_size", None)
     if not isinstance(size, int):

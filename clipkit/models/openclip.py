@@ -166,6 +166,7 @@ class OpenClipTexts:
         self.highest_id = max(vocabulary.values())
         self.eos_token_id = tokenizer.tokenizer.eos_token_id if _is_hf(self) else tokenizer.eot_token_id
         self.pad_token_id = tokenizer.tokenizer.pad_token_id if _is_hf(self) else 0
+        self.unknown_id: int | None = tokenizer.tokenizer.unk_token_id if _is_hf(self) else None
         self._hash: str | None = None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -42,6 +42,10 @@ class TextSide(Protocol):
 
     @property
     def context_length(self) -> int: ...
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that stands for whatever the vocabulary lacks; None where it lacks nothing (bytes)."""
+        ...
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]: ...
     def counts(self, texts: Sequence[str]) -> list[int]: ...
@@ -154,6 +158,7 @@ class TransformersTexts:
         self.tokenizer, self.context_length, self.padding, self.mask = tokenizer, context_length, padding, mask
         self.vocabulary = vocabulary
         self.ends_texts = _ends_texts(tokenizer)  # with its end-of-text token
+        self.unknown_id: int | None = tokenizer.unk_token_id
         self._hash: str | None = None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clipkit.errors import ClipkitError, ModelError, UsageError
+from clipkit.errors import ClipkitError, ModelError, UsageError, option
 from clipkit.files import publish
 from clipkit.models import artefact, card, lora
 from clipkit.models.weights import check_finite
@@ -64,7 +64,9 @@ def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) ->
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
-        raise UsageError("the folder exists and is not empty", where=folder, fix="another folder, or overwrite=True")
+        raise UsageError(
+            "the folder exists and is not empty", where=folder, fix=f"another folder, or {option('overwrite', True)}"
+        )
     if not any((folder / name).is_file() for name in marks):
         raise UsageError("only a model may be overwritten, and this is none", where=folder, fix="another folder")
 

@@ -12,7 +12,7 @@ from clipkit.errors import ClipkitError
 from clipkit.models.configs import read_json
 from clipkit.models.known_answers import Finding, why
 from clipkit.models.open_tower import open_tokenizer
-from clipkit.models.weights import weight_shapes
+from clipkit.models.weights import weight_files, weight_shapes
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -107,7 +107,7 @@ def of_folder(folder: Path) -> Iterator[Finding]:
     try:
         family = str(read_json(folder / "config.json").get("model_type"))
         vocabulary = open_tokenizer(folder, False).get_vocab()
-        shapes = [each for path in folder.glob("*.safetensors") for each in weight_shapes(path).items()]
+        shapes = [each for path in weight_files(folder) for each in weight_shapes(path).items()]
     except (ClipkitError, OSError):
         return  # named already
     tables = [shape[0] for name, shape in shapes if name.removesuffix(".weight").endswith(_TABLES)]

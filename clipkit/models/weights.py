@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.models.configs import refuse_code
+from clipkit.models.layouts import no_model
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# What transformers opens, the first that is there. Beside them may lie other libraries' weights, or half of them.
+_TRANSFORMERS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
+_OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".h5", ".msgpack", ".gguf")
 
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> None:
@@ -34,33 +37,41 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool
         CorruptArtefact: a config or weight file that cannot be read.
     """
     if not (folder / "config.json").is_file():
-        fix = "point to the folder that holds config.json beside the weights"
-        raise ModelError("config.json is missing, so the model's shape is unknown", where=folder, fix=fix)
-    refuse_code(folder, trust_remote_code=trust_remote_code)
+        raise no_model(folder)
     if (folder / "adapter_config.json").is_file():
         message = "an adapter of peft stands beside the weights: transformers would open the base model that it names"
         raise ModelError(message, where=folder, fix="merge it into the weights, or take adapter_config.json away")
+    refuse_code(folder, trust_remote_code=trust_remote_code)
     if weights:
-        check_weights(folder, ("pytorch_model*.bin",))
+        check_weights(folder)
 
 
-def check_weights(folder: Path, pickled: Iterable[str] = ()) -> list[Path]:
-    """The weight files of a folder, each readable: the safetensors, or where there are none the pickles.
+def check_weights(folder: Path, patterns: Sequence[str] = _TRANSFORMERS) -> list[Path]:
+    """The weight files that a library opens, each readable.
 
     Args:
         folder: holds the weights, not in folders below it.
-        pickled: patterns of the pickles that the native library would open.
+        patterns: of the files that the library opens, in its order of preference: the first that fits counts.
+
+    Raises:
+        ModelError: no such files, a Git LFS pointer, or a pickle that holds more than tensors.
+        CorruptArtefact: a file cannot be read.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    files = files or sorted({path for pattern in pickled for path in folder.glob(pattern)})
+    files = weight_files(folder, patterns)
     if not files:
-        others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES))
+        others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS))
         found = f"no weights that can be opened were found, only {others}" if others else "no weights were found"
-        fix = f"a folder with *.safetensors or {', '.join(pickled)}; download the model again"
+        fix = f"a folder with {' or '.join(patterns)}; download the model again"
         raise ModelError(found, where=folder, fix=fix)
     for path in files:
         weight_shapes(path)
     return files
+
+
+def weight_files(folder: Path, patterns: Sequence[str] = _TRANSFORMERS) -> list[Path]:
+    """The files of the first pattern that fits; not `._model.safetensors`, which macOS leaves on foreign disks."""
+    fitting = (sorted(p for p in folder.glob(each) if p.is_file() and p.name[0] != ".") for each in patterns)
+    return next((files for files in fitting if files), [])
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -132,7 +143,7 @@ def load_exactly(
                 folder,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                use_safetensors=any(folder.glob("*.safetensors")),
+                use_safetensors=any(path.suffix == ".safetensors" for path in weight_files(folder)),
                 local_files_only=True,
                 dtype=torch.float32,
                 **options,

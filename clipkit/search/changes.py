@@ -36,10 +36,14 @@ class Changes:
     rejected: list[Reject]
     kept: int
 
+    def counts(self) -> dict[str, int]:
+        """How many of each kind."""
+        found = {name: len(getattr(self, name)) for name in ("added", "changed", "moved", "removed")}
+        return found | {"kept": self.kept}
+
     def __str__(self) -> str:
-        counts = (len(self.added), len(self.changed), len(self.moved), len(self.removed), self.kept)
         words = ("new", "changed", "moved", "deleted", "as before")
-        return ", ".join(f"{count:,} {word}" for count, word in zip(counts, words, strict=True))
+        return ", ".join(f"{count:,} {word}" for count, word in zip(self.counts().values(), words, strict=True))
 
 
 def stat_of(file: Path) -> Stat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from clipkit import distributed
 from clipkit.data.rejects import Reject
 from clipkit.embedding.embed import Embedded, embed
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError, option
+from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError, option, typed
 from clipkit.files import publish
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.paths import did_you_mean
 from clipkit.search.catalogue import Catalogue, Entry, is_index, read, write
 from clipkit.search.changes import Changes, Stat, compare, stat_of, unchanged
 from clipkit.search.listing import Listing, listed
@@ -78,6 +80,8 @@ class EmbeddingIndex:
         workers: int = 0,
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "skip",
+        max_bad: int | float = 1.0,
+        rejects: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
     ) -> EmbeddingIndex:
         """Embeds images and publishes the index, whole or not at all.
@@ -91,11 +95,14 @@ class EmbeddingIndex:
             path: the file to write.
             batch_size, workers, progress: as for `embed`.
             on_bad: "skip" lists unusable images in ``rejected``; "error" stops at the first.
+            max_bad: how many (int) or what fraction (float) of them may be left out.
+            rejects: file to which those left out are written as JSON lines.
             overwrite: replace an index that is there; the old one stays until the new one is whole.
 
         Raises:
             UsageError: something is at ``path`` already, or what is to be replaced is no index.
             DataError: the folder is missing, or holds no image that can be used.
+            TooManyRejected: more than `max_bad` are left out; nothing is written.
         """
         target = Path(path)
         distributed.together(lambda: _must_be_free(target, overwrite))
@@ -111,7 +118,7 @@ class EmbeddingIndex:
 
         def finish() -> None:
             if distributed.is_main():
-                _require_some(files, found, images)
+                _settle(listing, found.rejected, images, max_bad, rejects)
                 _write(draft, Catalogue(_reopenable(model), model.fingerprint(), listing.root, entries, found.vectors))
                 publish(target, lambda fresh: _copy(draft, fresh), replace=overwrite)
                 for leftover in ("", "-wal", "-shm"):
@@ -238,6 +245,8 @@ class EmbeddingIndex:
         workers: int = 0,
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "skip",
+        max_bad: int | float = 1.0,
+        rejects: str | os.PathLike[str] | None = None,
     ) -> Changes:
         """Looks at the folder again (or at the listed files): embeds new content, drops what is gone.
 
@@ -245,10 +254,11 @@ class EmbeddingIndex:
 
         Args:
             verify: read every file, to see those that were replaced with the same size and time, too.
-            model, batch_size, workers, progress, on_bad: as for `build`.
+            model, batch_size, workers, progress, on_bad, max_bad, rejects: as for `build`.
 
         Raises:
-            DataError: the folder is not there.
+            DataError: the folder is not there, or holds no image that can be used any more.
+            TooManyRejected: more than `max_bad` are left out; the index stays as it was.
         """
         if model is not None:
             self._adopt(model)
@@ -272,6 +282,8 @@ class EmbeddingIndex:
 
         def finish() -> None:
             if distributed.is_main():
+                if listing.files:
+                    _settle(listing, rejected, self.path, max_bad, rejects)
                 kept = [entries[file] for file in order]
                 _write(self.path, Catalogue(self.model_name, self.fingerprint, root, kept, self.vectors))
 
@@ -308,16 +320,21 @@ def _entries(
     return {files[row]: entry(files[row], content) for row, content in zip(found.rows, found.content, strict=True)}
 
 
-def _require_some(files: Sequence[Path], found: Embedded, images: object) -> None:
-    if found.rows:
-        return
-    where = images if isinstance(images, (str, os.PathLike)) else f"a list of {len(files)} files"
-    if not files:
+def _settle(
+    listing: Listing,
+    rejected: list[Reject],
+    source: object,
+    max_bad: int | float,
+    rejects: str | os.PathLike[str] | None,
+) -> None:
+    """Holds what could not be used to the policy; see `Ledger.settle`."""
+    if not listing.files:
+        where = source if isinstance(source, (str, os.PathLike)) else "an empty list"
         raise DataError("there is no image here", where=where, fix="check the folder; images are told by their suffix")
-    first = found.rejected[0]
-    raise DataError(
-        f"none of {len(files)} images can be used; the first: {first.code}: {first.message}", where=first.where
-    )
+    name = source if isinstance(source, (str, os.PathLike)) else f"a list of {len(listing.files)} files"
+    ledger = listing.ledger()
+    ledger.refuse(rejected)
+    ledger.settle(name, on_bad="skip", max_bad=max_bad, rejects=rejects)
 
 
 def _reopenable(model: DualEncoder) -> str:
@@ -343,7 +360,11 @@ def _copy(draft: Path, fresh: Path) -> None:
 def _read(path: Path) -> Catalogue:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
-        fix = "give the index file" if path.is_dir() else "build it first: EmbeddingIndex.build(model, folder, path)"
+        build = typed(
+            python="EmbeddingIndex.build(model, folder, path)",
+            shell=f"clipkit index FOLDER --model MODEL --to {shlex.quote(str(path))}",
+        )
+        fix = "give the index file" if path.is_dir() else did_you_mean(path) or f"build it first: {build}"
         raise UsageError(f"expected an index file; it {found}", where=path, fix=fix)
     with EmbeddingStore(path, readonly=True) as store:
         return read(store)

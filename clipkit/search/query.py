@@ -15,6 +15,8 @@ from torch import Tensor
 from clipkit.errors import UsageError
 from clipkit.images import ImageSource, is_image_name, probe_image
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.text_notices import tell, text_notices
+from clipkit.texts import checked_text, is_blank
 
 log = logging.getLogger("clipkit")
 
@@ -22,12 +24,13 @@ Query: TypeAlias = "ImageSource | Tensor"
 
 
 def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], dim: int) -> Tensor:
-    """(queries, dim) float32, unit length.
+    """(queries, dim) float32, unit length. What the model cannot see of a text is told in the log.
 
     Encoded here and not by `embed`: a search is one process's own affair, not work that ranks share. The model is asked
     for only where a query is not an embedding already.
 
     Raises:
+        BadText: a text with bytes that are no UTF-8.
         UsageError: an empty text, something that is no query, or an embedding of another size.
     """
     kinds = [kind_of(query) for query in queries]
@@ -39,8 +42,11 @@ def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], di
             continue
         if kind == "vector":
             vectors[rows] = torch.stack([_unit(vector, dim) for vector in some])
+        elif kind == "image":
+            vectors[rows] = model().encode_images(some)
         else:
-            vectors[rows] = model().encode_texts(some) if kind == "text" else model().encode_images(some)
+            vectors[rows] = model().encode_texts(some)
+            tell(text_notices(model().processor, some), model().processor.text_side)
     return vectors
 
 
@@ -54,9 +60,10 @@ def kind_of(query: object) -> Literal["text", "image", "vector"]:
     if isinstance(query, Tensor):
         return "vector"
     if isinstance(query, str):
-        if not query.strip():
+        if is_blank(query):
             raise UsageError("the query is empty", fix="ask for something, such as 'two dogs on a beach'")
         if not is_path(query):
+            checked_text(query)
             return "text"
     if isinstance(query, (str, os.PathLike)):
         probe_image(query)  # before a model is opened for it

@@ -9,6 +9,8 @@ from clipkit.errors import UsageError, option
 from clipkit.paths import show
 from clipkit.search.index import EmbeddingIndex
 
+_MARK = b"SQLite format 3\0"
+
 
 def index_of_folder(path: Path, folder: Path) -> EmbeddingIndex | None:
     """The index at `path`, to be updated; None if there is nothing.
@@ -21,6 +23,10 @@ def index_of_folder(path: Path, folder: Path) -> EmbeddingIndex | None:
     """
     if not path.exists():
         return None
+    if not path.is_file() or not _is_database(path):
+        raise UsageError(
+            "there is something at this path that is no index", where=show(path), fix="choose another path"
+        )
     index = EmbeddingIndex.open(path)
     if index.root is not None and _same(index.root, folder):
         return index
@@ -30,6 +36,11 @@ def index_of_folder(path: Path, folder: Path) -> EmbeddingIndex | None:
     again = option("overwrite", python="overwrite=True")
     fix = f"write to another file; or {again} replaces this index by one of {show(folder)}"
     raise UsageError(f"at this path is an index of {of}", where=show(path), fix=fix)
+
+
+def _is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(_MARK)) == _MARK
 
 
 def _same(root: Path, folder: Path) -> bool:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clipkit.errors import CorruptArtefact, ResourceError
+from clipkit.errors import CorruptArtefact, ResourceError, option
 from clipkit.files import dump_json, nearest, publish, resource_errors, sha256_file
 from clipkit.training.state import Part
 
@@ -117,7 +117,7 @@ class Checkpoints:
             raise ResourceError(
                 f"a checkpoint needs {(needed + _ROOM) / 2**20:,.0f} MiB, and the disk has {free / 2**20:,.0f} MiB",
                 where=self.folder,
-                fix="free some space, or set output_dir to another disk; the checkpoints that are there stay valid",
+                fix=f"free some space, or set {option('output_dir')} to another disk; older checkpoints stay valid",
             )
 
     def paths(self) -> list[Path]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from clipkit import distributed
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 from clipkit.files import resource_errors
 
 IDENTITY = "identity.json"  # what makes the run in a folder that run
@@ -37,25 +37,25 @@ def claim_folder(folder: Path, *, may_resume: bool = False) -> Path:
 def _claim(folder: Path, may_resume: bool) -> None:
     taken = what_stands(folder)
     if folder.is_file():
-        raise UsageError("the output folder is a file", where=folder, fix="choose another output_dir")
+        raise UsageError("the output folder is a file", where=folder, fix=f"choose another {option('output_dir')}")
     if taken and not may_resume and (folder / IDENTITY).is_file():
         raise UsageError(
             "the output folder holds another run",
             where=folder / taken[0],
-            fix='choose another output_dir, or remove it; resume="auto" (--resume auto) goes on with that run',
+            fix=f"{option('resume', 'auto')} goes on with it; else choose another {option('output_dir')}",
         )
     if taken and not (folder / IDENTITY).is_file():
         raise UsageError(
             f"the output folder holds {taken[0]!r}, and is no run that could go on: it has no {IDENTITY}",
             where=folder,
-            fix="choose another output_dir",
+            fix=f"choose another {option('output_dir')}",
         )
     with resource_errors(folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (NotADirectoryError, FileNotFoundError, FileExistsError) as error:
             message = f"the output folder cannot be made: {error.strerror}"
-            raise UsageError(message, where=error.filename, fix="choose another output_dir") from error
+            raise UsageError(message, where=error.filename, fix=f"choose another {option('output_dir')}") from error
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "not writable")
 

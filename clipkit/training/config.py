@@ -11,23 +11,28 @@ RunConfig
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 
 from clipkit.data.augment import Augmentation
-from clipkit.errors import ConfigError, UsageError
+from clipkit.data.tables import TABLE_SUFFIXES, Quoting
+from clipkit.errors import ConfigError, UsageError, option, speaking
 from clipkit.losses.contrastive import TILE
 from clipkit.losses.graded import Graded
 from clipkit.losses.similar import Head, Paired, SameGroup, Side, Similar, Treat, Views
+from clipkit.paths import at_home
+from clipkit.prompts import DEFAULT_TEMPLATE
+from clipkit.training.config_errors import as_setting, as_yaml, config_error, no_config
+from clipkit.training.typed import Columns, fit
 from clipkit.training.yaml_file import dump_yaml, read_yaml, set_value
 
 _STRICT = ConfigDict(extra="forbid")
+_Templates: TypeAlias = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,8 @@ class TrainConfig:
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
+        _as_lists(self, "distinct", "matryoshka", "trackers")
+        _as_paths(self, "output_dir")
         _positive(
             self, "epochs", "batch_size", "learning_rate", "head_learning_rate", "log_every", "eps", "save_minutes"
         )
@@ -155,9 +162,6 @@ class TrainConfig:
             raise ConfigError(f"matryoshka lists numbers of dimensions, found {self.matryoshka}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must lie in [0, 1), found {self.betas}")
-        distinct: object = self.distinct
-        if isinstance(distinct, str):  # whose letters would be taken for columns
-            raise ConfigError(f"distinct lists columns, found {distinct!r}", fix=f'distinct=("{distinct}",)')
         if self.balanced is not None and self.grouped is not None:
             raise ConfigError("batches are either balanced or grouped", fix="leave out one of the two")
         if self.grouped is not None and (self.group_size < 2 or self.batch_size % self.group_size):
@@ -170,6 +174,24 @@ class TrainConfig:
         for name in ("weight_decay", "workers", "skip_nonfinite"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} cannot be negative, found {getattr(self, name)}")
+
+
+def _as_lists(config: object, *names: str) -> None:
+    """One value becomes a tuple of one: of a str the letters would be taken for items."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, str | int):
+            object.__setattr__(config, name, (value,))
+
+
+def _as_paths(config: object, *names: str) -> None:
+    """`~` is the home folder, also where no shell has read it."""
+    for name in names:
+        value = getattr(config, name)
+        if value == "":
+            raise ConfigError(f"{name} is empty", fix=option(name, "FOLDER" if name == "output_dir" else "NAME"))
+        if isinstance(value, str):
+            object.__setattr__(config, name, at_home(value))
 
 
 def _positive(config: TrainConfig, *names: str) -> None:
@@ -198,6 +220,7 @@ class LoraConfig:
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
+        _as_lists(self, "targets")
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             found = f"{self.rank}, {self.alpha}, {self.dropout}"
             raise ConfigError(
@@ -244,19 +267,21 @@ class ModelConfig:
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
+        _as_lists(self, "freeze")
+        _as_paths(self, "name", "vision", "text", "tokenizer")
         self._check_changes()
         towers = (self.vision, self.text)
         if not (all(towers) if self.name is None else not any(towers)):
             raise ConfigError(
                 "a model is either `name`, or `vision` and `text`",
                 where="model",
-                fix="set model.name=openai/clip-vit-base-patch32, or model.vision=… and model.text=…",
+                fix=f"{option('model.name', 'openai/clip-vit-base-patch32')}, or both towers",
             )
         if self.scratch and self.name is None:
             raise ConfigError(
                 "scratch draws the weights of the model that `name` names; `vision` and `text` are pretrained",
                 where="model.scratch",
-                fix="set model.name=open_clip:ViT-B-32, or leave out model.scratch",
+                fix=f"{option('model.name', 'open_clip:ViT-B-32')}, or leave out {option('model.scratch')}",
             )
 
     def _check_changes(self) -> None:
@@ -283,7 +308,8 @@ class DataConfig:
         test: pairs held out: a part (0.1), a number (500), another table or folder; 0: none, and nothing is measured.
         split_by: what never stands on both sides: ``image``, or a column.
         split: of a hub data set.
-        templates: captions for class folders, e.g. ``a photo of a {}.``
+        templates: captions for labels, e.g. ``a photo of a {}.``; or for each class its own (see `prompts`).
+        separator, encoding, quoting: of text tables and caption files, see `TextFormat`.
         features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each image, by
             the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
             this run or in an earlier one, and steps and evaluations cost the text side alone. None: it runs in each.
@@ -294,18 +320,22 @@ class DataConfig:
 
     train: str
     image: str | None = None
-    text: str | tuple[str, ...] | None = None
+    text: Columns | None = None
     label: str | None = None
     test: float | str = 0.1
     split_by: str = "image"
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
+    separator: str | None = None
+    encoding: str = "utf-8-sig"
+    quoting: Quoting = "double"
     features: str | None = None
     feature_draws: int = 4
 
     __pydantic_config__ = _STRICT
 
     def __post_init__(self) -> None:
+        _as_paths(self, "train", "test", "features")
         if self.feature_draws < 1:
             raise ConfigError(f"feature_draws must be at least 1, found {self.feature_draws}", where="data")
 
@@ -330,7 +360,7 @@ class SimilarConfig:
     """
 
     group: str | None = None
-    graded: str | tuple[str, ...] | None = None
+    graded: Columns | None = None
     similarity: Literal["cosine", "softmax", "hierarchy"] = "cosine"
     against: str | None = None
     softness: float = 0.01
@@ -378,17 +408,23 @@ class ReferenceConfig:
 
     Attributes:
         data: a table, a folder, or a name of the hub.
-        image, text, label, split, templates: as in `DataConfig`.
+        image, text, label, split, templates, separator, encoding, quoting: as in `DataConfig`.
     """
 
     data: str
     image: str | None = None
-    text: str | tuple[str, ...] | None = None
+    text: Columns | None = None
     label: str | None = None
     split: str = "train"
-    templates: str | tuple[str, ...] | None = None
+    templates: _Templates | None = None
+    separator: str | None = None
+    encoding: str = "utf-8-sig"
+    quoting: Quoting = "double"
 
     __pydantic_config__ = _STRICT
+
+    def __post_init__(self) -> None:
+        _as_paths(self, "data")
 
 
 @dataclass(frozen=True)
@@ -400,7 +436,7 @@ class EvaluateConfig:
         loss: the loss itself, in fixed batches (see `ValidationLoss`).
         group: column whose members all count as correct; None: an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
-        templates: prompts of the classes.
+        templates: prompts of the classes; or for each class its own.
         reference: pairs on which retrieval must not get worse than `train.forget_budget` allows; None: the built-in
             sample.
     """
@@ -409,7 +445,7 @@ class EvaluateConfig:
     loss: bool = False
     group: str | None = None
     zero_shot: str | None = None
-    templates: str | tuple[str, ...] = "a photo of a {}."
+    templates: _Templates = DEFAULT_TEMPLATE
     reference: Annotated[
         ReferenceConfig | None, BeforeValidator(lambda found: {"data": found} if isinstance(found, str) else found)
     ] = None
@@ -432,10 +468,12 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.evaluate.reference is not None and self.train.forget_budget is None:
             message = "a reference is given, and nothing that it is for"
-            raise ConfigError(message, where="evaluate.reference", fix="train.forget_budget=0.01, or leave it out")
+            raise ConfigError(
+                message, where="evaluate.reference", fix=f"{option('forget_budget', 0.01)}, or leave it out"
+            )
         if self.data.features is not None and "image" not in self.model.freeze:
             message = "features can be kept only of an image tower that stands still; a saved model is opened with none"
-            raise ConfigError(message, where="data.features", fix="model.freeze=image, or leave out data.features")
+            raise ConfigError(message, where="data.features", fix=option("model.freeze", ["image"]))
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -444,59 +482,26 @@ class RunConfig:
         Raises:
             ConfigError: no such file, an unknown key (with the near ones), a value of the wrong type.
         """
+        if path is not None and (not Path(path).is_file() or Path(path).suffix.lower() in TABLE_SUFFIXES):
+            raise no_config(Path(path))
         values = {} if path is None else read_yaml(Path(path))
         for override in overrides:
             set_value(values, override)
-        return cls.parse(values, where=path or "overrides")
+        return cls._parse(values, path, overrides)
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any], *, where: object = None) -> RunConfig:
+    def parse(cls, values: Mapping[str, Any]) -> RunConfig:
         """From nested mappings, as YAML gives them."""
-        try:
-            return TypeAdapter(cls).validate_python(values)
-        except ValidationError as error:
-            raise _config_error(error, where) from None
+        return cls._parse(values, None, ())
+
+    @classmethod
+    def _parse(cls, values: Mapping[str, Any], path: str | Path | None, overrides: Sequence[str]) -> RunConfig:
+        with speaking(as_setting if overrides else as_yaml):  # who types overrides can type one more
+            try:
+                return TypeAdapter(cls).validate_python(fit(values, cls))
+            except ValidationError as error:
+                raise config_error(error, cls, path, overrides) from None
 
     def dump(self) -> str:
         """YAML that `load` reads back to an equal config."""
         return dump_yaml(dataclasses.asdict(self))
-
-
-def _config_error(error: ValidationError, where: object) -> ConfigError:
-    lines, fixes = [], []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
-        cause = problem.get("ctx", {}).get("error")
-        if isinstance(cause, ConfigError):
-            lines.append(cause.message)
-        elif problem["type"] == "unexpected_keyword_argument":
-            lines.append(f"unknown key `{path}`")
-            near = difflib.get_close_matches(path.rpartition(".")[2], _known(problem["loc"]), n=1)
-            fixes += [f"did you mean `{near[0]}`?"] if near else [f"known here: {', '.join(_known(problem['loc']))}"]
-        elif problem["type"] == "missing":
-            lines.append(f"`{path}` is missing")
-            fixes += [_NEEDED[path]] if path in _NEEDED else []
-        elif problem["type"] == "tuple_type" and isinstance(problem["input"], str):
-            lines.append(f"`{path}` is a list, found {problem['input']!r}")
-            fixes.append(f"{path}=[{problem['input']}]")
-        else:
-            lines.append(f"`{path}`: {problem['msg'].lower()}, found {problem['input']!r}")
-    return ConfigError("; ".join(dict.fromkeys(lines)), where=where, fix=" ".join(fixes) or None)
-
-
-_NEEDED = {
-    "model": "model.name=FOLDER or ORG/NAME",
-    "data": "data.train=FILE",
-    "data.train": "data.train=FILE",
-    "train": "train.output_dir=runs/NAME",
-    "train.output_dir": "train.output_dir=runs/NAME",
-}
-
-
-def _known(location: Sequence[Any]) -> list[str]:
-    sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "similar": SimilarConfig}
-    sections["evaluate"] = EvaluateConfig
-    section: Any = sections.get(str(location[0]), RunConfig) if len(location) > 1 else RunConfig
-    inner = {"lora": LoraConfig, "reference": ReferenceConfig}
-    section = inner.get(str(location[1]), section) if len(location) > 2 else section
-    return [each.name for each in dataclasses.fields(section)]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.errors import CorruptArtefact, UsageError
+from clipkit.errors import CorruptArtefact, UsageError, option
 from clipkit.files import resource_errors, write_text
 from clipkit.metrics.direction import worth
 from clipkit.models.dual_encoder import DualEncoder
@@ -50,7 +50,8 @@ class Best:
         self.key = self.key or next(iter(metrics))
         if self.key not in metrics:
             raise UsageError(
-                f"no evaluator gives the metric {self.key!r} that `best` names", fix=f"one of: {', '.join(metrics)}"
+                f"no evaluator gives the metric {self.key!r} that `best` names",
+                fix=f"{option('best', next(iter(metrics)))}, or another of: {', '.join(metrics)}",
             )
         value = worth(self.key, metrics[self.key])
         best = " (best so far)" if value > self.value else ""
@@ -91,7 +92,7 @@ class Best:
                 raise UsageError(
                     f"the best weights so far were chosen by {facts['key']!r}, not by {self.key!r}",
                     where="best",
-                    fix="leave `best` as it was, or choose another output_dir",
+                    fix=f"leave {option('best')} as it was, or choose another {option('output_dir')}",
                 )
             self.key = facts["key"]
         self.step, self.since = facts["step"], facts["since"]

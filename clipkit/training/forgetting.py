@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.errors import ClipkitError, UsageError
+from clipkit.errors import ClipkitError, UsageError, option
 from clipkit.files import write_json, write_text
 from clipkit.metrics.direction import lower_is_better, worth
 from clipkit.models.card_forgetting import forgetting_lines
@@ -123,10 +123,11 @@ class Guardrail:
         self.line = Line(model, folder / "start.safetensors")
         self.baseline: dict[str, float] = {}
         if reference is None and self.line.fresh:
+            given = option("evaluate.reference", "FILE", python="reference=RetrievalEvaluator(pairs)")
             raise UsageError(
                 "what a model finds alike through weights that began at random is nothing to be kept",
                 where=self.line.fresh[0],
-                fix="reference=an evaluator of what is not to be forgotten, or train the heads in a run of their own",
+                fix=f"{given} of what is not to be forgotten, or train the heads in a run of their own",
             )
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:

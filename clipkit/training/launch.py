@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 from clipkit.training.config import TrainConfig
 
 logger = logging.getLogger("clipkit")
@@ -29,7 +29,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     try:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
     except (ValueError, ImportError) as error:
-        raise UsageError(f"Accelerate cannot be set up: {error}", fix="see precision of TrainConfig") from error
+        raise UsageError(f"Accelerate cannot be set up: {error}", fix=option("precision", "fp32")) from error
     _check_sharding(accelerator)
     return accelerator
 

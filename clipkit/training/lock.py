@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from clipkit import distributed
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 from clipkit.files import resource_errors
 
 NAME = ".lock"
@@ -65,7 +65,7 @@ def _lock(folder: Path) -> TextIO:
         raise UsageError(
             f"another process writes to this folder: {holder}",
             where=folder,
-            fix="wait for it or stop it, or choose another output_dir",
+            fix=f"wait for it or stop it, or choose another {option('output_dir')}",
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

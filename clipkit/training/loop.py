@@ -16,7 +16,7 @@ import torch
 from clipkit import distributed
 from clipkit.data.batch import Batch
 from clipkit.data.plan import hash64
-from clipkit.errors import ClipkitError, Interrupted, TooManyRejected
+from clipkit.errors import ClipkitError, Interrupted, TooManyRejected, option
 from clipkit.files import write_json
 from clipkit.losses.contrastive import Loss
 from clipkit.progress import WAIT, Progress
@@ -222,7 +222,7 @@ class Loop:
         return Interrupted(
             f"stopped by {by} after step {self.step} of {self.total}; {state}",
             where=self.folder,
-            fix='start the same command with --resume auto (resume="auto") to go on',
+            fix=f"start the same again with {option('resume', 'auto')} to go on",
         )
 
     def _over(self) -> bool:
@@ -336,7 +336,7 @@ class Loop:
             raise TooManyRejected(
                 f"{found} of {rows} images cannot be used, more than max_bad={limit} allows",
                 where=self.folder,
-                fix="`clipkit check data` lists them; mend them, or raise max_bad",
+                fix=f"`clipkit check data` lists them; mend them, or raise {option('max_bad')}",
             )
 
     # -- between the steps

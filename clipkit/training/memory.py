@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clipkit.data.batch import Batch
-from clipkit.errors import ResourceError
+from clipkit.errors import ResourceError, option
 from clipkit.training.config import TrainConfig
 from clipkit.training.learner import Learner
 from clipkit.training.step import outputs
@@ -89,7 +89,7 @@ def advice(needs: Needs | None, rows: int, config: TrainConfig, cause: str) -> R
     chunk = rows if config.micro_batch is None else min(rows, config.micro_batch)
     same = f"the gradients, and the {config.batch_size} pairs of the global batch, stay what they are"
     if needs is None:
-        fix = f"micro_batch={max(1, chunk // 2)} or less ({same}), gradient checkpointing, or LoRA"
+        fix = f"{option('micro_batch', max(1, chunk // 2))} or less ({same}), gradient checkpointing, or LoRA"
         return ResourceError(f"the training step ran out of memory ({cause})", where=f"{chunk} samples", fix=fix)
     total = needs.training + chunk * needs.sample
     free = "" if needs.free is None else f", and {_gb(needs.free)} were free"
@@ -104,20 +104,27 @@ def _ways(needs: Needs, chunk: int, same: str, precision: str) -> str:
     ways = []
     fits = min(needs.chunk(needs.sample), chunk // 2)
     if fits:
-        ways.append(
-            f"micro_batch={fits}: about {_gb(needs.training + fits * needs.sample)}, for one more forward pass; {same}"
-        )
+        about = _gb(needs.training + fits * needs.sample)
+        ways.append(f"{option('micro_batch', fits)}: about {about}, for one more forward pass; {same}")
     if needs.checkpointed is not None:
         total = needs.training + chunk * needs.checkpointed
         fits = min(needs.chunk(needs.checkpointed), chunk)
-        small = "" if fits >= chunk else f", and fits with micro_batch={fits}" if fits else ", which is still too much"
-        ways.append(f"gradient checkpointing (model.gradient_checkpointing()): about {_gb(total)}{small}")
+        small = (
+            ""
+            if fits >= chunk
+            else f", and fits with {option('micro_batch', fits)}"
+            if fits
+            else ", which is still too much"
+        )
+        way = option("model.gradient_checkpointing", True, python="model.gradient_checkpointing()")
+        ways.append(f"gradient checkpointing ({way}): about {_gb(total)}{small}")
     lean = replace(needs, training=needs.training // 100, held=needs.held // 100, free=(needs.free or 0) + needs.held)
     if not needs.lora and (fits := min(lean.chunk(needs.sample), chunk)):
-        with_chunk = "" if fits >= chunk else f" with micro_batch={fits}"
-        ways.append(f"LoRA (model.add_lora()): hardly any gradients and moments, fits{with_chunk}")
+        with_chunk = "" if fits >= chunk else f" with {option('micro_batch', fits)}"
+        way = option("model.lora", "{}", python="model.add_lora()")
+        ways.append(f"LoRA ({way}): hardly any gradients and moments, fits{with_chunk}")
     if precision == "fp32":
-        ways.append("precision=bf16 on a device that has it: about half of the activations")
+        ways.append(f"{option('precision', 'bf16')} on a device that has it: about half of the activations")
     return "; ".join(ways) or "nothing of micro_batch, gradient checkpointing and LoRA is enough: take a smaller model"
 
 

@@ -12,7 +12,7 @@ import torch
 
 from clipkit import distributed
 from clipkit.data.plan import Plan
-from clipkit.errors import ClipkitError
+from clipkit.errors import ClipkitError, option
 from clipkit.files import resource_errors
 from clipkit.training.state import Facts
 
@@ -62,8 +62,8 @@ class NonFinite(Facts):
                 if self.allowed
                 else f"{what}; the step was not applied",
                 where=self.folder / NAME,
-                fix="look at these rows for broken images or captions, lower learning_rate, or use precision=fp32; "
-                "skip_nonfinite=N leaves out N such steps",
+                fix=f"look at these rows for broken images or captions, lower {option('learning_rate')}, or use "
+                f"{option('precision', 'fp32')}; {option('skip_nonfinite', 3)} leaves out three such steps",
             )
         if distributed.is_main():
             logger.warning("step %d: %s; the step was not applied (%d of %d allowed)", step, what, count, self.allowed)

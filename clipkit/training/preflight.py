@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipkit.data.keys import codes, number_values
 from clipkit.data.plan import Draw, Plan
+from clipkit.errors import option
 from clipkit.losses.floor import Affinity, info_nce_floor, sigmoid_floor, whole_items
 from clipkit.losses.similar import ROW, Similar, key_columns, target
 from clipkit.models.dual_encoder import DualEncoder
@@ -211,10 +212,12 @@ def _warnings(found: Preflight, reach: float, fresh: bool, plan: Plan) -> list[s
     room = found.start - found.floor
     if found.floor > 0.1 * found.start:
         repeated = found.false_negatives["caption"] + found.false_negatives["picture"] > 0
+        python = 'SameGroup(column), or known={"texts": "positive"}'
+        alike = option("similar", "[{known: {texts: positive}}]", python=python)
         why, advice = (
             (
                 "captions or pictures repeat within a batch",
-                'Let equal things count as alike: SameGroup(column), or known={"texts": "positive"}',
+                f"Let equal things count as alike: {alike}",
             )
             if repeated
             else ("targets are spread over several pairs (groups, grades, smoothing)", "Watch kl, whose floor is 0")
@@ -226,19 +229,20 @@ def _warnings(found: Preflight, reach: float, fresh: bool, plan: Plan) -> list[s
     each_row = {what: count / found.batch_size for what, count in found.false_negatives.items()}
     for what, count in each_row.items():
         if count >= 0.5 and what == "label":
+            python = 'SameGroup("label"), or known={"label": "ignore"}'
             said.append(
                 f"each sample is pushed away from {count:.1f} others of its own label in a batch. If they are alike to "
-                'you, say so: SameGroup("label"), or known={"label": "ignore"}'
+                f"you, say so: {option('similar.group', 'label', python=python)}"
             )
     if found.truncated > 0.05:
         said.append(
             f"{100 * found.truncated:.0f} % of the captions are cut: what stands at their end is never seen. "
-            "Shorten them, or model.resize(context_length=…)"
+            f"Shorten them, or {option('model.context_length', 'N', python='model.resize(context_length=…)')}"
         )
     if fresh and reach < 1 and found.scale[0] < 30:
         said.append(
             f"the scale can only move from {found.scale[0]:.1f} to {found.scale[2]:.1f} in this run; new heads end "
-            "near 50 to 100. Raise scale_learning_rate, or train longer"
+            f"near 50 to 100. Raise {option('scale_learning_rate')}, or train longer"
         )
     if plan.steps_per_epoch == 1:
         said.append("one batch is the whole epoch: every step sees the same negatives")

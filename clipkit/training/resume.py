@@ -12,7 +12,7 @@ from typing import Any
 
 from clipkit import distributed
 from clipkit.data.identity import data_identity, images_identity
-from clipkit.errors import CorruptArtefact, UsageError
+from clipkit.errors import CorruptArtefact, UsageError, option
 from clipkit.files import write_json
 from clipkit.losses.similar import Similar, key_columns
 from clipkit.models.fingerprint import hash_weights
@@ -124,7 +124,7 @@ def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:
         raise UsageError(
             "this is not the run that the folder holds:\n  " + "\n  ".join(changed),
             where=folder,
-            fix="undo these changes to go on with it, or choose another output_dir for a run of its own",
+            fix=f"undo these changes to go on with it, or choose another {option('output_dir')}",
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
 from clipkit.embedding.features import with_image_features
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option, within
 from clipkit.evaluation.report import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.validation_loss import ValidationLoss
@@ -97,7 +97,7 @@ def write_config(folder: Path, config: RunConfig) -> None:
             raise UsageError(
                 "this is not the config of the run that the folder holds:\n  " + "\n  ".join(changed),
                 where=path,
-                fix="undo these changes to go on with it, or choose another output_dir for a run of its own",
+                fix=f"undo these changes to go on with it, or choose another {option('output_dir')}",
             )
     write_text(path, config.dump())
 
@@ -185,7 +185,10 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
             text=list(columns.text) if isinstance(columns.text, tuple) else columns.text,
             label=columns.label,
             split=columns.split,
-            templates=list(columns.templates) if isinstance(columns.templates, tuple) else columns.templates,
+            templates=columns.templates,
+            separator=columns.separator,
+            encoding=columns.encoding,
+            quoting=columns.quoting,
             on_bad=loop.on_bad,
             max_bad=loop.max_bad,
             rejects=rejects if loop.on_bad == "skip" else None,
@@ -223,8 +226,7 @@ def evaluators(
     if config.loss:
         wanted.append(ValidationLoss(test, **options))
     if config.zero_shot:
-        templates = [config.templates] if isinstance(config.templates, str) else list(config.templates)
-        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=templates, **options))
+        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=config.templates, **options))
     if not wanted:
         more = "evaluate.retrieval=true or evaluate.loss=true" if has_texts(test) else "evaluate.zero_shot=label"
         fix = f"set {more}; data.test=0 holds nothing out"
@@ -236,8 +238,9 @@ def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evalua
     """The evaluator of what must not be forgotten; None for the built-in one, and where there is no guardrail."""
     if config.reference is None:
         return None
-    pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
-    require_texts(pairs)
+    with within("evaluate.reference", [each.name for each in fields(ReferenceConfig)]):
+        pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
+        require_texts(pairs)
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "progress": loop.progress}
     return RetrievalEvaluator(pairs, name="reference", **options)
 

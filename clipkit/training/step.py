@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.data.batch import Batch, Rows
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, option
 from clipkit.losses.contrastive import TILE, Embedded, Loss, info_nce, matryoshka, sigmoid_loss
 from clipkit.losses.similar import VIEW, Side, Similar
 
@@ -73,7 +73,7 @@ def _one(i: int, similar: Similar, out: Outputs, rows: Mapping[Side, Rows], cont
         raise UsageError(
             "a sigmoid loss needs a model with a bias",
             where="loss",
-            fix="from_towers(logit_bias=-10), or loss=info_nce",
+            fix=f"{option('loss', 'info_nce')}, or a model with a bias (SigLIP)",
         )
 
     def loss(a: Embedded, b: Embedded) -> Loss:

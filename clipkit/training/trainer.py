@@ -17,7 +17,7 @@ from clipkit.data.keys import number_values
 from clipkit.data.loader import Loader
 from clipkit.data.map_style import as_table
 from clipkit.data.planned import plan_of
-from clipkit.errors import ClipkitError, DataError, UsageError
+from clipkit.errors import ClipkitError, DataError, UsageError, option
 from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similar import Paired, Similar, key_columns
 from clipkit.models.card import base_of
@@ -95,16 +95,18 @@ class Trainer:
         self.folder = claim_folder(Path(config.output_dir), may_resume=config.resume == "auto")
         if config.patience is not None and not evaluators:
             message = "patience counts evaluations, and nothing is measured"
-            raise UsageError(message, where="patience", fix="evaluators=[RetrievalEvaluator(test)], or leave it out")
+            raise UsageError(message, where="patience", fix=f"{_held_out()}, or leave it out")
         if config.best is not None and not evaluators:
             message = f"best={config.best} chooses by a metric, and nothing is measured"
-            raise UsageError(message, where="best", fix="evaluators=[RetrievalEvaluator(test)], or leave it out")
+            raise UsageError(message, where="best", fix=f"{_held_out()}, or leave it out")
         if not self.similar:
-            raise UsageError("nothing counts as similar", where="similar", fix="similar=Paired()")
+            raise UsageError(
+                "nothing counts as similar", where="similar", fix=option("similar", "[{}]", python="similar=Paired()")
+            )
         if config.batch_size < distributed.world_size():
             raise UsageError(
                 f"batch_size={config.batch_size} is global, and smaller than the {distributed.world_size()} processes",
-                fix="raise batch_size, or start fewer processes",
+                fix=f"raise {option('batch_size')}, or start fewer processes",
             )
         named = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
         self.plan = plan_of(pairs, **{name: getattr(config, name) for name in named})
@@ -139,7 +141,7 @@ class Trainer:
             raise UsageError(
                 "a sigmoid loss needs a model with a bias",
                 where="loss",
-                fix="DualEncoder.from_towers(…, logit_bias=-10), a SigLIP model, or loss=info_nce",
+                fix=f"{option('loss', 'info_nce')}, or a model with a bias (SigLIP)",
             )
         if loss == "sigmoid" and bias is not None and self.model.fresh:  # what was loaded stays
             with torch.no_grad():
@@ -153,14 +155,14 @@ class Trainer:
         budget = self.config.forget_budget
         if budget is None:
             if reference is not None:
-                message, fix = "a reference is given, and nothing that it is for", "TrainConfig(forget_budget=0.01)"
-                raise UsageError(message, where="reference", fix=fix)
+                message = "a reference is given, and nothing that it is for"
+                raise UsageError(message, where="reference", fix=option("forget_budget", 0.01))
             return None
         if not self.evaluators:
             raise UsageError(
                 "the guardrail weighs what is learnt against what is forgotten, and nothing measures what is learnt",
                 where="forget_budget",
-                fix="evaluators=[RetrievalEvaluator(test)] with held-out pairs",
+                fix=f"{_held_out()} with held-out pairs",
             )
         return Guardrail(self.model, self.folder, budget, reference)
 
@@ -208,14 +210,14 @@ class Trainer:
                     "BatchNorm of a trained tower mixes samples within each rank, so that several ranks would not "
                     "train what one does",
                     where=name,
-                    fix='freeze the tower (model.freeze("image")), choose one without BatchNorm, or use one process',
+                    fix=f"freeze the tower ({_frozen()}), choose one without BatchNorm, or use one process",
                 )
             if trained and self.config.micro_batch is not None and self.config.micro_batch < self.config.batch_size:
                 raise UsageError(
                     "BatchNorm of a trained tower mixes samples within each micro-batch, so that chunks would not "
                     "train what the whole batch does",
                     where=name,
-                    fix='freeze the tower (model.freeze("image")), take one without it, or leave out micro_batch',
+                    fix=f"freeze the tower ({_frozen()}), take one without it, or leave out {option('micro_batch')}",
                 )
 
     def first_batch(self) -> Batch:
@@ -318,3 +320,11 @@ def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:
 def _flat(config: TrainConfig) -> dict[str, Any]:
     plain = (int, float, str, bool)
     return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
+
+
+def _held_out() -> str:
+    return option("data.test", 0.1, python="evaluators=[RetrievalEvaluator(test)]")
+
+
+def _frozen() -> str:
+    return option("model.freeze", "image", python='model.freeze("image")')

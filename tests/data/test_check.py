@@ -86,7 +86,7 @@ def test_one_image_two_labels() -> None:
     report = check_data(pairs_of(images, [[str(n)] for n in range(6)], [0, 1, 0, 0, 1, None]))
     assert report.conflicts == [[0, 1]]
     assert (report.ok, report.labels) == (False, {"cat": 3, "dog": 2, "unused": 0})
-    assert "1 images carry two different labels, e.g. rows 0, 1" in str(report)
+    assert "1 images carry two different labels, e.g. row 0, row 1" in str(report)
 
 
 def test_shared_and_empty_and_long_captions() -> None:
@@ -120,10 +120,30 @@ def test_the_rejects_of_loading_belong_to_the_report(tmp_path: Path) -> None:
     ledger = Ledger()
     pairs = load_pairs(tmp_path / "t.csv", on_bad="skip", max_bad=1.0, ledger=ledger)
     report = check_data(pairs, ledger=ledger)
-    assert [r.code for r in report.rejects] == ["MISSING", "TRUNCATED"]
+    assert [r.code for r in report.rejects] == ["TRUNCATED", "MISSING"]
     assert (report.rows, report.images) == (4, 2)
     assert str(tmp_path / "1.png") in str(report)
     assert report.unreferenced == []
+
+
+def test_a_row_has_the_same_number_in_every_line(tmp_path: Path) -> None:
+    for number, name in enumerate("abcb"):
+        (tmp_path / f"{number}.png").write_bytes(encoded(ord(name)))
+    (tmp_path / "2.png").write_bytes(encoded(1, "JPEG")[:-20])
+    rows = ["gone.png,x,cat", "1.png,x,cat", "2.png,y,cat", "2.png,z,cat", "0.png,x,cat", "3.png,x,dog"]
+    (tmp_path / "t.csv").write_text("\n".join(["image,text,label", *rows]))
+    ledger = Ledger()
+    report = check_data(load_pairs(tmp_path / "t.csv", on_bad="skip", max_bad=1.0, ledger=ledger), ledger=ledger)
+    assert [(reject.row, reject.code) for reject in report.rejects] == [
+        (2, "MISSING"),
+        (4, "TRUNCATED"),
+        (5, "TRUNCATED"),
+    ]
+    assert report.duplicates == report.conflicts == [[3, 7]]
+    path = tmp_path / "t.csv"
+    assert f"{path}:4: TRUNCATED" in str(report)
+    assert f"1 images carry two different labels, e.g. {path}:3, {path}:7: decide on one" in str(report)
+    assert f"1 rows repeat an image, e.g. {path}:3, {path}:7: split" in str(report)
 
 
 def test_forgotten_files(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_balanced_and_distinct_together():
         repeats(templates, draws, "texts")
         for draws in batches(plan_of(templates, batch_size=5, balanced="kind", distinct=["texts"]))
     )
-    with pytest.raises(UsageError, match=r"they would meet(?s:.)*number of classes \(5\)"):
+    with pytest.raises(UsageError, match=r"they would meet(?s:.)*batch_size=5 \(the number of classes\)"):
         plan_of(templates, batch_size=8, balanced="kind", distinct=["texts"])
     crossing = [{"texts": ["x"], "kind": row % 2} for row in range(8)]
     with pytest.raises(UsageError, match="rows 0 and 1 are not, but share a value"):

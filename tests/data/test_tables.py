@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from clipkit.data.tables import Table, read_table
-from clipkit.errors import DataError
+from clipkit.data.tables import Table, TextFormat, checked_format, read_table
+from clipkit.errors import DataError, UsageError
 
 
 def written(folder: Path, content: str | bytes, name: str = "t.csv") -> Path:
@@ -54,7 +54,7 @@ def test_round_trip_against_the_csv_module(tmp_path: Path, sep: str, end: str) -
         quoting = csv.QUOTE_ALL if end == "\r" else csv.QUOTE_MINIMAL  # else the writer leaves a \n bare
         csv.writer(text, delimiter=sep, lineterminator=end, quoting=quoting).writerows([header, *rows])
         path = written(tmp_path, text.getvalue(), f"{trial}.csv")
-        table = read_table(path, sep=sep)
+        table = read_table(path, TextFormat(sep))
         assert rows_of(table) == [tuple(row) for row in rows]
 
 
@@ -74,7 +74,9 @@ def test_byte_order_marks(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         table = read_table(written(tmp_path, text.encode(encoding)))
         assert (table.names, table.cells("text")) == (["image", "text"], ["naïve"])
-    assert read_table(written(tmp_path, text.encode("cp1252")), encoding="cp1252").cells("text") == ["naïve"]
+    assert read_table(written(tmp_path, text.encode("cp1252")), TextFormat(encoding="cp1252")).cells("text") == [
+        "naïve"
+    ]
 
 
 def test_names_in_the_header_are_trimmed_and_numbered(tmp_path: Path) -> None:
@@ -83,7 +85,7 @@ def test_names_in_the_header_are_trimmed_and_numbered(tmp_path: Path) -> None:
 
 def test_a_tsv_needs_no_separator(tmp_path: Path) -> None:
     assert read_table(written(tmp_path, "image\ttext\na.jpg\tone, two\n", "t.TSV")).cells("text") == ["one, two"]
-    assert read_table(written(tmp_path, "image;text\na.jpg;b\n", "t.txt"), sep=";").names == ["image", "text"]
+    assert read_table(written(tmp_path, "image;text\na.jpg;b\n", "t.txt"), TextFormat(";")).names == ["image", "text"]
 
 
 def test_a_long_cell_is_read_and_the_limit_of_the_process_kept(tmp_path: Path) -> None:
@@ -100,17 +102,21 @@ def test_a_long_cell_is_read_and_the_limit_of_the_process_kept(tmp_path: Path) -
 # ----------------------------------------------------------------------------------------------------- what is refused
 
 CSV_FAULTS: list[tuple[str, str | bytes, str, int | None, str]] = [
-    ("quote-open-to-the-end", 'image,text\na.jpg,"dog\nb.jpg,cat\n', "QUOTE", 2, "twice"),
+    ("quote-open-to-the-end", 'image,text\na.jpg,"dog\nb.jpg,cat\n', "QUOTE", 2, 'quoting="none"'),
     ("quote-in-the-middle", 'image,text\na.jpg,x\nb.jpg,"dog" runs\n', "QUOTE", 3, "not balanced"),
     ("quote-over-rows", 'image,text\na.jpg,"dog\nb.jpg,"cat"\n', "QUOTE", 2, "not balanced"),
     ("quote-swallows-rows", 'image,text\na.jpg,"dog\nb.jpg,cat"\nc.jpg,x\n', "QUOTE", 2, "looks like another row"),
+    ("quote-closes-in-the-next-row", 'image,text,n\na.jpg,"x,1\nb.jpg,y",2\n', "QUOTE", 2, "looks like another row"),
+    ("quote-opens-in-the-text", 'text,image\n"x,a.jpg\ny",b.jpg\n', "QUOTE", 2, "looks like another row"),
+    ("quote-opens-in-row-3", 'image,text\na.jpg,"two\nlines"\nb.jpg,"x\nc.jpg,y\n', "QUOTE", 4, "not balanced"),
+    ("backslash", 'image,text\na.jpg,"a \\"big\\" dog"\n', "QUOTE", 2, 'quoting="backslash"'),
     ("one-field-more", "image,text\na.jpg,one, two\n", "FIELDS", 2, "expected 2 fields as in the header, found 3"),
     ("one-field-less", "image,text,label\na.jpg,x,y\nb.jpg,x\n", "FIELDS", 3, "expected 3 fields"),
     ("not-utf-8", "image,text\na.jpg,x\nb.jpg,caf\xe9\n".encode("latin-1"), "ENCODING", 3, "byte 0xe9 at offset 28"),
     ("nul", "image,text\na.jpg,x\nb.jpg,a\0b\n", "NUL", 3, 'encoding="utf-16"'),
     ("utf-16-unmarked", "image,text\na.jpg,x\n".encode("utf-16-le"), "NUL", 1, 'encoding="utf-16"'),
-    ("semicolons", "image;text\na.jpg;x\n", "SEPARATOR", 1, "sep=';'"),
-    ("tabs", "image\ttext\na.jpg\tx\n", "SEPARATOR", 1, "sep='\\t'"),
+    ("semicolons", "image;text\na.jpg;x\n", "SEPARATOR", 1, 'separator="semicolon"'),
+    ("tabs", "image\ttext\na.jpg\tx\n", "SEPARATOR", 1, 'separator="tab"'),
     ("one-column", "image\na.jpg\n", "SEPARATOR", 1, "at least two columns"),
     ("name-twice", "image,text,text\na.jpg,x,y\n", "HEADER", 1, "occurs twice: text"),
     ("no-header", "a.jpg,a dog\nb.jpg,a cat\n", "HEADER", 1, "looks like data"),
@@ -157,12 +163,35 @@ def test_a_spliced_fault_is_an_error_or_changes_nothing(tmp_path: Path) -> None:
     assert outcomes == {"refused", "read"}
 
 
+def test_quotation_marks_as_they_are_written(tmp_path: Path) -> None:
+    path = written(tmp_path, 'image,text\na.jpg,"a \\"big\\" dog, here"\nb.jpg,plain\n')
+    assert read_table(path, TextFormat(quoting="backslash")).cells("text") == ['a "big" dog, here', "plain"]
+    path = written(tmp_path, 'image\ttext\na.jpg\t"big" dog\nb.jpg\t"\n', "t.tsv")
+    assert read_table(path, TextFormat(quoting="none")).cells("text") == ['"big" dog', '"']
+
+
+def test_a_swallowed_row_is_known_by_a_file_without_a_suffix(tmp_path: Path) -> None:
+    (tmp_path / "two").touch()
+    assert refused(written(tmp_path, 'image,text\none,"x\ntwo,y"\n')).message.startswith("QUOTE")
+    assert len(read_table(written(tmp_path, 'image,text\none,"x\nthree,y"\n'))) == 1
+
+
+def test_separators_by_their_names() -> None:
+    words = {"comma": ",", "semicolon": ";", "tab": "\t", "bar": "|", "\\t": "\t", ":": ":"}
+    assert {word: checked_format(word, "utf-8", "double").separator for word in words} == words
+    for separator, quoting in [("ab", "double"), ('"', "double"), ("", "double"), (None, "single")]:
+        with pytest.raises(UsageError):
+            checked_format(separator, "utf-8", quoting)
+
+
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
     assert "expected a file that ends in .csv" in str(refused(written(tmp_path, "x", "t.xlsx")))
     error = refused(tmp_path / "tt.csv") if written(tmp_path, "x") else None
     assert error is not None
     assert (str(error).startswith("MISSING"), error.fix) == (True, f"did you mean {tmp_path / 't.csv'}?")
-    assert "ENCODING: unknown encoding" in str(refused(written(tmp_path, "a,b\nc,d"), encoding="utf-99"))
+    assert "ENCODING: unknown encoding" in str(
+        refused(written(tmp_path, "a,b\nc,d"), form=TextFormat(encoding="utf-99"))
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- JSON lines

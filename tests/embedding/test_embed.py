@@ -11,6 +11,7 @@ from clipkit.embedding import embed as module
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
+from clipkit.models import fingerprint
 
 
 @pytest.fixture
@@ -71,6 +72,19 @@ def test_store_computes_each_content_once(model, tiny, tmp_path: Path, calls: li
     assert torch.equal(first.vectors, again.vectors.flip(0))
     assert torch.equal(first.vectors[:4], first.vectors[6:])
     assert first.content[0] == first.content[6]
+
+
+def test_the_weights_are_hashed_once_however_many_items(model, tiny, monkeypatch) -> None:
+    passes: list[int] = []
+    original = fingerprint.xxh3
+    monkeypatch.setattr(fingerprint, "xxh3", lambda weights: passes.append(len(weights)) or original(weights))
+    with EmbeddingStore() as store:
+        embed(model, [tiny.picture(i) for i in range(7)], store=store, batch_size=2)
+        assert len(passes) == 2  # the image side and the text side
+        embed(model, ["a photo", "a dark square", "red"], kind="text", store=store)
+        assert len(passes) == 4
+    embed(model, [tiny.picture(0)])
+    assert len(passes) == 4
 
 
 def test_another_model_never_meets_stored_vectors(model, tiny, tmp_path: Path) -> None:

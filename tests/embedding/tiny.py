@@ -58,7 +58,7 @@ def write_pictures(folder: Path, numbers: range) -> list[Path]:
 class ToyTexts:
     """Words by their letters; eight a text."""
 
-    context_length = 8
+    context_length, unknown_id = 8, None
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         ids = [[(sum(word.encode()) % 63) + 1 for word in text.split()][:8] for text in texts]

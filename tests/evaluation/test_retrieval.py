@@ -6,9 +6,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from scipy.stats import hypergeom
 
+from clipkit.data.pairs import load_pairs
+from clipkit.embedding.embed import Embedded
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
+from clipkit.evaluation import retrieval
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 
 
@@ -104,18 +108,85 @@ def test_everything_of_a_group_is_correct(model, images) -> None:
         assert found[f"retrieval/image_to_text_recall@{k}"] == pytest.approx(brute_recall(scores.T, good.T, k))
 
 
-def test_equal_captions_and_equal_images_are_one(model, tiny, tmp_path: Path) -> None:
-    # images 0 and 1 are the same bytes; "shared" is a caption of 1 and of 2
-    a, b, c = tiny.write_pictures(tmp_path, range(3))
-    b.write_bytes(a.read_bytes())
-    evaluator = RetrievalEvaluator(pairs_of([a, b, c], [["first"], ["shared"], ["shared", "third"]]))
-    towards_images, towards_texts = evaluator._relevance()
-    assert towards_images.counts().tolist() == [2, 3, 3, 1]
-    assert towards_texts.counts().tolist() == [3, 3, 3]  # "first" and "shared" twice; "shared" twice and "third"
-    assert evaluator.n()["retrieval/duplicate_images"] == evaluator.n()["retrieval/duplicate_texts"] == 1
-    evaluator(model)
+def test_class_folders_have_as_many_captions_as_classes(model, tiny, tmp_path: Path) -> None:
+    for number, name in enumerate(["cat", "dog", "sea_lion"]):
+        tiny.write_pictures(tmp_path / name, range(5 * number, 5 * number + 5))
+    evaluator = RetrievalEvaluator(load_pairs(tmp_path))
+    found, chance, n = evaluator(model), evaluator.chance(), evaluator.n()
+    assert found["retrieval/image_to_text_recall@5"] == chance["retrieval/image_to_text_recall@5"] == 1.0
+    assert chance["retrieval/image_to_text_recall@1"] == pytest.approx(1 / 3)
+    assert chance["retrieval/text_to_image_recall@5"] == pytest.approx(1 - hypergeom.pmf(0, 15, 5, 5))
+    assert n == {f"retrieval/{k}": v for k, v in COUNTS.items()}
+
+
+COUNTS = {"images": 15, "texts": 3, "duplicate_images": 0, "duplicate_texts": 12}
+
+
+def test_equal_captions_take_one_rank(model, images, monkeypatch: pytest.MonkeyPatch) -> None:
+    # worked by hand: columns are the scores of "cat" and "dog"
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
+
+    def embedded(model, items, *, kind, **options) -> Embedded:
+        vectors = torch.eye(2) if kind == "text" else scores
+        assert len(items) == len(vectors)
+        return Embedded(vectors, list(range(len(vectors))), [], [])
+
+    monkeypatch.setattr(retrieval, "embed", embedded)
+    evaluator = RetrievalEvaluator(pairs_of(images[:6], [["cat"]] * 3 + [["dog"]] * 3), name="r", ks=(1, 2))
+    assert evaluator(model) == {
+        "r/text_to_image_recall@1": 0.5,  # cat finds a cat, dog the third cat and then a dog
+        "r/text_to_image_recall@2": 1.0,
+        "r/image_to_text_recall@1": 0.5,  # the third cat and two dogs are taken for the other
+        "r/image_to_text_recall@2": 1.0,
+        "r/text_to_image_median_rank": 1.5,
+        "r/image_to_text_median_rank": 1.5,
+    }
+    assert evaluator.chance() == pytest.approx(
+        {
+            "r/text_to_image_recall@1": 1 / 2,
+            "r/text_to_image_recall@2": 1 - 3 / 15,  # both of the wrong three
+            "r/image_to_text_recall@1": 1 / 2,
+            "r/image_to_text_recall@2": 1.0,
+        }
+    )
     assert evaluator.last is not None
-    assert evaluator.last.image_to_text.above[0] == evaluator.last.image_to_text.above[1]
+    assert [(c.query, c.found) for c in evaluator.last.most_confused("image_to_text")] == [(2, 1), (5, 0), (4, 0)]
+    assert (evaluator.last.texts, evaluator.last.image_of_text) == (["cat", "dog"], [0, 3])
+
+
+@pytest.mark.parametrize("group", [None, "kind"])
+def test_copies_equal_brute_force(model, tiny, tmp_path: Path, group: str | None) -> None:
+    random = np.random.default_rng(0)
+    paths = tiny.write_pictures(tmp_path, range(24))
+    for copy, original in ((5, 2), (9, 2), (17, 11)):
+        paths[copy].write_bytes(paths[original].read_bytes())
+    texts = [[f"number {i}" for i in random.integers(0, 14, size=1 + row % 3)] for row in range(24)]
+    kinds = random.integers(0, 9, size=24).tolist()
+    evaluator = RetrievalEvaluator(pairs_of(paths, texts, kind=kinds), group=group, ks=(1, 3, 10))
+    found, chance = evaluator(model), evaluator.chance()
+
+    content = [path.read_bytes() for path in paths]
+    every, shown = sorted({t for own in texts for t in own}), sorted(set(content))
+    good = np.zeros((len(every), len(shown)), bool)
+    for one in range(24):
+        for other in range(24):
+            if one == other if group is None else kinds[one] == kinds[other]:
+                for text in texts[one]:
+                    good[every.index(text), shown.index(content[other])] = True
+    scores = (model.encode_texts(every) @ model.encode_images([paths[content.index(c)] for c in shown]).T).numpy()
+    assert good.shape == (len({t for own in texts for t in own}), 21)
+    for way, s, g in (("text_to_image", scores, good), ("image_to_text", scores.T, good.T)):
+        for k in (1, 3, 10):
+            assert found[f"retrieval/{way}_recall@{k}"] == pytest.approx(brute_recall(s, g, k))
+            lucky = [1 - hypergeom.pmf(0, g.shape[1], int(row.sum()), min(k, g.shape[1])) for row in g]
+            assert chance[f"retrieval/{way}_recall@{k}"] == pytest.approx(np.mean(lucky))
+    total = sum(map(len, texts))
+    assert list(evaluator.n().values()) == [21, len(every), 3, total - len(every)]
+    assert evaluator.last is not None
+    for row, text in zip(evaluator.last.image_of_text, evaluator.last.texts, strict=True):
+        assert text in [
+            t for i, own in enumerate(texts) if content[i] == content[evaluator.last.images[row]] for t in own
+        ]
 
 
 def test_bad_images(model, images) -> None:

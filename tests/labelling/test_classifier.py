@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,16 @@ def test_constant_model_has_equal_logits_for_every_class(model) -> None:
         classify.weights = torch.randn(1, dim).expand(classes, dim).contiguous()
         logits = classify.logits(torch.randn(33, dim))
         assert torch.equal(logits, logits[:, :1].expand_as(logits))
+
+
+def test_what_the_model_cannot_see_of_the_classes_is_told(tiny, caplog) -> None:
+    own = tiny.tiny_model()
+    with caplog.at_level(logging.WARNING, "clipkit"):
+        notices = ZeroShotClassifier(own, ["red", "zebra", "sea_lion"]).notices
+        ZeroShotClassifier(own, ["red", "zebra", "sea_lion"])
+    assert [(each.code, each.texts) for each in notices] == [
+        ("UNKNOWN", ("zebra",)),
+        ("UNKNOWN", ("sea_lion",)),  # "sea lion" has one unknown token more
+    ]
+    assert [record.message for record in caplog.records] == [each.message for each in notices]
+    assert ZeroShotClassifier(own, ["red", "green"]).notices == []

@@ -88,7 +88,7 @@ def test_parts_together_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_relevance_need_not_be_an_equivalence() -> None:
     # captions: image 0 has {a, b}, image 1 has {b, c}; b is correct for both images, a only for the first
-    r = Relevance.by_code([0, 1, 2], [[0], [0, 1], [1]], 2)
+    r = Relevance.by_keys([frozenset({0}), frozenset({0, 1}), frozenset({1})], [frozenset({0}), frozenset({1})])
     assert r.counts().tolist() == [1, 2, 1]
     row, item = r.positives(1, 3)
     assert list(zip(row.tolist(), item.tolist(), strict=True)) == [(0, 0), (0, 1), (1, 1)]

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
+import pytest
 import torch
 
+from clipkit.models import fingerprint as module
 from clipkit.models.backend import PARTS
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import Fingerprint, facts, hash_weights
@@ -61,6 +63,118 @@ def test_names_shapes_and_types_are_part_of_the_hash() -> None:
     assert hash_weights({"a": torch.tensor(1), "b": torch.ones(3, 2).T}) == hash_weights(
         {"a": torch.tensor(1), "b": torch.ones(2, 3)}
     )
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Nothing is remembered of other tests; how many tensors went through each SHA-256."""
+    counts: list[int] = []
+    original = module.sha256
+
+    def counting(weights: dict[str, torch.Tensor]) -> str:
+        counts.append(len(weights))
+        return original(weights)
+
+    monkeypatch.setattr(module, "sha256", counting)
+    monkeypatch.setattr(module, "_hashed", {})
+    return counts
+
+
+def step(model: DualEncoder) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs = {"pixel_values": torch.rand(2, 3, 32, 32), **model.processor.texts(["a cat", "two dogs"])}
+    found = model(**inputs)
+    (found.scale * found.image @ found.text.T).logsumexp(1).sum().backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def in_place(model: DualEncoder) -> None:
+    model.backend.image_head.weight.mul_(1.01)
+
+
+def through_data(model: DualEncoder) -> None:
+    version = model.backend.image_head.weight._version
+    model.backend.image_head.weight.data.add_(1)
+    assert model.backend.image_head.weight._version == version  # torch itself does not see it
+
+
+def rows_swapped(model: DualEncoder) -> None:
+    weight = model.backend.image_head.weight.data
+    weight.copy_(weight.flip(0).clone())  # a sum would not see it
+
+
+def through_numpy(model: DualEncoder) -> None:
+    model.backend.image_head.weight.detach().numpy()[0, 0] += 1
+
+
+def loaded(model: DualEncoder) -> None:
+    model.load_state_dict({name: tensor * 0.5 for name, tensor in model.state_dict().items()})
+
+
+def lora_added(model: DualEncoder) -> None:
+    model.add_lora("image", rank=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.1)
+
+
+def lora_merged(model: DualEncoder) -> None:
+    lora_added(model)
+    model.merge_lora()
+
+
+def statistics(model: DualEncoder) -> None:
+    model.backend.image_head.register_buffer("running_mean", torch.zeros(4))
+    model.fingerprint()
+    model.backend.image_head.running_mean.add_(1)
+
+
+CHANGES: list[Callable[[DualEncoder], object]] = [
+    step,
+    in_place,
+    through_data,
+    rows_swapped,
+    through_numpy,
+    loaded,
+    lora_added,
+    lora_merged,
+    statistics,
+    lambda model: model.to(torch.bfloat16).to(torch.float32),
+    lambda model: model.double(),
+    lambda model: model.resize(image_size=48),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_is_hashed_once_and_no_change_is_missed(
+    change: Callable[[DualEncoder], object], towers: DualEncoder, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = towers.fingerprint()
+    assert towers.fingerprint() == before
+    assert len(hashed) == len(PARTS)
+    change(towers)
+    after = towers.fingerprint()
+    assert after.record["image"]["weights"] != before.record["image"]["weights"]
+    once = len(hashed)
+    assert towers.fingerprint() == after
+    assert len(hashed) == once
+    monkeypatch.setattr(module, "_hashed", {})
+    assert towers.fingerprint() == after
+
+
+def test_a_step_of_one_tower_leaves_the_other_hashed(towers: DualEncoder, hashed: list[int]) -> None:
+    towers.fingerprint()
+    with torch.no_grad():
+        towers.backend.text_head.weight.add_(1)
+    towers.fingerprint()
+    assert len(hashed) == len(PARTS) + 1
+
+
+def test_what_is_remembered_does_not_grow(hashed: list[int]) -> None:
+    for number in range(module._REMEMBERED + 5):
+        hash_weights({"a": torch.tensor([number])})
+    assert len(module._hashed) == module._REMEMBERED
 
 
 PROGRAM = """

@@ -10,7 +10,7 @@ from huggingface_hub.utils import filter_repo_objects
 from clipkit.errors import ModelError
 from clipkit.models.doctor import examine
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.names import download
+from clipkit.models.names import download, find_folder
 
 CONFIGS = ["config.json", "tokenizer.json"]
 OPEN_CLIP = "open_clip_config.json"
@@ -98,6 +98,7 @@ def test_pickles_are_fetched_only_without_safetensors(
         ("open_clip:runs/birds/modle", "Did you mean runs/birds/model?"),
         ("open_clip:runs/brids", "Did you mean runs/birds?"),
         ("runs/birds/some-other", None),
+        ("runs/some-other", "In runs there are birds, cars."),
         ("openai/clip-vit-base-patch33", "Did you mean openai/clip-vit-base-patch32"),
     ],
 )
@@ -113,6 +114,17 @@ def test_a_misspelt_path_brings_the_near_one(
         assert (hint or ".") in refused.value.message
         assert hint is not None or "Did you mean" not in refused.value.message
         assert refused.value.exit_code == 2
+
+
+def test_the_folder_of_a_run_is_its_model(towers: DualEncoder, tmp_path: Path) -> None:
+    saved = tmp_path / "run" / "model"
+    towers.save_pretrained(saved)
+    assert find_folder(tmp_path / "run") == tmp_path / "run"  # any folder may have one called model in it
+    (tmp_path / "run" / "config.yaml").touch()
+    assert find_folder(tmp_path / "run") == saved
+    opened = DualEncoder.from_pretrained(tmp_path / "run")
+    assert opened.fingerprint() == DualEncoder.from_pretrained(saved).fingerprint()
+    assert "no clipkit.json" not in str(examine(tmp_path / "run"))
 
 
 def test_what_is_not_in_the_cache_is_an_error_offline() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,31 @@ pytest.importorskip("onnxruntime")
 KINDS = ["clip", "siglip", "open_clip", "towers"]
 
 
+class Listening(logging.Handler):
+    """What the command line would print while a block runs: everything from INFO upwards."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.heard: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.heard.append(f"{record.name}: {record.getMessage()}")
+
+    def __enter__(self) -> Listening:
+        root = logging.getLogger()
+        self.level = root.level
+        root.addHandler(self)
+        root.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logging.getLogger().removeHandler(self)
+        logging.getLogger().setLevel(self.level)
+
+
+HEARD: list[str] = []
+
+
 @pytest.fixture(scope="module")
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -31,7 +57,9 @@ def exported(
     def get(kind: str) -> tuple[DualEncoder, Any]:
         if kind not in found:
             model = build(kind, request)
-            found[kind] = model, model.export(tmp_path_factory.mktemp("onnx") / kind, to="onnx")
+            with Listening() as log:
+                found[kind] = model, model.export(tmp_path_factory.mktemp("onnx") / kind, to="onnx")
+            HEARD.extend(log.heard)
         return found[kind]
 
     return get
@@ -49,6 +77,11 @@ def build(kind: str, request: pytest.FixtureRequest) -> DualEncoder:
         model: DualEncoder = tiny.make_model()
         return model
     return DualEncoder.from_pretrained(request.getfixturevalue(f"{kind}_folder"))
+
+
+def test_the_exporter_keeps_its_doings_to_itself(exported: Callable[[str], tuple[DualEncoder, Any]]) -> None:
+    exported("clip")
+    assert HEARD == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -194,34 +194,6 @@ def test_t5_by_name_is_its_encoder(make_towers: Make, word_tokenizer: Any, texts
         assert torch.equal(model.backend.text(**inputs).last_hidden_state, expected)
 
 
-@pytest.mark.parametrize(("written", "pooling"), [("mean", "mean"), ("cls", "cls"), ("lasttoken", "last")])
-def test_a_folder_of_sentence_transformers_brings_its_pooling(
-    written: str, pooling: str, make_towers: Make, word_tokenizer: Any, texts: list[str], tmp_path: Path
-) -> None:
-    peer = pytest.importorskip("sentence_transformers")
-    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
-    build("BertModel", TEXT["MiniLM"][1]).save_pretrained(tmp_path / "bert")
-    word_tokenizer.save_pretrained(tmp_path / "bert")
-    parts = [modules.Transformer(str(tmp_path / "bert"), max_seq_length=64), modules.Pooling(32, pooling_mode=written)]
-    sentences = peer.SentenceTransformer(modules=parts, device="cpu")
-    sentences.save_pretrained(str(tmp_path / "sentences"))
-    model = make_towers(text=tmp_path / "sentences", tokenizer=None, context_length=64)
-    assert model.backend.settings()["text_pooling"] == pooling
-    expected = torch.as_tensor(sentences.encode(texts[:3])) @ model.backend.text_head.weight.T
-    found = model.backend.embed_text(**model.processor.texts(texts[:3]))
-    assert (found - expected).abs().max() < 1e-5
-
-
-def test_a_pooling_that_is_not_known_is_refused(make_towers: Make, word_tokenizer: Any, tmp_path: Path) -> None:
-    build("BertModel", TEXT["MiniLM"][1]).save_pretrained(tmp_path)
-    word_tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
-    with pytest.raises(ModelError, match="pooling is not known"):
-        make_towers(text=tmp_path, tokenizer=None)
-    make_towers(text=tmp_path, tokenizer=None, text_pooling="mean")
-
-
 def test_a_tower_opens_from_a_pickle_of_tensors(make_towers: Make, images: Images, tmp_path: Path) -> None:
     vision = build("ViTModel", PATCHES)
     vision.save_pretrained(tmp_path)

@@ -152,7 +152,7 @@ def test_paths_that_cannot_be_used(named, tiny, photos: Path, tmp_path: Path) ->
     with pytest.raises(DataError, match="no image here"):
         EmbeddingIndex.build(named, tmp_path / "no", tmp_path / "i")
     (tmp_path / "no" / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="none of 1 images"):
+    with pytest.raises(DataError, match="1 of 1 rows are rejected: none is left"):
         EmbeddingIndex.build(named, tmp_path / "no", tmp_path / "i")
     with pytest.raises(DataError):
         EmbeddingIndex.build(named, tmp_path / "nowhere", tmp_path / "i")

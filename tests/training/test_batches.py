@@ -76,12 +76,11 @@ def test_the_options_are_read_from_yaml_and_checked():
     sections = {"model": {"name": "m"}, "data": {"train": "t"}}
     assert RunConfig.parse({**sections, "train": given}).train.distinct == ("texts", "image")
     for wrong, words in [
-        ({"distinct": "texts"}, r"is a list, found .texts."),
         ({"balanced": "label"}, "either balanced or grouped"),
         ({"group_size": 1}, "multiple of group_size"),
         ({"batch_size": 10}, "multiple of group_size"),
     ]:
         with pytest.raises(ConfigError, match=words):
             RunConfig.parse({**sections, "train": {**given, **wrong}})
-    with pytest.raises(ConfigError, match="lists columns"):
-        TrainConfig("x", distinct="texts")
+    one = RunConfig.parse({**sections, "train": {**given, "distinct": "texts"}}).train
+    assert one.distinct == TrainConfig("x", distinct="texts").distinct == ("texts",)

@@ -70,7 +70,7 @@ def test_nothing_is_changed_unasked(folder):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.lora={rnak: 2}", r"unknown key `model.lora.rnak`(?s:.)*did you mean `rank`"),
+        ("model.lora={rnak: 2}", r"unknown key `model.lora.rnak`(?s:.)*did you mean model.lora.rank=2\?"),
         ("model.lora={rank: 0}", "rank is at least 1"),
         ("model.lora={part: images}", "`model.lora.part`.*found 'images'"),
         ("model.freeze_blocks={vision: 3}", "vision"),

@@ -346,7 +346,9 @@ def test_a_run_from_a_config(tmp_path):
     assert result["metrics"][key] == done.result.metrics[key]
     assert result["chance"][key] == pytest.approx(1 / 32)
     assert result["n"]["reference/images"] == 32
-    with pytest.raises(ConfigError, match=r"unknown key `evaluate.reference.texts`(?s:.)*did you mean `text`"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key `evaluate.reference.texts`(?s:.)*did you mean evaluate.reference.text=y"
+    ):
         RunConfig.load(None, [*basic, *loop, "evaluate.reference.data=x", "evaluate.reference.texts=y"])
     with pytest.raises(ConfigError, match=r"a reference is given(?s:.)*train.forget_budget=0.01"):
         RunConfig.load(None, [*basic, *loop, "evaluate.reference=photos.csv"])

@@ -31,7 +31,7 @@ def test_the_advice_is_arithmetic():
     later = replace(needs, held=4 * GB, free=6 * GB)  # the same room, after the moments have come to be
     assert "micro_batch=32: about" in advice(later, 256, TrainConfig("x"), "x").fix  # (0.9 x 6 - 2) / 0.1 = 34
     assert "LoRA" not in advice(replace(needs, lora=True), 256, TrainConfig("x"), "x").fix
-    assert "precision=bf16" in advice(needs, 256, TrainConfig("x", precision="fp32"), "x").fix
+    assert 'precision="bf16"' in advice(needs, 256, TrainConfig("x", precision="fp32"), "x").fix
     nothing = Needs(2 * GB, 6 * GB, 0, 0.1 * GB, None, 0)
     assert "take a smaller model" in advice(nothing, 256, TrainConfig("x"), "x").fix
     assert "micro_batch=128 or less" in advice(None, 256, TrainConfig("x"), "x").fix

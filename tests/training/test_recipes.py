@@ -130,7 +130,7 @@ def test_scratch_is_of_a_named_model(world):
     done = clipkit("train", FOLDER / "scratch.yaml", *model_of("lit", world), *NEEDED)
     assert done.code == 2
     assert "model.scratch" in done.err
-    assert "fix:   set model.name=open_clip:ViT-B-32" in done.err
+    assert "fix:   model.name=open_clip:ViT-B-32" in done.err
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -163,7 +163,7 @@ def _numbers(values, path=""):
     """Dotted key -> numbers, for all that is a number or a list of numbers."""
     for key, value in values.items():
         name = f"{path}.{key}" if path else key
-        listed = value if isinstance(value, list) else [value]
+        listed = [getattr(each, "value", each) for each in (value if isinstance(value, list) else [value])]
         if isinstance(value, dict):
             yield from _numbers(value, name)
         elif all(isinstance(each, int | float) and not isinstance(each, bool) for each in listed):

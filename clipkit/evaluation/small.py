@@ -1,0 +1,32 @@
+"""What a test set is too small to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from clipkit.models.text_notices import Notice
+
+_FEW = 25  # queries, of which the 95 % interval of one half is 20 points to either side
+
+
+def small_test(
+    name: str, queries: Mapping[str, int], chance: Mapping[str, float], majority: Mapping[str, float] | None = None
+) -> list[Notice]:
+    """At most one notice: that there are few queries, and which figures are good whatever the model does.
+
+    Args:
+        name: of the evaluator, with which the keys begin.
+        queries: how many there are of each kind, by its plural: ``{"images": 3}``.
+        chance: of each figure. A half is that of any test of two classes, and nothing to tell.
+        majority: of each figure, what always naming the most frequent class gives.
+    """
+    said = [f"of {n} {what} each is worth {100 / n:.0f} points" for what, n in queries.items() if n < _FEW]
+    certain = [key.removeprefix(f"{name}/") for key, value in chance.items() if value > 1 - 1e-9]
+    likely = {key.removeprefix(f"{name}/"): value for key, value in chance.items() if 0.5 < value <= 1 - 1e-9}
+    if certain:
+        said.append(f"{', '.join(certain)} can only be 1")
+    if likely:
+        said.append(f"by chance {', '.join(f'{key} is {value:.2f}' for key, value in likely.items())}")
+    if majority and not certain and min(majority.values()) == 1:
+        said.append("all images are of one class")
+    return [Notice("SMALL_TEST", f"{name}: this test set tells little: {'; '.join(said)}")] if said else []

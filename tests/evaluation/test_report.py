@@ -6,7 +6,7 @@ import math
 import pytest
 
 from clipkit.errors import ClipkitError, UsageError
-from clipkit.evaluation.report import build_result, environment, warn_if_few
+from clipkit.evaluation.report import build_result, environment
 from clipkit.files import dump_json
 
 
@@ -47,18 +47,3 @@ def test_environment() -> None:
     facts = environment()
     assert facts["torch"]
     assert all(isinstance(value, str) for value in facts.values())
-
-
-@pytest.mark.parametrize(
-    ("images", "sure", "said"),
-    [
-        (400, [], None),
-        (25, [], None),
-        (24, [], "r: 24 images tell little (50 % of them is 50 ± 20 %): measure on more"),  # 1.96 sqrt(0.25 / 24)
-        (1, ["r/a@1"], "r: 1 images tell little (50 % of them is 50 ± 50 %); a@1 is 100 % whatever the model does"),
-        (30, ["r/a@30", "r/b@30"], "r: a@30, b@30 is 100 % whatever the model does: measure on more"),
-    ],
-)
-def test_a_test_set_that_can_tell_little_is_told(caplog, images: int, sure: list[str], said: str | None) -> None:
-    warn_if_few("r", images, sure)
-    assert [message.startswith(said or "") for message in caplog.messages] == ([True] if said else [])

@@ -109,10 +109,10 @@ def test_an_image_that_cannot_be_used_stops_the_run_or_is_listed_as_without_feat
 
 
 def test_a_tower_that_trains_has_no_features_to_keep(pairs, tmp_path):
-    with pytest.raises(UsageError, match="a tower that stands still"):
+    with pytest.raises(UsageError, match="of a frozen tower"):
         with_image_features(tiny.make_model().freeze("image", blocks=1), pairs)
     basic = ["model.name=a/b", "data.train=b.csv", f"train.output_dir={tmp_path}", "data.features=f.sqlite"]
-    with pytest.raises(ConfigError, match=r"stands still(?s:.)*model.freeze=image"):
+    with pytest.raises(ConfigError, match=r"of a frozen image tower(?s:.)*model.freeze=image"):
         RunConfig.load(None, basic)
     RunConfig.load(None, [*basic, "model.freeze=[image]"])
     with pytest.raises(ConfigError, match="feature_draws must be at least 1, found 0"):

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from clipkit.errors import BadImage, ClipkitError
     from clipkit.evaluation.retrieval import RetrievalEvaluator
     from clipkit.evaluation.zero_shot import ZeroShotEvaluator
-    from clipkit.images import load_image
+    from clipkit.images.load import load_image
     from clipkit.labelling.classifier import ZeroShotClassifier
     from clipkit.losses.contrastive import info_nce, sigmoid_loss
-    from clipkit.losses.graded import Graded
-    from clipkit.losses.similar import Paired, SameGroup, Views
-    from clipkit.models.arithmetic import average, interpolate
+    from clipkit.losses.similarity import Graded, Paired, SameGroup, Views
+    from clipkit.models.averaging import average, interpolate
     from clipkit.models.dual_encoder import DualEncoder
-    from clipkit.models.fingerprint import Fingerprint
+    from clipkit.models.fingerprint.fingerprint import Fingerprint
     from clipkit.search.index import EmbeddingIndex
-    from clipkit.training.config import RunConfig, TrainConfig
+    from clipkit.training.config.run import RunConfig
+    from clipkit.training.config.train import TrainConfig
     from clipkit.training.run import run
     from clipkit.training.trainer import Trainer
 
@@ -38,23 +38,23 @@ _HOME = {
     "DualEncoder": "models.dual_encoder",
     "EmbeddingIndex": "search.index",
     "EmbeddingStore": "embedding.store",
-    "Fingerprint": "models.fingerprint",
-    "Graded": "losses.graded",
-    "Paired": "losses.similar",
+    "Fingerprint": "models.fingerprint.fingerprint",
+    "Graded": "losses.similarity",
+    "Paired": "losses.similarity",
     "RetrievalEvaluator": "evaluation.retrieval",
-    "RunConfig": "training.config",
-    "SameGroup": "losses.similar",
-    "TrainConfig": "training.config",
+    "RunConfig": "training.config.run",
+    "SameGroup": "losses.similarity",
+    "TrainConfig": "training.config.train",
     "Trainer": "training.trainer",
-    "Views": "losses.similar",
+    "Views": "losses.similarity",
     "ZeroShotClassifier": "labelling.classifier",
     "ZeroShotEvaluator": "evaluation.zero_shot",
-    "average": "models.arithmetic",
+    "average": "models.averaging",
     "check_data": "data.check",
     "embed": "embedding.embed",
     "info_nce": "losses.contrastive",
-    "interpolate": "models.arithmetic",
-    "load_image": "images",
+    "interpolate": "models.averaging",
+    "load_image": "images.load",
     "load_pairs": "data.pairs",
     "run": "training.run",
     "sigmoid_loss": "losses.contrastive",

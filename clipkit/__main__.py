@@ -1,6 +1,6 @@
 """python -m clipkit, which is what `accelerate launch -m clipkit` and `torchrun -m clipkit` start."""
 
-from clipkit.cli import main
+from clipkit.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.errors import ResourceError, UsageError, option
+from clipkit.errors import CorruptArtefact, ResourceError, UsageError, option
 
 
 def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, replace: bool = False) -> None:
@@ -156,3 +156,22 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CorruptArtefact(
+            f"not a JSON file: {error}", where=path, fix="download or save the model again"
+        ) from error
+    if not isinstance(found, dict):
+        message = f"a JSON object was expected, found {type(found).__name__}"
+        raise CorruptArtefact(message, where=path, fix="download or save the model again")
+    return found
+
+
+def content_hash(content: bytes | str) -> bytes:
+    """SHA-256 of bytes, or of a text's UTF-8."""
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content).digest()

@@ -18,7 +18,7 @@ class Done(NamedTuple):
 
 def clipkit(*arguments: object) -> Done:
     """Exit code, standard output and standard error of `clipkit ARGUMENTS`."""
-    from clipkit.cli import main
+    from clipkit.cli.main import main
 
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))  # as a shell gives them
     root = logging.getLogger()

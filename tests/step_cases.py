@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 from clipkit import Graded, Paired, SameGroup, Views
-from clipkit.data.batch import Batch, Rows
-from clipkit.losses.similar import Similar
-from clipkit.training.learner import Learner
+from clipkit.data.batches.batch import Batch, RowKeys
+from clipkit.losses.similarity import Similarity
+from clipkit.training.heads import ModelWithHeads
 
 N = 13
 CUTS = {1: [13], 2: [4, 9], 4: [1, 6, 4, 2]}  # rows of each rank: uneven, and one with a single row
@@ -72,7 +72,7 @@ def sup_con(out: dict[str, Tensor]) -> Tensor:
 class Case:
     """A notion of similarity, and its target by hand: (N, N) in [0, 1], -1 for what is not compared."""
 
-    similar: tuple[Similar, ...] = (Paired(),)
+    similar: tuple[Similarity, ...] = (Paired(),)
     target: Callable[[], Tensor] = own
     more: Callable[[dict[str, Tensor]], Tensor] | None = None  # what the second notion adds to the loss
     smoothing: float = 0.0
@@ -107,7 +107,7 @@ CASES = {
 }
 
 
-def learner(name: str, loss: str, dropout: float | None = None) -> Learner:
+def learner(name: str, loss: str, dropout: float | None = None) -> ModelWithHeads:
     """A tiny model whose embeddings differ; without the weights that no loss reaches, for DDP waits for them.
 
     They differ a lot: in a narrow cone, gradients are small differences, and errors that of one unlucky rounding.
@@ -120,7 +120,7 @@ def learner(name: str, loss: str, dropout: float | None = None) -> Learner:
         for weight, each in model.named_parameters():
             if each.ndim > 1:  # more would saturate attention: bf16 is coarse there
                 each.normal_(0, 0.5 if "word_emb" in weight or "patch_emb" in weight else 0.1, generator=generator)
-    found = Learner(model, CASES[name].similar).train()
+    found = ModelWithHeads(model, CASES[name].similar).train()
     model.backend.text.pooler = model.backend.vision.pooler = None
     return found
 
@@ -136,18 +136,18 @@ def batch(name: str, first: int = 0, count: int = N) -> Batch:
     hard = slice(sum(HARD[:first]), sum(HARD[: first + count]))
     keys = {column: values[part] for column, values in KEYS.items()}
     image, text = [pixels[0, part]], [words[part]]
-    rows = {"image": Rows(keys), "text": Rows(keys)}
+    rows = {"image": RowKeys(keys), "text": RowKeys(keys)}
     if name == "views":
         image += [pixels[1, part], pixels[2, part]]
         view = torch.arange(3).repeat_interleave(count)
-        rows["image"] = Rows({column: torch.cat([values] * 3) for column, values in keys.items()} | {"view": view})
+        rows["image"] = RowKeys({column: torch.cat([values] * 3) for column, values in keys.items()} | {"view": view})
     if name == "hard":
         image.append(hard_pixels[hard])
         text.append(hard_words[hard])
         more = hard.stop - hard.start
         empty = {column: torch.full((more, *v.shape[1:]), -1).to(v.dtype) for column, v in keys.items()}
         full = {column: torch.cat([v, empty[column]]) for column, v in keys.items()}
-        rows = dict.fromkeys(rows, Rows(full, torch.arange(count + more) < count))
+        rows = dict.fromkeys(rows, RowKeys(full, torch.arange(count + more) < count))
     ids = torch.cat(text)
     inputs = {"pixel_values": torch.cat(image), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Batch(inputs, rows, count)
@@ -173,11 +173,11 @@ def reference(name: str, loss: str, world: int = 1, micro: int | None = None) ->
     return {"loss": value.detach(), **gradients(model)}
 
 
-def _embedded(model: Learner, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _embedded(model: ModelWithHeads, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return model(**{name: x.double() if x.is_floating_point() else x for name, x in inputs.items()})
 
 
-def _masked(model: Learner, name: str, world: int, micro: int | None) -> dict[str, Tensor]:
+def _masked(model: ModelWithHeads, name: str, world: int, micro: int | None) -> dict[str, Tensor]:
     """The outputs of the whole batch, with the masks that each rank draws, chunk by chunk."""
     found = []
     for rank, count in enumerate(CUTS[world]):
@@ -187,7 +187,7 @@ def _masked(model: Learner, name: str, world: int, micro: int | None) -> dict[st
     return {key: torch.cat([out[key] for out in found]) if one.ndim else one for key, one in found[-1].items()}
 
 
-def gradients(model: Learner) -> dict[str, Tensor]:
+def gradients(model: ModelWithHeads) -> dict[str, Tensor]:
     """Of the encoders as one vector, of the scale, of the bias."""
     scalars = {"scale": model.model.logit_scale, "bias": model.model.logit_bias}
     rest = [each for each in model.parameters() if each.ndim and each.grad is not None]

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipkit import distributed
 from clipkit.losses import softmax
 from clipkit.training import step
-from clipkit.training.step import Contrast, backward
+from clipkit.training.step import LossConfig, backward
 
 MODES = {"plain": (None, None), "tiled": (5, None), "cached": (None, MICRO), "tiled+cached": (4, MICRO)}
 BUGS = {  # measured in other libraries -> the case that has to see it
@@ -44,7 +44,7 @@ def measured(name, loss, mode, precision):
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as Accelerate does
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     tile, micro = MODES[mode]
-    contrast = Contrast(loss, label_smoothing=case.smoothing, matryoshka=case.dims, tile=tile)
+    contrast = LossConfig(loss, label_smoothing=case.smoothing, matryoshka=case.dims, tile=tile)
     torch.manual_seed(rank)
     found = backward(wrapped, batch(name, sum(cuts[:rank]), cuts[rank]), case.similar, contrast, micro_batch=micro)
     return {"loss": distributed.sum_over_ranks(found.loss) / len(cuts), **gradients(model)}
@@ -80,7 +80,7 @@ def sabotage(bug):
     if bug == "gather without gradient":
         return patch.object(distributed, "gather_rows", partial(_own_slot_only, distributed.gather_rows))
     if bug == "mean per rank":
-        return patch.object(softmax.Side, "settle", partialmethod(_per_rank, softmax.Side.settle))
+        return patch.object(softmax.RunningSums, "settle", partialmethod(_per_rank, softmax.RunningSums.settle))
     if bug == "no RNG replay":
         return patch.object(step, "_set_random_state", lambda *_: None)
     raise ValueError(bug)

@@ -7,7 +7,7 @@ import pytest
 from clipkit import errors
 from clipkit.errors import BadImage, ClipkitError, exit_with_message, option, speaking, within
 from clipkit.texts import BadText
-from clipkit.training.config_errors import as_setting
+from clipkit.training.config.errors import as_setting
 
 
 def kinds(base=ClipkitError):

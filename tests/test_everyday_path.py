@@ -121,7 +121,7 @@ class Hashed:
     """How many times over a command hashed the weights with SHA-256. Each begins like a process of its own."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from clipkit.models import fingerprint
+        from clipkit.models.fingerprint import fingerprint
 
         self.bytes, original = 0, fingerprint.sha256
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from clipkit.data.rejects import unreadable_folders
+from clipkit.data.reading.rejects import unreadable_folders
 from clipkit.errors import DataError
 from clipkit.files import dump_json, write_text
-from clipkit.images import find_images
+from clipkit.images.load import find_images
 from clipkit.paths import walk
 
 

@@ -119,17 +119,17 @@ def test_program_lines_on_generated_photos(desk):
     assert "288 photos to learn from, 32 held out" in done.stdout
 
 
-def test_the_file_map_names_every_file_and_only_those():
-    drawn = README.split("## File map")[1]
-    for path in [*(ROOT / "clipkit").iterdir()]:
-        if path.name not in ("__pycache__", "py.typed"):
-            assert path.name.removesuffix(".py") in drawn, path.name
-    for package in (each for each in (ROOT / "clipkit").iterdir() if (each / "__init__.py").is_file()):
-        for module in package.glob("[a-z]*.py"):
-            assert re.search(rf"\b{module.stem}\b", drawn), f"{package.name}/{module.name}"
+def test_the_file_map_names_every_folder_and_only_what_is_there():
+    drawn = README.split("## File map")[1].split("## Develop")[0]
+    folders = [path for path in (ROOT / "clipkit").rglob("*/") if path.name != "__pycache__"]
+    for folder in folders:
+        assert f" {folder.name}/ " in drawn, folder.name
+    for path in (ROOT / "clipkit").glob("*.*"):
+        if path.name != "py.typed":
+            assert path.stem in drawn, path.name
     named = set(re.findall(r"(\w+\.(?:py|html))\b", drawn))
-    present = {path.name for path in (ROOT / "clipkit").rglob("*") if path.suffix in (".py", ".html")}
-    assert named <= present
+    assert named <= {path.name for path in (ROOT / "clipkit").rglob("*") if path.suffix in (".py", ".html")}
+    assert set(re.findall(r"^ +(\w+)/ ", drawn, re.MULTILINE)) == {folder.name for folder in folders}
 
 
 def test_the_guide_names_every_program_and_figure_and_its_notion_works():

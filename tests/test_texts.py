@@ -9,9 +9,8 @@ import pytest
 import tiny
 
 from clipkit import ZeroShotClassifier, embed, load_pairs
-from clipkit.data.keys import key_values
-from clipkit.data.map_style import caption_counts
-from clipkit.data.rejects import Ledger
+from clipkit.data.dataset import caption_counts, key_values
+from clipkit.data.reading.rejects import LoadReport
 from clipkit.errors import DataError, UsageError
 from clipkit.search.query import kind_of
 from clipkit.texts import BadText, checked_text, is_blank
@@ -46,7 +45,7 @@ def test_captions_and_labels_of_a_table(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(tiny.square("red", "left"))
     rows = [{"image": "a.png", "text": text, "label": text} for text in ["fine", *BLANK, BROKEN]]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(tmp_path / "t.jsonl", on_bad="skip", max_bad=1.0, ledger=ledger)
     assert list(pairs["texts"]) == [["fine"]]
     assert [reject.code for reject in ledger.rejects] == ["EMPTY_TEXT"] * len(BLANK) + ["BAD_JSON"]

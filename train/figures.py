@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from clipkit import Paired, info_nce
-from clipkit.losses.contrastive import Embedded
-from clipkit.losses.floor import info_nce_floor
+from clipkit.losses.contrastive import EmbeddedBatch
+from clipkit.losses.lower_bound import info_nce_floor
 
 N, DIM = 256, 64
 
@@ -52,7 +52,7 @@ def floor_of(n: int, classes: int) -> float:
 def start_of(n: int) -> float:
     """The first loss of embeddings that know nothing."""
     keys = {"row": torch.arange(n)}
-    same = Embedded(F.normalize(torch.ones(n, 2), dim=1), keys)
+    same = EmbeddedBatch(F.normalize(torch.ones(n, 2), dim=1), keys)
     return float(info_nce(same, same, Paired(), torch.tensor(10.0)).loss)
 
 

@@ -22,7 +22,7 @@ import torch
 
 from clipkit import DualEncoder, EmbeddingStore, TrainConfig, Trainer, interpolate, load_pairs, split_pairs
 from clipkit.distributed import is_main, start
-from clipkit.embedding.features import with_image_features
+from clipkit.embedding.image_features import with_image_features
 from clipkit.errors import exit_with_message
 from clipkit.files import write_json, write_text
 from clipkit.metrics.ranking import Relevance, chance, rank

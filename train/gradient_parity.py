@@ -40,8 +40,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from clipkit import Paired, SameGroup, info_nce, sigmoid_loss
-from clipkit.data.batch import Batch, Rows
-from clipkit.losses.contrastive import Embedded
+from clipkit.data.batches.batch import Batch, RowKeys
+from clipkit.losses.contrastive import EmbeddedBatch
 from clipkit.training.step import backward
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's notes on parameters that a loss does not train
@@ -96,7 +96,7 @@ def open_clip_loss(out: dict, rows: Tensor, labels: Tensor, rank: int, world: in
 
 
 def clipkit_sigmoid(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int) -> Tensor:
-    image, text = (Embedded(out[side], {"row": rows}) for side in ("image_features", "text_features"))
+    image, text = (EmbeddedBatch(out[side], {"row": rows}) for side in ("image_features", "text_features"))
     return sigmoid_loss(image, text, Paired(), out["logit_scale"], torch.tensor(-5.0).double()).loss
 
 
@@ -129,7 +129,7 @@ def supcon(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int, effic
 
 def clipkit_loss(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int, group: bool = False) -> Tensor:
     keys = {"row": rows, "class": labels}
-    image, text = (Embedded(out[side], keys) for side in ("image_features", "text_features"))
+    image, text = (EmbeddedBatch(out[side], keys) for side in ("image_features", "text_features"))
     return info_nce(image, text, SameGroup("class") if group else Paired(), out["logit_scale"]).loss
 
 
@@ -211,7 +211,7 @@ class Named(nn.Module):
 
 
 def clipkit_cached(encoders: Encoders, images: Tensor, texts: Tensor) -> None:
-    rows = Rows({"row": torch.arange(N)})
+    rows = RowKeys({"row": torch.arange(N)})
     batch = Batch({"pixel_values": images, "input_ids": texts}, {"image": rows, "text": rows}, N)
     backward(Named(encoders), batch, [Paired()], micro_batch=N // CHUNKS)
 

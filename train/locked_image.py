@@ -29,9 +29,9 @@ from clipkit import (
     split_pairs,
 )
 from clipkit.distributed import is_main, start
-from clipkit.embedding.features import with_image_features
+from clipkit.embedding.image_features import with_image_features
 from clipkit.errors import exit_with_message
-from clipkit.evaluation.report import build_result
+from clipkit.evaluation.result import build_result
 from clipkit.files import write_json
 
 LENGTH = 20  # words of a caption; 3 % of Flickr8k's are longer and are cut

@@ -25,8 +25,8 @@ import torch
 from open_clip.loss import SigLipLoss
 
 from clipkit import DualEncoder, Paired, info_nce, sigmoid_loss
-from clipkit.data.batch import Batch, Rows
-from clipkit.losses.contrastive import TILE, Embedded
+from clipkit.data.batches.batch import Batch, RowKeys
+from clipkit.losses.contrastive import TILE, EmbeddedBatch
 from clipkit.training.step import backward
 
 KINDS = {
@@ -49,7 +49,7 @@ def loss(kind: str, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if what == "open_clip_sigmoid":
         return SigLipLoss()(a, b, scale, bias)
     keys = {"row": torch.arange(len(a))}
-    sides = Embedded(a, keys), Embedded(b, keys)
+    sides = EmbeddedBatch(a, keys), EmbeddedBatch(b, keys)
     if what == "sigmoid":
         return sigmoid_loss(*sides, Paired(), scale, bias, tile=tile).loss
     return info_nce(*sides, Paired(), scale, tile=tile).loss
@@ -83,7 +83,7 @@ def measure_step(name: str, n: int, micro_batch: int, repeats: int) -> dict[str,
     model = (DualEncoder.from_pretrained(name) if Path(name).is_dir() else DualEncoder.from_config(name)).train()
     size = model.processor.image_size
     inputs = {"pixel_values": torch.randn(n, 3, size, size), **model.processor.texts([f"pair {i}" for i in range(n)])}
-    rows = Rows({"row": torch.arange(n)})
+    rows = RowKeys({"row": torch.arange(n)})
     batch = Batch(inputs, {"image": rows, "text": rows}, n)
     seconds: dict[str, list[float]] = {"at once": [], "cached": []}
     for _ in range(repeats):

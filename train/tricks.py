@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 
 from clipkit import DualEncoder, Paired, RetrievalEvaluator, SameGroup, Trainer, Views, average
-from clipkit.data.glyphs import Glyphs, glyphs
-from clipkit.quickstart import RECIPE, build_model, repeated
+from clipkit.quickstart.glyphs import Glyphs, glyphs
+from clipkit.quickstart.job import RECIPE, build_model, repeated
 
 GROUP = SameGroup("group")
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from clipkit.data.keys import has_texts
-from clipkit.data.rejects import Ledger, Reject
+from clipkit.data.dataset import has_texts
+from clipkit.data.reading.rejects import LoadReport, Reject
 from clipkit.errors import BadImage, DataError, option
-from clipkit.images import describe, is_image_name, load_image
+from clipkit.images.load import describe, is_image_name, load_image
 from clipkit.progress import track
 from clipkit.texts import is_blank
 
@@ -88,7 +88,7 @@ def check_data(
     pairs: Dataset,
     *,
     processor: TokenCounter | None = None,
-    ledger: Ledger | None = None,
+    ledger: LoadReport | None = None,
     threads: int | None = None,
     progress: bool = False,
 ) -> DataReport:
@@ -121,14 +121,14 @@ def check_data(
     _measure_images(report, pairs, looks, good)
     if has_texts(pairs):
         _measure_captions(report, pairs, processor)
-    ledger = ledger or Ledger(rows=len(pairs))
+    ledger = ledger or LoadReport(rows=len(pairs))
     place = _number_as(report, ledger)
     report.unreferenced = _unreferenced(pairs, [reject.path for reject in report.rejects if reject.path])
     report.advice = list(_advise(report, place))
     return report
 
 
-def _number_as(report: DataReport, ledger: Ledger) -> dict[int, str]:
+def _number_as(report: DataReport, ledger: LoadReport) -> dict[int, str]:
     """Number the rows of a report as their source does; where a person finds those that are alike."""
     report.rows = ledger.rows
     found = [row for reject in report.rejects for row in ledger.at(reject)]
@@ -143,13 +143,13 @@ def _number_as(report: DataReport, ledger: Ledger) -> dict[int, str]:
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-class _Look(NamedTuple):
+class DecodedImage(NamedTuple):
     size: tuple[int, int]
     digest: bytes
     reject: Reject | None = None
 
 
-def _look(pairs: Dataset, threads: int) -> Iterator[_Look]:
+def _look(pairs: Dataset, threads: int) -> Iterator[DecodedImage]:
     from datasets import Image
 
     column = pairs.select_columns(["image"]).cast_column("image", Image(decode=False))
@@ -159,15 +159,15 @@ def _look(pairs: Dataset, threads: int) -> Iterator[_Look]:
             yield from pool.map(_decode, window, column.select(window)["image"])
 
 
-def _decode(row: int, cell: dict[str, Any]) -> _Look:
+def _decode(row: int, cell: dict[str, Any]) -> DecodedImage:
     try:
         image = load_image(cell)
     except BadImage as bad:
-        return _Look((0, 0), b"", Reject(row, bad.code, bad.reason, f"row {row}", describe(cell)))
-    return _Look(image.size, hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest())
+        return DecodedImage((0, 0), b"", Reject(row, bad.code, bad.reason, f"row {row}", describe(cell)))
+    return DecodedImage(image.size, hashlib.sha256(b"%d %d " % image.size + image.tobytes()).digest())
 
 
-def _measure_images(report: DataReport, pairs: Dataset, looks: list[_Look], good: list[int]) -> None:
+def _measure_images(report: DataReport, pairs: Dataset, looks: list[DecodedImage], good: list[int]) -> None:
     same: dict[bytes, list[int]] = defaultdict(list)
     for row in good:
         same[looks[row].digest].append(row)

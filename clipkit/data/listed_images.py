@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.columns import image_column
-from clipkit.data.pictures import Pictures
-from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
-from clipkit.data.sources import open_source
-from clipkit.data.tables import TABLE_SUFFIXES, Quoting, checked_format
+from clipkit.data.reading.columns import image_column
+from clipkit.data.reading.image_column import ImageColumn
+from clipkit.data.reading.rejects import LoadReport, OnBad, Reject, check_policy
+from clipkit.data.reading.sources import open_source
+from clipkit.data.reading.tables import TABLE_SUFFIXES, Quoting, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
 
@@ -34,7 +34,7 @@ def load_images(
     on_bad: OnBad = "error",
     max_bad: int | float = 0.1,
     rejects: str | os.PathLike[str] | None = None,
-    ledger: Ledger | None = None,
+    ledger: LoadReport | None = None,
 ) -> tuple[list[str], list[Any]]:
     """The names of the images as the table has them, and the images, each file once: at the row that names it first.
 
@@ -49,10 +49,10 @@ def load_images(
         DataError, TooManyRejected: as for `load_pairs`.
     """
     check_policy(on_bad, max_bad)
-    ledger = Ledger() if ledger is None else ledger
+    ledger = LoadReport() if ledger is None else ledger
     table = open_source(source, ledger, split=split, form=checked_format(separator, encoding, quoting))
     column = image_column(table, image)
-    pictures = Pictures.of(table, column)
+    pictures = ImageColumn.of(table, column)
     ledger.rows = len(table) + len(table.rejects)
     ledger.rejects += table.rejects
     rows: dict[str | int, list[int]] = {}

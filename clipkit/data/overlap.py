@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from clipkit.data.keys import has_texts
-from clipkit.data.map_style import as_table
+from clipkit.data.dataset import as_dataset, has_texts
 from clipkit.data.split import digest, known_images
 
 
@@ -40,7 +39,7 @@ class Overlap:
 
 def overlap(train: Any, test: Any) -> Overlap:
     """Compare two data sets; reads only those files of which both have one of the same size."""
-    train, test = as_table(train), as_table(test)
+    train, test = as_dataset(train), as_dataset(test)
     seen = {text for texts in train["texts"] for text in texts}
     captions = [text for texts in test["texts"] for text in texts] if has_texts(test) else []  # of labels alone
     shared = sum(text in seen for text in captions)

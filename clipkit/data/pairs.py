@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from clipkit.data.assemble import Item, assemble
-from clipkit.data.columns import Columns, choose, label_of, texts_of
-from clipkit.data.pictures import Pictures
-from clipkit.data.rejects import Ledger, OnBad, Reject, check_policy
-from clipkit.data.sources import open_source
-from clipkit.data.tables import Quoting, Table, Unusable, checked_format
+from clipkit.data.reading.build_dataset import Item, assemble
+from clipkit.data.reading.columns import Columns, choose, label_of, texts_of
+from clipkit.data.reading.image_column import ImageColumn
+from clipkit.data.reading.rejects import LoadReport, OnBad, Reject, check_policy
+from clipkit.data.reading.sources import open_source
+from clipkit.data.reading.tables import Quoting, Table, Unusable, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
 from clipkit.prompts import Templates, captions, check_templates
@@ -43,7 +43,7 @@ def load_pairs(
     on_bad: OnBad = "error",
     max_bad: int | float = 0.1,
     rejects: str | os.PathLike[str] | None = None,
-    ledger: Ledger | None = None,
+    ledger: LoadReport | None = None,
 ) -> Dataset:
     """Image-text pairs from a table, a folder or a data set.
 
@@ -71,7 +71,7 @@ def load_pairs(
         on_bad: ``error`` lists the rows that cannot be used and stops; ``skip`` leaves them out and counts them.
         max_bad: how many rows (int) or what fraction of them (float) may be skipped.
         rejects: file to which every row that cannot be used is written as JSON lines: row, code, message, where, path.
-        ledger: a fresh `Ledger` to be filled with the counts, the rejects and the notes.
+        ledger: a fresh `LoadReport` to be filled with the counts, the rejects and the notes.
 
     Raises:
         DataError: the source cannot be read without doubt, or `on_bad` is ``error`` and a row cannot be used.
@@ -80,13 +80,13 @@ def load_pairs(
     """
     check_policy(on_bad, max_bad)
     form = checked_format(separator, encoding, quoting)
-    ledger = Ledger() if ledger is None else ledger
+    ledger = LoadReport() if ledger is None else ledger
     if not isinstance(source, str) and isinstance(source, os.PathLike):
         source = Path(source)
     table = open_source(source, ledger, split=split, form=form)
     filled = list(table.templates) if templates is None else check_templates(templates)
     columns = choose(table, image=image, text=text, label=label, templates=bool(filled))
-    pictures = Pictures.of(table, columns.image)
+    pictures = ImageColumn.of(table, columns.image)
     ledger.rows = len(table) + len(table.rejects)
     ledger.rejects += table.rejects
     items, names = _collect(table, columns, pictures, filled, ledger)
@@ -102,7 +102,7 @@ def _origin(table: Table, items: list[Item]) -> Callable[[int], list[tuple[int, 
     return lambda row: [(places.row(each), places.where(each)) for each in rows[row]]
 
 
-def _wrong_root(table: Table, ledger: Ledger) -> str | None:
+def _wrong_root(table: Table, ledger: LoadReport) -> str | None:
     """When no file at all is found, one sentence helps more than ten rows."""
     if ledger.used or any(reject.code != "MISSING" for reject in ledger.rejects):
         return None
@@ -116,7 +116,7 @@ class _BadRow(Exception):
 
 
 def _collect(
-    table: Table, columns: Columns, pictures: Pictures, templates: Templates, ledger: Ledger
+    table: Table, columns: Columns, pictures: ImageColumn, templates: Templates, ledger: LoadReport
 ) -> tuple[list[Item], ClassLabel | None]:
     cells = table.cells(columns.label) if columns.label else []
     labels, classes = _labels(table, columns, cells)
@@ -148,7 +148,7 @@ def _collect(
     return list(items.values()), classes
 
 
-def _key(pictures: Pictures, index: int) -> str | int:
+def _key(pictures: ImageColumn, index: int) -> str | int:
     try:
         return pictures.key(index)
     except BadImage as bad:
@@ -209,7 +209,7 @@ def _no_label(cell: Any) -> _BadRow:
 
 
 def _take_notes(
-    ledger: Ledger, table: Table, items: dict[str | int, Item], empty: int, classes: ClassLabel | None
+    ledger: LoadReport, table: Table, items: dict[str | int, Item], empty: int, classes: ClassLabel | None
 ) -> None:
     if ledger.used > len(items):
         ledger.note(f"{table.name}: {ledger.used:,} rows name {len(items):,} images: merged")

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.data.identity import file_or_bytes, raw_cells
-from clipkit.data.keys import key_values, require_column
-from clipkit.data.map_style import as_table
+from clipkit.data.dataset import as_dataset, key_values, require_column
+from clipkit.data.fingerprint import file_or_bytes, raw_cells
 from clipkit.errors import DataError, UsageError, option
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def image_keys(pairs: Any) -> list[Hashable]:
 def known_images(pairs: Any) -> list[tuple[int | None, str | None, bytes]]:
     """What is known of each row's image without reading a file: its size in bytes, the path of a file, and the SHA-256
     of what is no file. Without a size there is nothing that could be read."""
-    pairs = as_table(pairs)
+    pairs = as_dataset(pairs)
     require_column(pairs, "image")
     kept: list[tuple[int | None, str | None, bytes]] = []
     for cell in raw_cells(pairs, "image"):

@@ -3,62 +3,47 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from clipkit import distributed
-from clipkit.data.rejects import Reject
-from clipkit.embedding.encode import Encoder, Kind, reject
-from clipkit.embedding.store import EmbeddingStore, Key, content_hash
-from clipkit.errors import BadImage, ClipkitError, DataError, UsageError
-from clipkit.images import bytes_of
+from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
+from clipkit.embedding.store import EmbeddingStore, Key
+from clipkit.errors import BadImage, ClipkitError, DataError, ModelError, UsageError
+from clipkit.files import content_hash
+from clipkit.images.load import bytes_of, describe
+from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.encode import report_cut
+from clipkit.models.encode import _Images, encode, report_cut, text_chunks
 from clipkit.progress import track
 from clipkit.texts import checked_text
 
 logger = logging.getLogger("clipkit")
 
-T = TypeVar("T")
+
 _GET = 4096  # rows fetched from the store at once
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """What `embed` gives: ``len(rows) + len(rejected)`` is the number of items, always.
-
-    Attributes:
-        vectors: (n, dim) float32 on the CPU, unit length; row i belongs to item ``rows[i]``.
-        rows: the items that were used, in order.
-        rejected: the items that were not, in order.
-        content: SHA-256 of each used item's content; empty without a store.
-    """
-
-    vectors: Tensor
-    rows: list[int]
-    rejected: list[Reject]
-    content: list[bytes]
 
 
 def embed(
     model: DualEncoder,
     items: Sequence[Any],
     *,
-    kind: Kind = "image",
+    kind: Modality = "image",
     store: EmbeddingStore | None = None,
     features: EmbeddingStore | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: bool = False,
     on_bad: Literal["error", "skip"] = "error",
-) -> Embedded:
+) -> EmbedResult:
     """Embeddings of images or texts, in order, each distinct item computed once.
 
     Under several processes every one must call this with the same items: they share the work by whole batches and all
@@ -84,7 +69,7 @@ def embed(
     """
     _check_options(items, kind, batch_size, on_bad)
     if features is not None and kind == "image":
-        from clipkit.embedding import features as locked
+        from clipkit.embedding import image_features as locked
 
         if locked.is_locked(model):
             options: dict[str, Any] = {"workers": workers, "progress": progress, "on_bad": on_bad}
@@ -135,12 +120,9 @@ def _check_options(items: Sequence[Any], kind: str, batch_size: int, on_bad: str
         raise UsageError(f"batch_size must be at least 1, found {batch_size}")
 
 
-def _tower(model: DualEncoder, kind: Kind) -> str:
+def _tower(model: DualEncoder, kind: Modality) -> str:
     fingerprint = model.fingerprint()
     return fingerprint.image if kind == "image" else fingerprint.text
-
-
-# -------------------------------------------------------------------------------------------------- what there is to do
 
 
 @dataclass
@@ -158,7 +140,7 @@ class _Work:
     content: list[bytes]
     rejected: dict[int, Reject]
 
-    def assemble(self, vectors: Tensor, rejected: Mapping[int, Reject]) -> Embedded:
+    def assemble(self, vectors: Tensor, rejected: Mapping[int, Reject]) -> EmbedResult:
         """One row of ``vectors`` (one a distinct item) for each item that was used."""
         out = dict(self.rejected)
         out |= {r: replace(rejected[n], row=r) for r, n in enumerate(self.number) if n is not None and n in rejected}
@@ -166,10 +148,10 @@ class _Work:
         if len(used) + len(out) != len(self.number):
             raise ClipkitError(f"{len(self.number)} items, but {len(used)} used and {len(out)} rejected: a bug")
         content = [self.content[n] for _, n in used] if self.content else []
-        return Embedded(vectors[[n for _, n in used]], [r for r, _ in used], [out[r] for r in sorted(out)], content)
+        return EmbedResult(vectors[[n for _, n in used]], [r for r, _ in used], [out[r] for r in sorted(out)], content)
 
 
-def _identify(items: Sequence[Any], kind: Kind, *, hashed: bool, skip: bool, progress: bool) -> _Work:
+def _identify(items: Sequence[Any], kind: Modality, *, hashed: bool, skip: bool, progress: bool) -> _Work:
     """With a store an item is known by its content; without one, a text by itself and an image by its row."""
 
     def name(row: int) -> Hashable:
@@ -217,24 +199,60 @@ def _recall(store: EmbeddingStore, keys: Sequence[Key], vectors: Tensor) -> set[
     return known
 
 
-def shown(batches: Iterator[T], sizes: Sequence[int], kind: Kind, progress: bool) -> Generator[T, None, None]:
-    """Batches of so many items, and how far they are, of this process's share."""
-    main = progress and distributed.is_main()
-    return track(batches, sum(sizes), f"embedding {kind}s", unit=kind, shown=main, sizes=sizes)
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of ``size`` items, the last one shorter."""
-    rest = iter(items)
-    while batch := list(islice(rest, size)):
-        yield batch
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
 def _gather(vectors: Tensor, device: torch.device) -> Tensor:
     if distributed.world_size() == 1:
         return vectors
     with torch.no_grad():
         return distributed.gather_rows(vectors.to(device)).cpu()
+
+
+class Encoder:
+    """Batches of distinct items to vectors; refused items are put into ``rejected``, by number."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        items: Sequence[Any],
+        kind: Modality,
+        first: list[int],
+        content: list[bytes],
+        workers: int,
+        *,
+        skip: bool,
+    ) -> None:
+        self.model, self.items, self.kind, self.workers, self.skip = model, items, kind, workers, skip
+        self.first, self.content = first, content
+        self.rejected: dict[int, Reject] = {}
+
+    def batches(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """For each batch the numbers that could be used and their vectors (n, dim)."""
+        for numbers, vectors in self._texts(batches) if self.kind == "text" else self._images(batches):
+            bad = (~torch.isfinite(vectors).all(1)).nonzero().flatten().tolist()
+            if bad:
+                row = self.first[numbers[bad[0]]]
+                raise ModelError(
+                    f"the model gives NaN or infinity for {len(bad)} of {len(numbers)} {self.kind}s of a batch",
+                    where=f"item {row}: {describe(self.items[row]) if self.kind == 'image' else repr(self.items[row])}",
+                    fix="check the model's weights (did training diverge?), or use float32",
+                )
+            yield numbers, vectors
+
+    def _texts(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        for numbers in batches:
+            texts = [self.items[self.first[n]] for n in numbers]
+            # not encode_texts, which would tell of the long texts of each batch
+            chunks = text_chunks(texts, self.model.processor, len(texts))
+            yield numbers, encode(self.model, chunks, "text", texts, None, None, False)
+
+    def _images(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        source = _Images(self.items, self.first, self.content, self.model.processor)
+        # batch_size None: one element of the sampler is one whole batch
+        for loaded in DataLoader(source, batch_size=None, sampler=batches, num_workers=self.workers):
+            numbers, pixels, refused = loaded
+            for n, error in refused:
+                if not self.skip:
+                    raise error.or_skip()
+                self.rejected[n] = reject(self.first[n], self.items[self.first[n]], error)
+            with evaluating(self.model):
+                vectors = self.model(pixel_values=pixels.to(self.model.device)).image if numbers else pixels
+            yield numbers, vectors.float().cpu().reshape(len(numbers), self.model.dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
 import threading
@@ -23,11 +22,20 @@ from clipkit.errors import ClipkitError, CorruptArtefact, ResourceError, UsageEr
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
+
 _APPLICATION = 0x436C4B74  # "ClKt": marks the file as ours
+
+
 _SCHEMA = 1
+
+
 _LOOKUP = 500  # SQLite's oldest limit on the variables of one statement is 999
+
+
 # SQLITE_ERROR is a statement that does not fit the tables: ours do, unless the tables are damaged
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA)
+
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS spaces (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, tower TEXT NOT NULL, dim INTEGER NOT NULL, UNIQUE (kind, tower));
@@ -49,11 +57,6 @@ class Key(NamedTuple):
     content: bytes
     kind: str
     tower: str
-
-
-def content_hash(content: bytes | str) -> bytes:
-    """SHA-256 of bytes, or of a text's UTF-8."""
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content).digest()
 
 
 class EmbeddingStore:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.data.keys import key_values, require_texts
-from clipkit.data.rejects import Reject
-from clipkit.embedding.embed import Embedded, embed
-from clipkit.embedding.encode import reject
-from clipkit.embedding.store import EmbeddingStore, content_hash
+from clipkit.data.dataset import key_values, require_texts
+from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.embed import embed
+from clipkit.embedding.items import EmbedResult, reject
+from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, UsageError, option
 from clipkit.evaluation.small import small_test
-from clipkit.images import bytes_of
+from clipkit.files import content_hash
+from clipkit.images.load import bytes_of
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide
@@ -203,7 +204,7 @@ class RetrievalEvaluator:
     def _image_vectors(self, model: DualEncoder) -> Tensor:
         """(distinct images, dim)"""
         codes = self._image_codes()
-        found = self._embed(model, Rows(self.images, _first(codes)), "image")
+        found = self._embed(model, Subset(self.images, _first(codes)), "image")
         if found.rejected:
             refused = {reject.row: reject for reject in found.rejected}
             self._drop({row: refused[code] for row, code in enumerate(codes) if code in refused})
@@ -221,9 +222,9 @@ class RetrievalEvaluator:
         self._rows = [self._rows[row] for row in kept]
         self.groups = None if self.groups is None else [self.groups[row] for row in kept]
         self._hashes = None if self._hashes is None else [self._hashes[row] for row in kept]
-        self.images = Rows(self.images, kept)
+        self.images = Subset(self.images, kept)
 
-    def _embed(self, model: DualEncoder, items: Sequence[Any], kind: Literal["image", "text"]) -> Embedded:
+    def _embed(self, model: DualEncoder, items: Sequence[Any], kind: Literal["image", "text"]) -> EmbedResult:
         return embed(
             model,
             items,
@@ -272,7 +273,7 @@ class RetrievalEvaluator:
         return Relevance.by_keys(of_texts, of_images), Relevance.by_keys(of_images, of_texts)
 
 
-class Rows(Sequence[Any]):
+class Subset(Sequence[Any]):
     """Some rows of a sequence, read when asked for."""
 
     def __init__(self, items: Sequence[Any], rows: Sequence[int]) -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipkit.data.dealing import hash64
-from clipkit.data.keys import require_column, require_texts
-from clipkit.data.rejects import Reject
+from clipkit.data.batches.assignment import hash64
+from clipkit.data.dataset import require_column, require_texts
+from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clipkit.data.rejects import Reject
+from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError, option
-from clipkit.evaluation.retrieval import Rows, require_columns
+from clipkit.evaluation.retrieval import Subset, require_columns
 from clipkit.evaluation.small import small_test
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
 from clipkit.metrics import classification as metrics
@@ -138,7 +138,7 @@ class ZeroShotEvaluator:
         if embedded.rejected:  # left out for this and every later call
             self.rejected += [replace(reject, row=self._rows[reject.row]) for reject in embedded.rejected]
             self._rows = [self._rows[row] for row in embedded.rows]
-            self.images, self.labels = Rows(self.images, embedded.rows), self.labels[embedded.rows]
+            self.images, self.labels = Subset(self.images, embedded.rows), self.labels[embedded.rows]
         logits = classifier.logits(embedded.vectors)
         found = {f"{self.name}/top1": metrics.top_k_accuracy(logits, self.labels)}
         if len(classifier.class_names) > 5:

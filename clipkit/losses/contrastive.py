@@ -19,10 +19,10 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.errors import UsageError
-from clipkit.losses.sigmoid import SigmoidPairs
-from clipkit.losses.similar import Keys, Similar
-from clipkit.losses.softmax import SoftmaxPairs
-from clipkit.losses.tiles import Known, PairLoss, Pairs
+from clipkit.losses.pairwise import Known, PairwiseLoss, PairwiseLossFunction
+from clipkit.losses.sigmoid import SigmoidLoss
+from clipkit.losses.similarity import Keys, Similarity
+from clipkit.losses.softmax import InfoNCE
 
 TILE = 1024
 """Rows and columns that are looked at together by default."""
@@ -40,7 +40,7 @@ class Loss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedBatch:
     """Embeddings with what is known of their samples.
 
     Args:
@@ -53,27 +53,27 @@ class Embedded:
     keys: Keys
     anchor: Tensor | None = None
 
-    def gathered(self) -> Embedded:
+    def gathered(self) -> EmbeddedBatch:
         """The rows of all ranks; embeddings carry gradient back to their owners."""
         counts = distributed.all_gather_object(len(self.emb))
         anchor = None if self.anchor is None else distributed.gather_rows(self.anchor, counts)
         keys = {name: distributed.gather_rows(values, counts) for name, values in self.keys.items()}
-        return Embedded(distributed.gather_rows(self.emb, counts), keys, anchor)
+        return EmbeddedBatch(distributed.gather_rows(self.emb, counts), keys, anchor)
 
-    def cut(self, dim: int) -> Embedded:
+    def cut(self, dim: int) -> EmbeddedBatch:
         """The first `dim` dimensions, brought to unit length."""
         return replace(self, emb=F.normalize(self.emb[:, :dim], dim=1))
 
-    def known(self, similar: Similar) -> Known:
+    def known(self, similar: Similarity) -> Known:
         """What the pairs of a loss are told of these rows."""
         weight = None if similar.score is None else self.keys[similar.score]
         return Known(len(self.emb), self.keys, self.anchor, weight)
 
 
 def info_nce(
-    a: Embedded,
-    b: Embedded,
-    similar: Similar,
+    a: EmbeddedBatch,
+    b: EmbeddedBatch,
+    similar: Similarity,
     scale: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -95,13 +95,13 @@ def info_nce(
         label_smoothing: part of each target that is spread evenly over all that a row is compared with.
         tile: rows and columns that are looked at together, so that memory grows linearly; None: all at once.
     """
-    return _loss(SoftmaxPairs, a, b, similar, scale, None, label_smoothing, tile)
+    return _loss(InfoNCE, a, b, similar, scale, None, label_smoothing, tile)
 
 
 def sigmoid_loss(
-    a: Embedded,
-    b: Embedded,
-    similar: Similar,
+    a: EmbeddedBatch,
+    b: EmbeddedBatch,
+    similar: Similarity,
     scale: Tensor,
     bias: Tensor,
     *,
@@ -119,14 +119,14 @@ def sigmoid_loss(
 
     The other arguments are those of `info_nce`.
     """
-    return _loss(SigmoidPairs, a, b, similar, scale, bias, label_smoothing, tile)
+    return _loss(SigmoidLoss, a, b, similar, scale, bias, label_smoothing, tile)
 
 
 def _loss(
-    kind: type[Pairs],
-    a: Embedded,
-    b: Embedded,
-    similar: Similar,
+    kind: type[PairwiseLoss],
+    a: EmbeddedBatch,
+    b: EmbeddedBatch,
+    similar: Similarity,
     scale: Tensor,
     bias: Tensor | None,
     smoothing: float,
@@ -139,14 +139,16 @@ def _loss(
         inputs = (_full(a.emb), _full(everyone.emb), _full(scale), None if bias is None else _full(bias))
         keep = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
         pairs = kind(a.known(similar), everyone.known(similar), similar, smoothing, tile, inputs[0].dtype, keep)
-        return Loss(*PairLoss.apply(*inputs, pairs))
+        return Loss(*PairwiseLossFunction.apply(*inputs, pairs))
 
 
 def _full(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-def matryoshka(loss: Callable[[Embedded, Embedded], Loss], a: Embedded, b: Embedded, dims: Sequence[int]) -> Loss:
+def matryoshka(
+    loss: Callable[[EmbeddedBatch, EmbeddedBatch], Loss], a: EmbeddedBatch, b: EmbeddedBatch, dims: Sequence[int]
+) -> Loss:
     """The mean of a loss over the first d dimensions, for each d (Kusupati et al. 2022).
 
     Args:

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Take, Tile, widest
+from clipkit.losses.pairwise import PairwiseLoss, Take, Tile, widest
 
 
 @dataclass
-class SigmoidPairs(Pairs):
+class SigmoidLoss(PairwiseLoss):
     """1/N sum_ij [softplus(z_ij) - y_ij z_ij], with the affinity as label y; N is the number of anchors."""
 
     one_pass: ClassVar[bool] = True

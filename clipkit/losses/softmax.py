@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.tiles import Pairs, Take, Tile, widest
+from clipkit.losses.pairwise import PairwiseLoss, Take, Tile, widest
 
 _MASS, _PULL, _OWN, _Z, _COUNT = range(5)
 
 
 @dataclass
-class Side:
+class RunningSums:
     """Of each row (or column), over all that it is compared with. float64: errors of many tiles would add up.
 
     Args:
@@ -46,7 +46,7 @@ class Side:
 
 
 @dataclass
-class SoftmaxPairs(Pairs):
+class InfoNCE(PairwiseLoss):
     """1/2 [mean over rows of CE(softmax(z_i), T_i) + mean over columns of CE(softmax(z_.j), T'_j)].
 
     T is the affinity divided by its sum over a row, T' over a column. Rows without a positive are left out of the mean.
@@ -85,9 +85,11 @@ class SoftmaxPairs(Pairs):
             found -= spread if ignored is None else spread.masked_fill_(ignored, 0)
         return found
 
-    def _sum_up(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Side, Side]:
+    def _sum_up(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[RunningSums, RunningSums]:
         sides = [
-            Side(scale.new_full((n,), -torch.inf, dtype=widest(scale)), scale.new_zeros((5, n), dtype=widest(scale)))
+            RunningSums(
+                scale.new_full((n,), -torch.inf, dtype=widest(scale)), scale.new_zeros((5, n), dtype=widest(scale))
+            )
             for n in (self.rows.count, self.cols.count)
         ]
         for tile, z, affinity in self.each(a, b, scale, bias):
@@ -116,7 +118,7 @@ class SoftmaxPairs(Pairs):
         return rows, distributed.sum_over_ranks(cols)
 
 
-def _entropy(side: Side) -> Tensor:
+def _entropy(side: RunningSums) -> Tensor:
     mass = side.sums[_MASS].clamp(min=torch.finfo(side.sums.dtype).tiny)
     return mass.log() - side.sums[_OWN] / mass
 

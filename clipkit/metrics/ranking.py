@@ -281,3 +281,13 @@ def _mean(x: Tensor) -> Tensor:
     if not len(x):
         raise DataError("there is no query to average over", fix="give at least one query that has a correct item")
     return x.mean()
+
+
+def lower_is_better(key: str) -> bool:
+    """Whether a metric is the better the lower it is: keys that end in ``loss`` or ``_rank``."""
+    return key.endswith(("loss", "_rank"))
+
+
+def worth(key: str, value: float) -> float:
+    """A metric's value with the sign that makes the higher one the better one."""
+    return -value if lower_is_better(key) else value

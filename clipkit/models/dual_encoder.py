@@ -7,39 +7,33 @@ import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkit.models import adapter_files, artefact, lora
-from clipkit.models.adapters import checkpoint_gradients, freeze
-from clipkit.models.backend import PARTS, Backend, Part
-from clipkit.models.card import Card
+from clipkit.modality import MODALITIES, Modality
+from clipkit.models.adapting import lora
+from clipkit.models.adapting import lora_files as adapter_files
+from clipkit.models.adapting.freezing import checkpoint_gradients, freeze
+from clipkit.models.adapting.patch_dropout import PatchDropout, drop_patches
+from clipkit.models.adapting.resize import resize
+from clipkit.models.backend import Backend, Embeddings, _full, _unit
 from clipkit.models.encode import encode, image_chunks, listed, report_cut, text_chunks
-from clipkit.models.fingerprint import Fingerprint, facts, take
-from clipkit.models.patch_dropout import PatchDropout, drop_patches
+from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint, settings_fingerprint
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_embeddings
+from clipkit.models.image_transform import Resize
+from clipkit.models.loading import manifest as artefact
 from clipkit.models.processor import Processor
-from clipkit.models.resize import resize
-from clipkit.models.saving import Saved, golden, save
-from clipkit.models.transform import Resize
+from clipkit.models.saving.model_card import Card
+from clipkit.models.saving.save import Saved, save
 
 if TYPE_CHECKING:
-    from clipkit.models.export import ExportReport
+    from clipkit.models.exporting.export import ExportReport
 
 logger = logging.getLogger("clipkit")
-
-
-class Embeddings(NamedTuple):
-    """What `DualEncoder.forward` gives. Scale and bias carry gradients, too."""
-
-    image: Tensor | None  # (n, dim), unit length, fp32
-    text: Tensor | None  # (m, dim), unit length, fp32
-    scale: Tensor  # exp(logit_scale), no dimensions
-    bias: Tensor | None  # no dimensions; None under softmax
 
 
 class DualEncoder(nn.Module):
@@ -85,18 +79,18 @@ class DualEncoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; the logit scale and bias stay fp32 whatever they are."""
-        own = {id(p) for p in self.backend.scalars() if p is not None}
+        own = {id(p) for p in self.backend.logit_scale_and_bias() if p is not None}
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
 
     @property
     def logit_scale(self) -> nn.Parameter:
         """The logarithm of the scale of the logits, as a parameter."""
-        return self.backend.scalars()[0]
+        return self.backend.logit_scale_and_bias()[0]
 
     @property
     def logit_bias(self) -> nn.Parameter | None:
         """What is added to the logits, as a parameter; None where the model has none."""
-        return self.backend.scalars()[1]
+        return self.backend.logit_scale_and_bias()[1]
 
     @property
     def similarity(self) -> Literal["softmax", "sigmoid"]:
@@ -109,7 +103,7 @@ class DualEncoder(nn.Module):
         Takes a pass over the weights at the speed of memory, and SHA-256 over them once for a state of the weights.
         """
         plain = lora.merged(self)  # what `save_pretrained` writes
-        return take(plain.backend, plain.processor)
+        return full_fingerprint(plain.backend, plain.processor)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -151,7 +145,7 @@ class DualEncoder(nn.Module):
 
     # -- changing it ---------------------------------------------------------------------------
 
-    def freeze(self, part: Part, *, head: bool = False, blocks: int | None = None) -> Self:
+    def freeze(self, part: Modality, *, head: bool = False, blocks: int | None = None) -> Self:
         """Lock a tower: no gradients, and eval mode even while the rest trains (BatchNorm, dropout).
 
         Args:
@@ -198,7 +192,7 @@ class DualEncoder(nn.Module):
             UsageError: peft is not installed; the tower has LoRA already.
             ModelError: no such layers.
         """
-        lora.add(self, PARTS if part == "both" else (part,), rank, alpha, dropout, targets)
+        lora.add(self, MODALITIES if part == "both" else (part,), rank, alpha, dropout, targets)
         return self
 
     def merge_lora(self) -> Self:
@@ -323,7 +317,7 @@ class DualEncoder(nn.Module):
         items = listed(texts, "encode_texts", (str, bytes))
         chunks = text_chunks(items, self.processor, batch_size)
         found = encode(self, chunks, "text", items, device, dtype, progress, dim)
-        if tuple(items) != artefact.GOLDEN_TEXTS:  # one of them is over-long on purpose
+        if tuple(items) != GOLDEN_TEXTS:  # one of them is over-long on purpose
             report_cut(self, items)
         return found
 
@@ -353,12 +347,12 @@ class DualEncoder(nn.Module):
             ModelError: no such model, or weights that would be random, not finite, pickled or misshapen.
             CorruptArtefact: files or embeddings that are not what was saved.
         """
-        from clipkit.models.open_model import open_model
+        from clipkit.models.loading.load import open_model
 
         backend, processor, body, folder = open_model(name, revision, trust_remote_code)
         model = cls(backend, processor, str(name)).eval()
         if body is not None and folder is not None:
-            artefact.check(body, folder, facts(backend, processor), golden(model))
+            artefact.check(body, folder, settings_fingerprint(backend, processor), golden_embeddings(model))
             model.card = Card.from_dict(body.get("card", {}))
             model.verified = True
         else:
@@ -389,7 +383,7 @@ class DualEncoder(nn.Module):
         Raises:
             ModelError: no such architecture, or it needs a tokenizer or config that is not here: named.
         """
-        from clipkit.models.open_model import from_config
+        from clipkit.models.loading.load import from_config
 
         backend, own = from_config(config, processor, device, revision, trust_remote_code)
         name = str(config) if isinstance(config, str | os.PathLike) else type(config).__name__
@@ -400,7 +394,7 @@ class DualEncoder(nn.Module):
     @classmethod
     def from_transformers(cls, model: Any, processor: Any, *, name: str | None = None) -> DualEncoder:
         """Wrap a CLIP-like model of transformers and its processor, both loaded already."""
-        from clipkit.models.hf import wrap
+        from clipkit.models.backends.transformers import wrap
 
         backend, own = wrap(model, processor)
         return cls(backend, own, name or getattr(model, "name_or_path", "") or type(model).__name__).eval()
@@ -414,7 +408,7 @@ class DualEncoder(nn.Module):
         `arch` is the name given to `create_model`, or the config itself (its `model_cfg`); only
         `save_pretrained` needs it, for open_clip models do not remember theirs.
         """
-        from clipkit.models.openclip import wrap
+        from clipkit.models.backends.open_clip import wrap
 
         backend, processor = wrap(model, preprocess, tokenizer, arch)
         return cls(backend, processor, f"open_clip:{arch if isinstance(arch, str) else type(model).__name__}").eval()
@@ -462,7 +456,7 @@ class DualEncoder(nn.Module):
             logit_scale: logarithm of the initial scale; ln(1 / 0.07) as in Radford et al. 2021.
             logit_bias: initial bias for a sigmoid loss (Zhai et al. 2023 begin at ln 10 and -10), else None.
         """
-        from clipkit.models.towers import join_towers
+        from clipkit.models.loading.joined_towers import join_towers
 
         backend, processor = join_towers(
             vision,
@@ -503,7 +497,8 @@ class DualEncoder(nn.Module):
         Args:
             folder: is created; must not exist, or be empty, unless `overwrite`.
             overwrite: replace a model that stands there. Other folders are never replaced.
-            card: facts for the model card, see `clipkit.models.card.Card`: license, base_model, data, pairs, config,
+            card: facts for the model card, see `clipkit.models.saving.model_card.Card`:
+                license, base_model, data, pairs, config,
                 metrics, n, limits. They are kept in `self.card`, and by the folder.
 
         Returns:
@@ -541,21 +536,13 @@ class DualEncoder(nn.Module):
             ModelError: the architecture does not convert (the message says which do), or embeddings would differ.
             UsageError: it is of that library already; something stands at `folder`; the extra is missing.
         """
-        from clipkit.models.export import export
+        from clipkit.models.exporting.export import export
 
         return export(lora.merged(self), Path(folder), to, overwrite)
 
     def _cast(self, dtype: torch.dtype) -> None:
-        scalars = [p for p in self.backend.scalars() if p is not None]
+        scalars = [p for p in self.backend.logit_scale_and_bias() if p is not None]
         kept = [p.detach().clone() for p in scalars]
         self.to(dtype)
         for parameter, value in zip(scalars, kept, strict=True):
             parameter.data = value  # bf16 holds a scale of 100 to within 0.5 only
-
-
-def _full(x: Tensor) -> Tensor:
-    return x if x.dtype is torch.float64 else x.float()
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(_full(x), dim=-1)

@@ -6,24 +6,25 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
-from clipkit.images import load_image
-from clipkit.models.backend import Part
+from clipkit.files import content_hash
+from clipkit.images.load import bytes_of, describe, load_image
+from clipkit.modality import Modality
+from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor
 from clipkit.progress import Progress
 from clipkit.texts import checked_text, is_broken
 
-if TYPE_CHECKING:
-    from clipkit.models.dual_encoder import DualEncoder
-
 logger = logging.getLogger("clipkit")
+
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 def encode(
     model: DualEncoder,
     chunks: Iterable[dict[str, Tensor]],
-    side: Part,
+    side: Modality,
     items: Sequence[Any],
     device: str | torch.device | None,
     dtype: torch.dtype | None,
@@ -61,7 +62,7 @@ def encode(
     return found
 
 
-def _refuse(side: Part, index: int, item: Any) -> None:
+def _refuse(side: Modality, index: int, item: Any) -> None:
     shown = item if isinstance(item, str | os.PathLike) else type(item).__name__
     fix = "fp16 overflows in some models: use bfloat16 or float32; else look for bad weights"
     raise ModelError(f"the {side} embedding is not finite", where=f"item {index}: {shown}", fix=fix)
@@ -152,3 +153,27 @@ def _positive(batch_size: int) -> int:
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, found {batch_size}")
     return batch_size
+
+
+class _Images(Dataset[tuple[list[int], Tensor, list[tuple[int, BadImage]]]]):
+    """Decodes whole batches; picklable, and without the model's weights."""
+
+    def __init__(self, items: Sequence[Any], first: list[int], content: list[bytes], processor: Processor) -> None:
+        self.items, self.first, self.content, self.processor = items, first, content, processor
+
+    def __getitem__(self, batch: list[int]) -> tuple[list[int], Tensor, list[tuple[int, BadImage]]]:
+        images, refused = {}, []
+        for n in batch:
+            try:
+                images[n] = self._load(n)
+            except BadImage as error:
+                refused.append((n, error))
+        pixels = self.processor.images(list(images.values())) if images else torch.zeros(0)
+        return list(images), pixels, refused
+
+    def _load(self, n: int) -> Image.Image:
+        item = self.items[self.first[n]]
+        if self.content and content_hash(bytes_of(item)) != self.content[n]:
+            # a vector under the wrong content would be wrong for ever
+            raise BadImage("CHANGED", "the file changed while it was read", where=describe(item), fix="run again")
+        return load_image(item)

@@ -7,7 +7,7 @@ library reads, and how to describe itself for the fingerprint.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import ModelError
-from clipkit.models.image_facts import image_facts
-from clipkit.models.text_facts import END, START, text_facts, vocabulary_hash
+from clipkit.models.fingerprint.image_transform import measure_transform
+from clipkit.models.fingerprint.tokenizer import _hash, measure_tokenizer
 
 Padding = Literal["longest", "max_length"]
 
@@ -92,7 +92,7 @@ class Processor:
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """The processor's part of the fingerprint: what both sides really do, measured."""
-        return {"image": image_facts(self.image_side), "text": text_facts(self.text_side)}
+        return {"image": measure_transform(self.image_side), "text": measure_tokenizer(self.text_side)}
 
     def save(self, folder: Path) -> None:
         """Write the native files of both sides."""
@@ -202,3 +202,12 @@ def _ends_texts(tokenizer: Any) -> bool:
 def hash_tokenizer(tokenizer: Any) -> str:
     """16 hex characters for the vocabulary of a tokenizer of transformers."""
     return vocabulary_hash(tokenizer.get_vocab(), {tokenizer.bos_token: START, tokenizer.eos_token: END})
+
+
+START, END = "<start>", "<end>"  # names that libraries spell differently
+
+
+def vocabulary_hash(vocabulary: Mapping[str, int], special: Mapping[str | None, str]) -> str:
+    """16 hex characters for tokens and their ids; `special` renames start and end, spelt differently elsewhere."""
+    named = {special.get(token, token): number for token, number in vocabulary.items()}
+    return _hash([*sorted(named, key=lambda token: (named[token], token)), len(named)])

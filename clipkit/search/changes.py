@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit import distributed
-from clipkit.data.rejects import Reject
-from clipkit.embedding.store import content_hash
+from clipkit.data.reading.rejects import Reject
 from clipkit.errors import BadImage
-from clipkit.images import bytes_of
-from clipkit.search.catalogue import Entry
+from clipkit.files import content_hash
+from clipkit.images.load import bytes_of
+from clipkit.search.index_file import Entry
 
 Stat = tuple[int, int]
 

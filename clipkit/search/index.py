@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.data.rejects import Reject
-from clipkit.embedding.embed import Embedded, embed
+from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.embed import embed
+from clipkit.embedding.items import EmbedResult
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, ModelError, ModelMismatch, UsageError, option, typed
 from clipkit.files import publish
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.paths import did_you_mean
-from clipkit.search.catalogue import Catalogue, Entry, is_index, read, write
 from clipkit.search.changes import Changes, Stat, compare, stat_of, unchanged
+from clipkit.search.index_file import Catalogue, Entry, is_index, read, write
 from clipkit.search.listing import Listing, listed
 from clipkit.search.presence import Present, moved_to, require_root
 from clipkit.search.query import Query, embed_queries
@@ -312,7 +313,7 @@ def _must_be_free(target: Path, overwrite: bool) -> None:
 
 
 def _entries(
-    files: Sequence[Path], stats: Mapping[Path, Stat], found: Embedded, root: Path | None
+    files: Sequence[Path], stats: Mapping[Path, Stat], found: EmbedResult, root: Path | None
 ) -> dict[Path, Entry]:
     def entry(file: Path, content: bytes) -> Entry:
         return Entry(os.fsencode(file.relative_to(root) if root else file), *stats[file], content)

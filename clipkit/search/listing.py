@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipkit.data.rejects import Ledger, OnBad, Reject, unreadable_folders
+from clipkit.data.reading.rejects import LoadReport, OnBad, Reject, unreadable_folders
 from clipkit.errors import DataError, UsageError
-from clipkit.images import describe, find_images
+from clipkit.images.load import describe, find_images
 from clipkit.paths import walk
 
 log = logging.getLogger("clipkit")
@@ -32,10 +32,10 @@ class Listing:
     unreadable: Sequence[Path] = ()
     rejected: list[Reject] = field(default_factory=list)
 
-    def ledger(self) -> Ledger:
+    def ledger(self) -> LoadReport:
         """The sum of what was listed, to which what cannot be decoded is yet to be added."""
         n = len(self.files)
-        return Ledger(rows=n + len(self.rejected), used=n, images=n, rejects=list(self.rejected))
+        return LoadReport(rows=n + len(self.rejected), used=n, images=n, rejects=list(self.rejected))
 
 
 def list_images(path: str | os.PathLike[str], *, on_bad: OnBad = "skip") -> Listing:

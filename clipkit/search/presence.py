@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipkit.errors import DataError, UsageError, option
 from clipkit.paths import show
-from clipkit.search.catalogue import Catalogue
+from clipkit.search.index_file import Catalogue
 
 log = logging.getLogger("clipkit")
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import UsageError
-from clipkit.images import ImageSource, is_image_name, probe_image
+from clipkit.images.load import ImageSource, is_image_name, probe_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.text_notices import tell, text_notices
 from clipkit.texts import checked_text, is_blank

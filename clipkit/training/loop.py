@@ -7,32 +7,32 @@ import math
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clipkit import distributed
-from clipkit.data.batch import Batch
-from clipkit.data.plan import hash64
+from clipkit.data.batches.batch import Batch
+from clipkit.data.batches.plan import hash64
 from clipkit.errors import ClipkitError, Interrupted, TooManyRejected, option
 from clipkit.files import write_json
 from clipkit.losses.contrastive import Loss
 from clipkit.progress import WAIT, Progress
-from clipkit.training import resume
-from clipkit.training.average import Average
-from clipkit.training.checkpoint import Checkpoints, Snapshot, read, size_of
-from clipkit.training.folder import Best, Log, write_rejects, write_timing
-from clipkit.training.forgetting import ALPHAS, Forgetting
-from clipkit.training.memory import explained
-from clipkit.training.nonfinite import NonFinite
-from clipkit.training.optim import build_optimizer, schedule
-from clipkit.training.preflight import preflight
-from clipkit.training.record import Attempts, draw_curves, topology
-from clipkit.training.result import TrainResult
-from clipkit.training.signals import StopSignal
-from clipkit.training.state import Adam, Facts, Part, Weights
+from clipkit.training.checkpoints import resume
+from clipkit.training.checkpoints.checkpoint import Checkpoints, Snapshot, read, size_of
+from clipkit.training.checkpoints.non_finite import NonFinite
+from clipkit.training.checkpoints.signals import StopSignal
+from clipkit.training.checks.memory import explain_out_of_memory
+from clipkit.training.checks.preflight import preflight
+from clipkit.training.ema import EMA
+from clipkit.training.forgetting.guardrail import ALPHAS, Forgetting
+from clipkit.training.optimizer import build_optimizer, schedule
+from clipkit.training.run_folder.attempts import Attempts, draw_curves, environment
+from clipkit.training.run_folder.best_model import BestModel
+from clipkit.training.run_folder.metrics_log import MetricsLog, write_rejects, write_timing
+from clipkit.training.state import Adam, Facts, Stateful, Weights
 from clipkit.training.step import backward
 from clipkit.training.trackers import Trackers
 
@@ -61,7 +61,7 @@ class Loop:
         self.learner = trainer.learner.to(self.accelerator.device)
         self.identity = trainer.identity()
         # before: what the loss never reaches is part of the model all the same
-        weights, self.best = Weights(self.learner), Best(self.model, self.folder, self.config.best)
+        weights, self.best = Weights(self.learner), BestModel(self.model, self.folder, self.config.best)
         self.guardrail = trainer.guardrail
         if self.guardrail is not None:
             self.best.name = "last"  # `model` is what the guardrail chooses
@@ -69,15 +69,15 @@ class Loop:
         optimizer = build_optimizer(self.model, self.config, heads=self.learner.heads)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, optimizer)
         # after: DDP has made the weights of all ranks those of rank 0
-        self.average = None if self.config.ema is None else Average(self.learner, weights.names, self.config.ema)
+        self.average = None if self.config.ema is None else EMA(self.learner, weights.names, self.config.ema)
         self.ceiling = max(math.log(100), float(self.model.logit_scale.detach()))  # what was loaded may lie above 100
 
-        self.log = Log(self.folder / "metrics.jsonl")
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
         self.nonfinite = NonFinite(self.folder, trainer.plan, self.config.skip_nonfinite)
         self.rejected = Facts()  # by row: a bad image comes back each epoch
         self.clock = Facts(seconds=0.0, evaluated=False)
         scaler = getattr(self.accelerator, "scaler", None)
-        self.parts: dict[str, Part] = {
+        self.parts: dict[str, Stateful] = {
             "weights": weights,
             "optimizer": Adam(optimizer, self.learner, scaler),
             "best": self.best,
@@ -94,7 +94,7 @@ class Loop:
         self.step = 0  # that was taken last
         self.evaluation = 0.0  # seconds that the last one took
         self.every = self.config.evaluate_every or trainer.plan.steps_per_epoch
-        here = topology(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
+        here = environment(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
         self.attempts = Attempts(self.folder, asdict(self.config), here)
         self.trackers = Trackers(self.config.trackers, self.folder)
 
@@ -262,7 +262,7 @@ class Loop:
         # Here, not after the update: what is freed is taken again at once; malloc would give it back to the system
         # and then ask for it page by page (3 % of a step on the CPU).
         self.optimizer.zero_grad(set_to_none=True)
-        with explained(self.learner, batch, config, self.optimizer):
+        with explain_out_of_memory(self.learner, batch, config, self.optimizer):
             loss = backward(
                 self.wrapped,
                 batch,
@@ -281,7 +281,7 @@ class Loop:
             if scaler is not None:
                 scaler.update()
         else:
-            with explained(self.learner, batch, config, self.optimizer):
+            with explain_out_of_memory(self.learner, batch, config, self.optimizer):
                 self.optimizer.step()
             with torch.no_grad():
                 self.model.logit_scale.clamp_(max=self.ceiling)
@@ -450,3 +450,28 @@ def _mean(loss: Loss) -> Loss:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training gave.
+
+    Attributes:
+        metrics: of the weights that were kept.
+        step: after which these weights stood, from 1.
+        steps: taken in all.
+        seconds: of wall clock, evaluations included, of all attempts.
+        history: every line of metrics.jsonl.
+        rejected: rows left out because their image could not be used.
+        stopped_early: whether `patience` ended it.
+        forgetting: what the guardrail found and chose, where there is a `forget_budget`.
+    """
+
+    metrics: dict[str, float]
+    step: int
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]] = field(repr=False)
+    rejected: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    stopped_early: bool = False
+    forgetting: Forgetting | None = None

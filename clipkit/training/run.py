@@ -12,26 +12,27 @@ from typing import Any
 import torch
 
 from clipkit import distributed
-from clipkit.data.keys import has_texts, require_texts
+from clipkit.data.dataset import has_texts, require_texts
 from clipkit.data.overlap import overlap
 from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
-from clipkit.embedding.features import with_image_features
+from clipkit.embedding.image_features import with_image_features
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import UsageError, option, within
-from clipkit.evaluation.report import build_result
+from clipkit.evaluation.result import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.validation_loss import ValidationLoss
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
 from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.training.claim import claim_folder, what_stands
-from clipkit.training.config import DataConfig, EvaluateConfig, ModelConfig, ReferenceConfig, RunConfig, TrainConfig
-from clipkit.training.lock import locked
-from clipkit.training.result import TrainResult
-from clipkit.training.resume import FREE, differences
-from clipkit.training.trainer import Evaluator, Trainer
-from clipkit.training.verify import GradientCheck, check_gradients
+from clipkit.training.checkpoints.resume import FREE, differences
+from clipkit.training.checks.gradients import GradientCheck, check_gradients
+from clipkit.training.config.run import DataConfig, EvaluateConfig, ModelConfig, ReferenceConfig, RunConfig
+from clipkit.training.config.train import TrainConfig
+from clipkit.training.loop import TrainResult
+from clipkit.training.run_folder.ownership import claim_folder, locked, what_stands
+from clipkit.training.setup import Evaluator
+from clipkit.training.trainer import Trainer
 
 logger = logging.getLogger("clipkit")
 
@@ -69,7 +70,7 @@ def _run(config: RunConfig, folder: Path) -> Run:
     path = config.data.features
     with nullcontext() if path is None else EmbeddingStore(path) as features:
         if features is not None:
-            train = keep_features(model, train, features, config.data.feature_draws, config.train)
+            train = keep_features(model, train, features, config.data.num_augmentations, config.train)
         trainer = Trainer(
             model,
             train,

@@ -13,7 +13,7 @@ from clipkit.errors import CorruptArtefact
 Tensors = Mapping[str, Tensor]
 
 
-class Part(Protocol):
+class Stateful(Protocol):
     """One thing that a run remembers. Equal on all ranks, so that rank 0 can speak for them."""
 
     def tensors(self) -> dict[str, Tensor]:

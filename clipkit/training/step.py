@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipkit.data.batch import Batch, Rows
+from clipkit.data.batches.batch import Batch, RowKeys
 from clipkit.errors import UsageError, option
-from clipkit.losses.contrastive import TILE, Embedded, Loss, info_nce, matryoshka, sigmoid_loss
-from clipkit.losses.similar import VIEW, Side, Similar
+from clipkit.losses.contrastive import TILE, EmbeddedBatch, Loss, info_nce, matryoshka, sigmoid_loss
+from clipkit.losses.similarity import VIEW, Similarity
+from clipkit.modality import Modality
 
 Outputs = Mapping[str, Tensor]  # "image", "text", "head0" …: (rows, dim); "scale", "bias": 0-dim
 
@@ -27,7 +28,7 @@ _SCALARS = ("scale", "bias")
 
 
 @dataclass(frozen=True)
-class Contrast:
+class LossConfig:
     """How embeddings are compared.
 
     Args:
@@ -44,7 +45,9 @@ class Contrast:
     tile: int | None = TILE
 
 
-def objective(out: Outputs, rows: Mapping[Side, Rows], similar: Sequence[Similar], contrast: Contrast) -> Loss:
+def objective(
+    out: Outputs, rows: Mapping[Modality, RowKeys], similar: Sequence[Similarity], contrast: LossConfig
+) -> Loss:
     """The weighted sum of the losses of each notion of similarity: this rank's share.
 
     Args:
@@ -63,7 +66,7 @@ def objective(out: Outputs, rows: Mapping[Side, Rows], similar: Sequence[Similar
     return Loss(torch.stack(losses).sum(), torch.stack(kls).sum())
 
 
-def _one(i: int, similar: Similar, out: Outputs, rows: Mapping[Side, Rows], contrast: Contrast) -> Loss:
+def _one(i: int, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowKeys], contrast: LossConfig) -> Loss:
     a, b = (side_of(side, f"head{i}" if similar.head else side, similar, out, rows) for side in similar.between)
     options: dict[str, Any] = {"label_smoothing": contrast.label_smoothing, "tile": contrast.tile}
     scale, bias = out["scale"], out.get("bias")
@@ -76,7 +79,7 @@ def _one(i: int, similar: Similar, out: Outputs, rows: Mapping[Side, Rows], cont
             fix=f"{option('loss', 'info_nce')}, or a model with a bias (SigLIP)",
         )
 
-    def loss(a: Embedded, b: Embedded) -> Loss:
+    def loss(a: EmbeddedBatch, b: EmbeddedBatch) -> Loss:
         if contrast.loss == "sigmoid" and similar.temperature is None and bias is not None:
             return sigmoid_loss(a, b, similar, scale, bias, **options)
         return info_nce(a, b, similar, scale, **options)
@@ -84,24 +87,26 @@ def _one(i: int, similar: Similar, out: Outputs, rows: Mapping[Side, Rows], cont
     return matryoshka(loss, a, b, contrast.matryoshka) if contrast.matryoshka and not similar.head else loss(a, b)
 
 
-def side_of(side: Side, name: str, similar: Similar, out: Outputs, rows: Mapping[Side, Rows]) -> Embedded:
+def side_of(
+    side: Modality, name: str, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowKeys]
+) -> EmbeddedBatch:
     """The rows of a side that a notion compares: `name` of what the model gave, the images or their views."""
     if out.get(name) is None:
         raise UsageError(f"{type(similar).__name__} compares {side}s, and the batch has none of them", where="similar")
     emb, known = out[name], rows[side]
     if side == "text" or VIEW not in known.keys:
-        return Embedded(emb, known.keys, known.anchor)
+        return EmbeddedBatch(emb, known.keys, known.anchor)
     view = known.keys[VIEW]
     chosen = view > 0 if similar.views else view == 0
     keys = {column: values[chosen] for column, values in known.keys.items()}
-    return Embedded(emb[chosen], keys, None if known.anchor is None else known.anchor[chosen])
+    return EmbeddedBatch(emb[chosen], keys, None if known.anchor is None else known.anchor[chosen])
 
 
 def backward(
     module: nn.Module,
     batch: Batch,
-    similar: Sequence[Similar],
-    contrast: Contrast = Contrast(),
+    similar: Sequence[Similarity],
+    contrast: LossConfig = LossConfig(),
     *,
     micro_batch: int | None = None,
     send: Callable[[Tensor], None] = torch.autograd.backward,
@@ -109,7 +114,7 @@ def backward(
     """Add the gradients of a global batch to the parameters; call it on every rank.
 
     Args:
-        module: a `DualEncoder` or a `Learner`, or one of them in DDP.
+        module: a `DualEncoder` or a `ModelWithHeads`, or one of them in DDP.
         batch: this rank's rows, on the module's device. Ranks may hold different numbers.
         similar, contrast: the loss.
         micro_batch: samples that are embedded at once, each with all its views and hard negatives; None: all.
@@ -129,8 +134,8 @@ def backward(
 def _cached(
     module: nn.Module,
     batch: Batch,
-    similar: Sequence[Similar],
-    contrast: Contrast,
+    similar: Sequence[Similarity],
+    contrast: LossConfig,
     count: int,
     send: Callable[[Tensor], None],
 ) -> Loss:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,33 +12,29 @@ from typing import Any
 import torch
 
 from clipkit import distributed
-from clipkit.data.batch import Batch
-from clipkit.data.keys import number_values
-from clipkit.data.loader import Loader
-from clipkit.data.map_style import as_table
-from clipkit.data.planned import plan_of
-from clipkit.errors import ClipkitError, DataError, UsageError, option
+from clipkit.data.batches.batch import Batch
+from clipkit.data.batches.build_plan import build_plan
+from clipkit.data.batches.loader import Loader
+from clipkit.data.dataset import as_dataset
+from clipkit.errors import UsageError, option
 from clipkit.losses.contrastive import prior_bias
-from clipkit.losses.similar import Paired, Similar, key_columns
-from clipkit.models.card import base_of
+from clipkit.losses.similarity import Paired, Similarity, key_columns
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.training.claim import claim_folder
-from clipkit.training.config import TrainConfig
-from clipkit.training.forgetting import Guardrail
-from clipkit.training.launch import make_accelerator
-from clipkit.training.learner import Learner
-from clipkit.training.lock import locked
-from clipkit.training.loop import Loop
-from clipkit.training.optim import layer_factors
-from clipkit.training.result import TrainResult
-from clipkit.training.resume import run_identity
-from clipkit.training.signals import StopSignal
-from clipkit.training.step import Contrast, backward
+from clipkit.models.saving.model_card import base_of
+from clipkit.training.accelerator import make_accelerator
+from clipkit.training.checkpoints.resume import run_fingerprint
+from clipkit.training.checkpoints.signals import StopSignal
+from clipkit.training.config.train import TrainConfig
+from clipkit.training.forgetting.guardrail import Guardrail
+from clipkit.training.heads import ModelWithHeads
+from clipkit.training.loop import Loop, TrainResult
+from clipkit.training.optimizer import layer_factors
+from clipkit.training.run_folder.ownership import claim_folder, locked
+from clipkit.training.setup import Evaluator, _check_scores, _flat, _number
+from clipkit.training.step import LossConfig, backward
 from clipkit.training.trackers import check_trackers
 
 logger = logging.getLogger("clipkit")
-
-Evaluator = Callable[[DualEncoder], Mapping[str, float]]
 
 
 class Trainer:
@@ -77,7 +73,7 @@ class Trainer:
         pairs: Any,
         config: TrainConfig,
         *,
-        similar: Similar | Sequence[Similar] = Paired(),
+        similar: Similarity | Sequence[Similarity] = Paired(),
         evaluators: Sequence[Evaluator] = (),
         reference: Evaluator | None = None,
     ) -> None:
@@ -88,9 +84,9 @@ class Trainer:
                 where="pairs",
                 fix=f"load_pairs({str(pairs)!r}, image=COLUMN, text=COLUMN)",
             )
-        pairs = as_table(pairs)
+        pairs = as_dataset(pairs)
         self.model, self.pairs, self.config = model, pairs, config
-        self.similar: list[Similar] = list(similar) if isinstance(similar, Sequence) else [similar]
+        self.similar: list[Similarity] = list(similar) if isinstance(similar, Sequence) else [similar]
         self.evaluators = evaluators
         self.folder = claim_folder(Path(config.output_dir), may_resume=config.resume == "auto")
         if config.patience is not None and not evaluators:
@@ -109,13 +105,13 @@ class Trainer:
                 fix=f"raise {option('batch_size')}, or start fewer processes",
             )
         named = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
-        self.plan = plan_of(pairs, **{name: getattr(config, name) for name in named})
+        self.plan = build_plan(pairs, **{name: getattr(config, name) for name in named})
         wanted = self.plan.steps_per_epoch * config.epochs
         self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
         self.contrast = self._contrast()
         self.guardrail = self._guardrail(reference)
         self._check_best()
-        self.learner = Learner(model, self.similar)
+        self.learner = ModelWithHeads(model, self.similar)
         self.loader = self._loader(pairs)
         self._refuse_batch_norm()
         if config.layer_decay is not None:
@@ -132,7 +128,7 @@ class Trainer:
 
     # -- before the first step
 
-    def _contrast(self) -> Contrast:
+    def _contrast(self) -> LossConfig:
         """How embeddings are compared: with the loss that the model was made for, unless the config names one."""
         config, bias = self.config, self.model.logit_bias
         loss = config.loss if config.loss != "auto" else "info_nce" if bias is None else "sigmoid"
@@ -149,7 +145,7 @@ class Trainer:
         for dim in config.matryoshka:
             if dim > self.model.dim:
                 raise UsageError(f"embeddings have {self.model.dim} dimensions; found matryoshka={config.matryoshka}")
-        return Contrast(loss, config.label_smoothing, config.matryoshka, config.tile)
+        return LossConfig(loss, config.label_smoothing, config.matryoshka, config.tile)
 
     def _guardrail(self, reference: Evaluator | None) -> Guardrail | None:
         budget = self.config.forget_budget
@@ -248,9 +244,9 @@ class Trainer:
             logger.info("%d parameters take no part in the loss: %s", len(unused), ", ".join(unused[:5]))
 
     def identity(self) -> dict[str, Any]:
-        """What makes this run this run; see `run_identity`."""
+        """What makes this run this run; see `run_fingerprint`."""
         measured = [*self.evaluators, *([] if self.guardrail is None else [self.guardrail.reference])]
-        return run_identity(self.config, self.learner, self.similar, self.pairs, measured)
+        return run_fingerprint(self.config, self.learner, self.similar, self.pairs, measured)
 
     # -- training
 
@@ -292,34 +288,6 @@ class Trainer:
     def counts(self) -> dict[str, int]:
         """How many images, texts and classes the metrics rest on."""
         return {key: count for each in self.measured() for key, count in getattr(each, "n", dict)().items()}
-
-
-def _number(key: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"a metric is a number, found {value!r}", where=key, fix="mend the evaluator") from None
-    if not math.isfinite(number):
-        raise ClipkitError(f"a metric must be finite, found {number}", where=key, fix="see what the model gives there")
-    return number
-
-
-def _check_scores(pairs: Any, similar: Sequence[Similar]) -> None:
-    for column in {each.score for each in similar} - {None}:
-        scores = number_values(pairs, str(column))
-        bad = ~(scores.isfinite() & (scores >= 0)) if scores.ndim == 1 else torch.ones(1, dtype=torch.bool)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise DataError(
-                f"scores are numbers of at least 0; found {pairs[str(column)][row]!r}",
-                where=f"column {column!r}, row {row}",
-                fix="mend the column, or leave out `score`",
-            )
-
-
-def _flat(config: TrainConfig) -> dict[str, Any]:
-    plain = (int, float, str, bool)
-    return {name: value if isinstance(value, plain) else str(value) for name, value in vars(config).items()}
 
 
 def _held_out() -> str:

@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 from clipkit import progress
 from clipkit.data.check import check_data
 from clipkit.data.pairs import load_pairs
-from clipkit.data.rejects import Ledger
+from clipkit.data.reading.rejects import LoadReport
 from clipkit.errors import DataError
 
 
@@ -117,7 +117,7 @@ def test_the_rejects_of_loading_belong_to_the_report(tmp_path: Path) -> None:
         (tmp_path / f"{number}.png").write_bytes(encoded(number))
     (tmp_path / "1.png").write_bytes(encoded(1, "JPEG")[:-20])
     (tmp_path / "t.csv").write_text("image,text\n0.png,x\n1.png,y\n2.png,z\ngone.png,w\n")
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(tmp_path / "t.csv", on_bad="skip", max_bad=1.0, ledger=ledger)
     report = check_data(pairs, ledger=ledger)
     assert [r.code for r in report.rejects] == ["TRUNCATED", "MISSING"]
@@ -132,7 +132,7 @@ def test_a_row_has_the_same_number_in_every_line(tmp_path: Path) -> None:
     (tmp_path / "2.png").write_bytes(encoded(1, "JPEG")[:-20])
     rows = ["gone.png,x,cat", "1.png,x,cat", "2.png,y,cat", "2.png,z,cat", "0.png,x,cat", "3.png,x,dog"]
     (tmp_path / "t.csv").write_text("\n".join(["image,text,label", *rows]))
-    ledger = Ledger()
+    ledger = LoadReport()
     report = check_data(load_pairs(tmp_path / "t.csv", on_bad="skip", max_bad=1.0, ledger=ledger), ledger=ledger)
     assert [(reject.row, reject.code) for reject in report.rejects] == [
         (2, "MISSING"),
@@ -151,7 +151,7 @@ def test_forgotten_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(encoded(0))
     (tmp_path / "3.png").write_bytes(b"")
     (tmp_path / "t.csv").write_text("image,text\n0.png,x\n3.png,y\n")
-    ledger = Ledger()
+    ledger = LoadReport()
     report = check_data(load_pairs(tmp_path / "t.csv", on_bad="skip", max_bad=1, ledger=ledger), ledger=ledger)
     assert report.unreferenced == [str(tmp_path / "1.png"), str(tmp_path / "2.PNG")]
     assert "2 images beside these are in no row, e.g. 1.png, 2.PNG" in str(report)

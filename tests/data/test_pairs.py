@@ -16,9 +16,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from PIL import Image as Pillow
 
 from clipkit.data.pairs import load_pairs
-from clipkit.data.rejects import Ledger, Reject
+from clipkit.data.reading.rejects import LoadReport, Reject
 from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
-from clipkit.images import load_image
+from clipkit.images.load import load_image
 
 
 def png(shade: int = 0) -> bytes:
@@ -109,7 +109,7 @@ MAKERS = [make_csv, make_tsv, make_jsonl, make_parquet, make_embedded_parquet, m
 
 @pytest.mark.parametrize("make", [*MAKERS, make_dict, make_saved])
 def test_every_source_gives_the_same(folder: Path, make: Any) -> None:
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(make(folder), ledger=ledger)
     assert pairs.features == Features(image=Image(decode=False), texts=List(Value("string")), extra=Value("string"))
     assert list(pairs["texts"]) == CAPTIONS
@@ -149,7 +149,7 @@ def test_captions_beside_images(folder: Path) -> None:
         (images / f"{number}.txt").write_text(text, newline="")
     (images / "3.txt").write_text("form\x0cfeed\u2028kept\n")
     (images / "stray.txt").write_text("nothing to see")
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(images, ledger=ledger)
     assert list(pairs["texts"]) == [["a dog", "another dog"], ["007"], ["last"], ["form\x0cfeed\u2028kept"]]
     assert paths_of(pairs) == [str(images / f"{n}.png") for n in range(4)]
@@ -213,7 +213,7 @@ def test_columns_by_their_names(folder: Path, header: str, options: dict[str, An
 
 
 def test_several_text_columns(folder: Path) -> None:
-    ledger = Ledger()
+    ledger = LoadReport()
     path = table(folder, "image,title,description\nimg/0.png,x,y\nimg/1.png,z,\n")
     pairs = load_pairs(path, text=["title", "description"], ledger=ledger)
     assert list(pairs["texts"]) == [["x", "y"], ["z"]]
@@ -254,7 +254,7 @@ def test_column_fault(folder: Path, header: str, options: dict[str, Any], kind: 
 
 def test_labels(folder: Path) -> None:
     path = table(folder, "image,text,label\nimg/0.png,x,10\nimg/1.png,y,9\nimg/2.png,z,\n")
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(path, ledger=ledger)
     assert pairs.features["label"].names == ["9", "10"]
     assert list(pairs["label"]) == [1, 0, None]
@@ -305,7 +305,7 @@ def test_metadata_of_mixed_types_becomes_json(folder: Path) -> None:
 def test_rows_of_one_image_become_one(folder: Path) -> None:
     other = "img/../img/0.png"
     rows = f"img/0.png,x,1\nimg/1.png,y,2\nimg/0.png,z,3\n{other},w,4\n{folder / 'img' / '0.png'},v,5\n"
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(table(folder, "image,text,id\n" + rows), ledger=ledger)
     assert list(pairs["texts"]) == [["x", "z", "w", "v"], ["y"]]
     assert list(pairs["id"]) == ["1", "2"]
@@ -356,7 +356,7 @@ def test_row_fault(faulty: Path, row: str, code: str, words: str) -> None:
     assert 'on_bad="skip"' in str(error)
     assert (error.where, error.exit_code) == (str(path), 3)
 
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(path, on_bad="skip", max_bad=1, rejects=faulty / "rejects.jsonl", ledger=ledger)
     assert len(pairs) == ledger.used == 2
     (written,) = [json.loads(line) for line in (faulty / "rejects.jsonl").read_text().splitlines()]
@@ -389,7 +389,7 @@ def test_json_row_fault(folder: Path, row: dict[str, Any], code: str) -> None:
 def test_a_bad_json_line_counts_as_a_row(folder: Path) -> None:
     path = table(folder, '{"image": "img/0.png", "text": "x"}\n{oops}\n', "t.jsonl")
     assert f"{path}:2: BAD_JSON" in str(refused(path))
-    ledger = Ledger()
+    ledger = LoadReport()
     load_pairs(path, on_bad="skip", max_bad=1, ledger=ledger)
     assert ledger.summary() == "2 rows = 1 used + 1 rejected (1 BAD_JSON); 1 images"
 
@@ -409,7 +409,7 @@ def test_embedded_images_that_are_none(folder: Path) -> None:
     cells = [{"bytes": png(), "path": None}, {"bytes": b"", "path": "x.png"}, None]
     cells += [{"bytes": None, "path": str(folder / "img" / "1.png")}, {"bytes": None, "path": "gone.png"}]
     data = Dataset.from_dict({"image": cells, "text": list("abcde")}).cast_column("image", Image(decode=False))
-    ledger = Ledger()
+    ledger = LoadReport()
     pairs = load_pairs(data, on_bad="skip", max_bad=1.0, ledger=ledger)
     assert [reject.code for reject in ledger.rejects] == ["EMPTY", "EMPTY", "MISSING"]
     assert [reject.row for reject in ledger.rejects] == [1, 2, 4]
@@ -459,7 +459,7 @@ def test_when_no_file_is_found_the_folder_is_named(folder: Path) -> None:
 
 
 def test_the_sum_is_checked() -> None:
-    ledger = Ledger(rows=3, used=1, rejects=[Reject(1, "EMPTY", "x", "t:1")])
+    ledger = LoadReport(rows=3, used=1, rejects=[Reject(1, "EMPTY", "x", "t:1")])
     with pytest.raises(ClipkitError, match="do not add up"):
         ledger.settle("t", on_bad="skip", max_bad=1.0)
 
@@ -477,7 +477,7 @@ def test_a_name_that_is_no_text(folder: Path) -> None:
     (folder / "img" / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
     (folder / "img" / os.fsdecode(b"caf\xe9.txt")).write_text("coffee")
     (folder / "img" / "0.txt").write_text("x")
-    ledger = Ledger()
+    ledger = LoadReport()
     load_pairs(folder / "img", on_bad="skip", max_bad=4, ledger=ledger, rejects=folder / "r.jsonl")
     assert "BAD_NAME" in [reject.code for reject in ledger.rejects]
 

@@ -11,7 +11,7 @@ from clipkit.embedding import embed as module
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
-from clipkit.models import fingerprint
+from clipkit.models.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_training_the_text_tower_keeps_image_embeddings(tiny, tmp_path: Path) ->
         embed(own, ["a photo"], kind="text", store=store)
         with torch.no_grad():
             for name, weight in own.named_parameters():
-                if own.backend.owns("text", name.removeprefix("backend.")):
+                if own.backend.belongs_to("text", name.removeprefix("backend.")):
                     weight.add_(0.1)
         embed(own, [tiny.picture(0)], store=store)
         assert len(store) == 2

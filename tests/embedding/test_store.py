@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipkit.embedding.store import EmbeddingStore, Key, content_hash
+from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import ClipkitError, CorruptArtefact, ResourceError, UsageError
+from clipkit.files import content_hash
 
 
 def keys(n: int, tower: str = "t", kind: str = "image", start: int = 0) -> list[Key]:

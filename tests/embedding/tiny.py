@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkit.models.backend import Backend, Names
+from clipkit.models.backend import Backend, ParameterPrefixes
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.image_transform import ImageTransform
 from clipkit.models.processor import Processor
-from clipkit.models.transform import ImageTransform
 
 COLOURS = ["red", "green", "blue", "yellow", "cyan", "magenta", "black", "white", "orange", "purple"]
 
@@ -78,7 +78,7 @@ class Toy(Backend):
     """Two linear towers, for child processes: importing transformers takes them eight seconds."""
 
     family, dim = "toy", 16
-    names: ClassVar = {"image": Names(("vision",), ("head",)), "text": Names(("words",), ())}
+    names: ClassVar = {"image": ParameterPrefixes(("vision",), ("head",)), "text": ParameterPrefixes(("words",), ())}
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Toy(Backend):
         self.words = nn.EmbeddingBag(64, 16)
         self.scale = nn.Parameter(torch.tensor(2.0))
 
-    def scalars(self) -> tuple[nn.Parameter, None]:
+    def logit_scale_and_bias(self) -> tuple[nn.Parameter, None]:
         return self.scale, None
 
     def image_features(self, pixel_values: Tensor) -> Tensor:

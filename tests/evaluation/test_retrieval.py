@@ -9,7 +9,7 @@ import torch
 from scipy.stats import hypergeom
 
 from clipkit.data.pairs import load_pairs
-from clipkit.embedding.embed import Embedded
+from clipkit.embedding.items import EmbedResult
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.evaluation import retrieval
@@ -126,10 +126,10 @@ def test_equal_captions_take_one_rank(model, images, monkeypatch: pytest.MonkeyP
     # worked by hand: columns are the scores of "cat" and "dog"
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
 
-    def embedded(model, items, *, kind, **options) -> Embedded:
+    def embedded(model, items, *, kind, **options) -> EmbedResult:
         vectors = torch.eye(2) if kind == "text" else scores
         assert len(items) == len(vectors)
-        return Embedded(vectors, list(range(len(vectors))), [], [])
+        return EmbedResult(vectors, list(range(len(vectors))), [], [])
 
     monkeypatch.setattr(retrieval, "embed", embedded)
     evaluator = RetrievalEvaluator(pairs_of(images[:6], [["cat"]] * 3 + [["dog"]] * 3), name="r", ks=(1, 2))

@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from clipkit.evaluation.report import build_result
+from clipkit.evaluation.result import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.small import small_test
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator

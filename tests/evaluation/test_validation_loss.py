@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from clipkit.data.plan import hash64
+from clipkit.data.batches.plan import hash64
 from clipkit.errors import DataError, UsageError
 from clipkit.evaluation.validation_loss import ValidationLoss
 

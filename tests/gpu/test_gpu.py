@@ -11,8 +11,9 @@ from runs import outcome, train
 
 from clipkit import DualEncoder, Paired, TrainConfig, Trainer
 from clipkit.errors import Interrupted
-from clipkit.models import artefact
-from clipkit.training.learner import Learner
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_images
+from clipkit.models.loading import manifest as artefact
+from clipkit.training.heads import ModelWithHeads
 from clipkit.training.step import backward
 
 GOLDEN = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of a component of a unit vector; bf16 has 8 bits of mantissa
@@ -47,7 +48,7 @@ def gradients(device, folder, precision, **options):
     model = tiny.make_model(dropout=options.pop("dropout", 0.0)).to(device)
     settings = TrainConfig(str(folder), batch_size=32, progress=False)
     batch = next(Trainer(model, tiny.make_pairs(), settings).loader.batches(0, 1)).to(device)
-    learner = Learner(model.to(device), [Paired()]).train()
+    learner = ModelWithHeads(model.to(device), [Paired()]).train()
     torch.manual_seed(7)
     with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
         loss = backward(learner, batch, [Paired()], **options)
@@ -83,8 +84,8 @@ def test_a_saved_folder_gives_its_golden_embeddings(device, precision, tmp_path)
     model = DualEncoder.from_pretrained(tmp_path / "model", device=device)
     body = artefact.read(tmp_path / "model")
     found = {
-        "image": model.encode_images(artefact.golden_images(), dtype=precision),
-        "text": model.encode_texts(artefact.GOLDEN_TEXTS, dtype=precision),
+        "image": model.encode_images(golden_images(), dtype=precision),
+        "text": model.encode_texts(GOLDEN_TEXTS, dtype=precision),
     }
     differences = artefact.golden_differences(body, found)
     assert model.device.type == device.type

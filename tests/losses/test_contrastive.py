@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipkit import distributed
 from clipkit.errors import UsageError
-from clipkit.losses.contrastive import Embedded, info_nce, matryoshka, prior_bias, sigmoid_loss
-from clipkit.losses.graded import Graded
-from clipkit.losses.similar import Paired, SameGroup
+from clipkit.losses.contrastive import EmbeddedBatch, info_nce, matryoshka, prior_bias, sigmoid_loss
+from clipkit.losses.similarity import Graded, Paired, SameGroup
 
 ROWS, DIM = 11, 7
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 2, 3, 4, -1, -1, 2])
@@ -30,7 +29,7 @@ def batch(dtype=torch.float32):
 
 def loss_of(image, text, scale, similar, rows):
     keys = {"row": torch.arange(ROWS)[rows], "group": GROUPS[rows]}
-    a, b = (Embedded(normalize(each[rows], dim=1), keys) for each in (image, text))
+    a, b = (EmbeddedBatch(normalize(each[rows], dim=1), keys) for each in (image, text))
     return info_nce(a, b, similar, scale).loss
 
 
@@ -65,12 +64,14 @@ def test_value_and_gradients_are_the_float64_ones(similar):
 def test_known_values():
     eye = torch.eye(4)
     keys = {"row": torch.arange(4), "group": torch.tensor([0, 0, 1, 1])}
-    same = Embedded(torch.ones(4, 4) / 2, keys)
+    same = EmbeddedBatch(torch.ones(4, 4) / 2, keys)
     assert float(info_nce(same, same, Paired(), torch.tensor(5.0)).loss) == pytest.approx(math.log(4))
-    pair = float(info_nce(Embedded(eye, keys), Embedded(eye, keys), Paired(), torch.tensor(2.0)).loss)
+    pair = float(info_nce(EmbeddedBatch(eye, keys), EmbeddedBatch(eye, keys), Paired(), torch.tensor(2.0)).loss)
     assert pair == pytest.approx(math.log(math.e**2 + 3) - 2)
     # two positives a row: log-sum-exp less the mean of their logits 2 and 0
-    group = float(info_nce(Embedded(eye, keys), Embedded(eye, keys), SameGroup("group"), torch.tensor(2.0)).loss)
+    group = float(
+        info_nce(EmbeddedBatch(eye, keys), EmbeddedBatch(eye, keys), SameGroup("group"), torch.tensor(2.0)).loss
+    )
     assert group == pytest.approx(math.log(math.e**2 + 3) - 1)
 
 
@@ -78,7 +79,7 @@ def test_the_floor_with_duplicates_is_the_log_of_their_number():
     twice = torch.eye(3).repeat_interleave(2, dim=0)
     keys = {"row": torch.arange(6), "group": torch.arange(3).repeat_interleave(2)}
     for similar in (Paired(), SameGroup("group")):
-        value = info_nce(Embedded(twice, keys), Embedded(twice, keys), similar, torch.tensor(80.0)).loss
+        value = info_nce(EmbeddedBatch(twice, keys), EmbeddedBatch(twice, keys), similar, torch.tensor(80.0)).loss
         assert float(value) == pytest.approx(math.log(2), abs=1e-5)  # fp32 near 80: 8e-6
 
 
@@ -131,7 +132,7 @@ def graded_batch(dtype=torch.float32):
 @pytest.mark.parametrize("similar", [Paired(), SameGroup("group"), Graded("f"), Graded("f", "softmax", softness=0.3)])
 def test_smoothed_and_graded_targets(similar, smoothing, tile):
     image, text, scale, keys = graded_batch()
-    a, b = (Embedded(normalize(each, dim=1), keys) for each in (image, text))
+    a, b = (EmbeddedBatch(normalize(each, dim=1), keys) for each in (image, text))
     found = info_nce(a, b, similar, scale, label_smoothing=smoothing, tile=tile)
     found.loss.backward()
     exact = batch(torch.float64)
@@ -154,7 +155,7 @@ def test_smoothed_and_graded_targets(similar, smoothing, tile):
 def test_soft_labels_of_the_sigmoid(smoothing, tile):
     image, text, scale, keys = graded_batch(torch.float64)
     bias = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
-    a, b = (Embedded(normalize(each, dim=1), keys) for each in (image, text))
+    a, b = (EmbeddedBatch(normalize(each, dim=1), keys) for each in (image, text))
     found = sigmoid_loss(a, b, Graded("f"), scale, bias, label_smoothing=smoothing, tile=tile)
     grads = torch.autograd.grad(found.loss, (image, text, scale, bias), retain_graph=True)
     label = Graded("f").affinity(keys, keys).double() * (1 - smoothing) + smoothing / 2
@@ -172,7 +173,7 @@ def test_soft_labels_of_the_sigmoid(smoothing, tile):
 def test_a_second_backward_pass_gives_the_same(loss, tile):
     image, text, scale, keys = graded_batch()
     bias = torch.tensor(-2.0, requires_grad=True)
-    a, b = (Embedded(normalize(each, dim=1), keys) for each in (image, text))
+    a, b = (EmbeddedBatch(normalize(each, dim=1), keys) for each in (image, text))
     if loss == "sigmoid":
         value, inputs = sigmoid_loss(a, b, Graded("f"), scale, bias, tile=tile).loss, (image, text, scale, bias)
     else:
@@ -204,7 +205,7 @@ def test_no_matrix_of_all_pairs_is_ever_made(loss, similar):
     keys = {"row": torch.arange(n), "f": torch.randn(n, 3) if numbers else torch.arange(n) // 2}
 
     def most(tile):
-        a, b = (Embedded(each.clone().requires_grad_(), keys) for each in emb)
+        a, b = (EmbeddedBatch(each.clone().requires_grad_(), keys) for each in emb)
         scale, bias = torch.tensor(5.0, requires_grad=True), torch.tensor(-5.0, requires_grad=True)
         with Largest() as largest:
             if loss == "sigmoid":
@@ -219,12 +220,12 @@ def test_no_matrix_of_all_pairs_is_ever_made(loss, similar):
 
 def test_matryoshka_is_the_mean_over_its_dimensions():
     image, text, scale, keys = graded_batch()
-    a, b = (Embedded(normalize(each, dim=1), keys) for each in (image, text))
+    a, b = (EmbeddedBatch(normalize(each, dim=1), keys) for each in (image, text))
 
     def loss(a, b):
         return info_nce(a, b, Paired(), scale)
 
-    each = [loss(*(Embedded(normalize(x[:, :dim], dim=1), keys) for x in (image, text))).loss for dim in (2, DIM)]
+    each = [loss(*(EmbeddedBatch(normalize(x[:, :dim], dim=1), keys) for x in (image, text))).loss for dim in (2, DIM)]
     assert float(matryoshka(loss, a, b, (2, DIM)).loss.detach()) == pytest.approx(float(sum(each).detach()) / 2)
     with pytest.raises(UsageError, match="between 1 and 7; found 8"):
         matryoshka(loss, a, b, (8,))
@@ -233,7 +234,7 @@ def test_matryoshka_is_the_mean_over_its_dimensions():
 def test_the_prior_of_a_fresh_bias_is_one_positive_a_row():
     n = 64
     keys = {"row": torch.arange(n)}
-    nothing = Embedded(torch.zeros(n, 3), keys)  # logits are the bias alone
+    nothing = EmbeddedBatch(torch.zeros(n, 3), keys)  # logits are the bias alone
     bias = torch.tensor(prior_bias(n), requires_grad=True)
     sigmoid_loss(nothing, nothing, Paired(), torch.tensor(10.0), bias).loss.backward()
     assert abs(float(bias.grad)) < 1e-5
@@ -243,7 +244,7 @@ def test_a_row_without_a_positive_is_left_out_of_the_mean():
     keys = {"row": torch.arange(5), "g": torch.tensor([0, 0, 1, 1, 2])}
     emb = normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), dim=1).requires_grad_()
     similar = SameGroup("g", between=("image", "image"), temperature=0.2)
-    found = info_nce(Embedded(emb, keys), Embedded(emb, keys), similar, torch.tensor(5.0), tile=2)
+    found = info_nce(EmbeddedBatch(emb, keys), EmbeddedBatch(emb, keys), similar, torch.tensor(5.0), tile=2)
     logits = (5 * emb @ emb.T).masked_fill(torch.eye(5, dtype=torch.bool), -torch.inf)
     wanted = cross_entropy(logits[:4], torch.tensor([1, 0, 3, 2]))
     assert relative(found.loss, wanted) < 1e-6

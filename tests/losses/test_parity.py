@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import normalize
 
 from clipkit import Paired, SameGroup, info_nce, sigmoid_loss
-from clipkit.losses.contrastive import Embedded
+from clipkit.losses.contrastive import EmbeddedBatch
 
 N, DIM = 24, 16
 LABELS = torch.arange(N) % 7  # every class has several members
@@ -32,7 +32,7 @@ def same(ours, theirs):
 
 def sides(*embeddings):
     keys = {"row": torch.arange(N), "label": LABELS}
-    return [Embedded(each, keys) for each in embeddings]
+    return [EmbeddedBatch(each, keys) for each in embeddings]
 
 
 @pytest.mark.parametrize("tile", [None, 7])

@@ -10,8 +10,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 
 from clipkit.errors import ModelError
+from clipkit.models.image_transform import ImageTransform
 from clipkit.models.processor import TransformersTexts, hash_tokenizer
-from clipkit.models.transform import ImageTransform
 
 Images = list[Image.Image]
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)

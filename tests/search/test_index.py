@@ -14,9 +14,9 @@ import torch
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, CorruptArtefact, DataError, ModelMismatch, UsageError
 from clipkit.search import index as module
-from clipkit.search.catalogue import Catalogue, Entry
 from clipkit.search.changes import Changes
 from clipkit.search.index import EmbeddingIndex
+from clipkit.search.index_file import Catalogue, Entry
 from clipkit.search.standing import index_of_folder
 
 

@@ -27,7 +27,7 @@ def cut(monkeypatch):
     """Ends a run right after the checkpoint of a step, as a kill would; the next run goes on."""
 
     def at(folder, step, **changes):
-        from clipkit.training.checkpoint import Checkpoints
+        from clipkit.training.checkpoints.checkpoint import Checkpoints
 
         whole = Checkpoints.save
 

@@ -8,7 +8,7 @@ from ranks import together
 
 from clipkit import TrainConfig, Trainer, distributed
 from clipkit.errors import ConfigError
-from clipkit.training.config import RunConfig
+from clipkit.training.config.run import RunConfig
 
 
 def trainer(folder, pairs, make_model, **changes):

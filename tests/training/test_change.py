@@ -8,7 +8,7 @@ import torch
 
 from clipkit import DualEncoder, RetrievalEvaluator, RunConfig, TrainConfig, Trainer, run
 from clipkit.errors import ConfigError
-from clipkit.models.blocks import layers
+from clipkit.models.backends.layers import parameters_by_depth
 from clipkit.training.run import open_model
 
 BASIC = ["model.name=some/model", "data.train=birds.csv", "train.output_dir=runs/birds"]
@@ -51,7 +51,7 @@ def test_a_run_changes_its_model_as_the_config_says(folder):
 
 def test_blocks_that_a_config_freezes_stand_still(folder):
     start = DualEncoder.from_pretrained(folder / "start")
-    found = layers(start.backend, start.processor, "image")
+    found = parameters_by_depth(start.backend, start.processor, "image")
     done = run(load(folder, "model.freeze_blocks={image: 1}"))
     before, after = start.backend.state_dict(), done.model.backend.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}

@@ -7,8 +7,8 @@ import tiny
 
 from clipkit import DualEncoder, TrainConfig, Trainer
 from clipkit.errors import ConfigError, UsageError
-from clipkit.metrics.direction import lower_is_better, worth
-from clipkit.training.checkpoint import Checkpoints, read
+from clipkit.metrics.ranking import lower_is_better, worth
+from clipkit.training.checkpoints.checkpoint import Checkpoints, read
 
 
 class KilledError(Exception):
@@ -82,7 +82,7 @@ def test_the_count_survives_a_kill(tmp_path, asked):
 
 def test_the_batch_after_the_last_is_never_opened(tmp_path):
     """A broken image in it must not end a run that is over."""
-    from clipkit.data.loader import Loader
+    from clipkit.data.batches.loader import Loader
 
     pairs, opened = tiny.make_pairs(), []
     settings = TrainConfig(

@@ -9,13 +9,13 @@ import ranks
 import tiny
 
 from clipkit import DualEncoder, EmbeddingStore, RetrievalEvaluator, RunConfig, TrainConfig, Trainer, run
-from clipkit.data.augment import augment
-from clipkit.data.plan import hash64
-from clipkit.embedding.features import with_image_features
-from clipkit.embedding.store import content_hash
+from clipkit.data.batches.augment import augment
+from clipkit.data.batches.plan import hash64
+from clipkit.embedding.image_features import with_image_features
 from clipkit.errors import BadImage, ConfigError, UsageError
-from clipkit.images import load_image
-from clipkit.training.config import LoraConfig, ModelConfig
+from clipkit.files import content_hash
+from clipkit.images.load import load_image
+from clipkit.training.config.run import LoraConfig, ModelConfig
 from clipkit.training.run import open_model
 
 

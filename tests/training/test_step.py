@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from clipkit import Paired, SameGroup, TrainConfig, Trainer, Views
-from clipkit.data.batch import Batch, Rows
+from clipkit.data.batches.batch import Batch, RowKeys
 from clipkit.errors import UsageError
 from clipkit.training import step
-from clipkit.training.learner import Learner
-from clipkit.training.step import Contrast, backward, objective
+from clipkit.training.heads import ModelWithHeads
+from clipkit.training.step import LossConfig, backward, objective
 
 
 def with_chunks(model, batch, similar, chunks):
@@ -23,7 +23,7 @@ def with_chunks(model, batch, similar, chunks):
     parts = [model(**part) for part in batch.split(chunks)]
     out = {name: torch.cat([each[name] for each in parts]) for name in parts[0] if parts[0][name].ndim}
     scalars = {name: each for name, each in parts[0].items() if not each.ndim}
-    found = objective(out | scalars, batch.rows, similar, Contrast())
+    found = objective(out | scalars, batch.rows, similar, LossConfig())
     found.loss.backward()
     return {"loss": found.loss.detach().double(), **step_cases.gradients(model)}
 
@@ -102,7 +102,7 @@ def test_embeddings_of_every_chunk_are_made_once_more_but_the_last():
 
 
 def test_a_locked_tower_stands_still_and_its_features_will_do():
-    model = Learner(tiny.make_model().freeze("image", head=True), [Paired()]).train()
+    model = ModelWithHeads(tiny.make_model().freeze("image", head=True), [Paired()]).train()
     model.model.backend.text.pooler = None
     batch = step_cases.batch("paired")
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_a_locked_tower_stands_still_and_its_features_will_do():
 
 
 def test_matryoshka_and_smoothing_are_cached_too():
-    contrast = Contrast(label_smoothing=0.1, matryoshka=(4, 16), tile=5)
+    contrast = LossConfig(label_smoothing=0.1, matryoshka=(4, 16), tile=5)
     model, batch = step_cases.learner("views", "info_nce"), step_cases.batch("views")
     similar, found = step_cases.CASES["views"].similar, []
     for micro in (None, 4):
@@ -129,21 +129,22 @@ def test_matryoshka_and_smoothing_are_cached_too():
 def test_a_sigmoid_loss_needs_a_bias_and_views_take_info_nce():
     batch = step_cases.batch("views")
     with pytest.raises(UsageError, match="needs a model with a bias"):
-        backward(step_cases.learner("paired", "info_nce"), batch, [Paired()], Contrast("sigmoid"))
+        backward(step_cases.learner("paired", "info_nce"), batch, [Paired()], LossConfig("sigmoid"))
     model, similar = step_cases.learner("views", "sigmoid"), step_cases.CASES["views"].similar
     out = model(**batch.inputs)
     with_views = [
-        float(objective(out, batch.rows, similar, Contrast(loss)).loss.detach()) for loss in ("info_nce", "sigmoid")
+        float(objective(out, batch.rows, similar, LossConfig(loss)).loss.detach()) for loss in ("info_nce", "sigmoid")
     ]
     pairs = [
-        float(objective(out, batch.rows, similar[:1], Contrast(loss)).loss.detach()) for loss in ("info_nce", "sigmoid")
+        float(objective(out, batch.rows, similar[:1], LossConfig(loss)).loss.detach())
+        for loss in ("info_nce", "sigmoid")
     ]
     assert with_views[0] - pairs[0] == pytest.approx(with_views[1] - pairs[1], rel=1e-5)
 
 
 def test_a_side_that_is_not_there_is_named():
     model = step_cases.learner("paired", "info_nce")
-    batch = Batch({"pixel_values": torch.zeros(3, 3, 16, 16)}, {"image": Rows({"row": torch.arange(3)})}, 3)
+    batch = Batch({"pixel_values": torch.zeros(3, 3, 16, 16)}, {"image": RowKeys({"row": torch.arange(3)})}, 3)
     with pytest.raises(UsageError, match="Paired compares texts, and the batch has none"):
         backward(model, batch, [Paired()])
 

@@ -9,7 +9,7 @@ import torch
 
 from clipkit import DualEncoder, Paired, SameGroup, TrainConfig, Trainer
 from clipkit.errors import BadImage, ClipkitError, TooManyRejected, UsageError
-from clipkit.training.optim import parameter_groups, schedule
+from clipkit.training.optimizer import parameter_groups, schedule
 
 
 def config(folder, **changes):

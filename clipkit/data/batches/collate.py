@@ -1,0 +1,204 @@
+"""A batch: the tensors that go into the model, and what is known of each of their rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipkit.data.batches.augment import Augmentation, augment
+from clipkit.data.batches.batch import ROW, VIEW, Batch, RowKeys, Transform
+from clipkit.data.batches.plan import Draw, hash64
+from clipkit.data.dataset import drawn
+from clipkit.errors import BadImage, DataError, option
+from clipkit.images.load import describe, load_image
+from clipkit.modality import Modality
+from clipkit.texts import is_blank
+
+
+class CollatedImages(NamedTuple):
+    """The image side of a batch: tensors, and what it took to make them."""
+
+    inputs: dict[str, Tensor]
+    kept: list[int]
+    hashes: list[int]
+    hard: list[int]  # hashes of the hard images
+    rejected: list[dict[str, Any]]
+
+
+@dataclass
+class Collator:
+    """Draws -> Batch. Goes to the workers, so it carries no weights.
+
+    Args:
+        source: the data set.
+        transform: the model's processor.
+        keys: column -> (rows of the data set, ...).
+        content: which of `CONTENT` are keys, too.
+        hard: which of `HARD` the data set has.
+        sides: which sides are prepared.
+        views: (number of the view, its augmentation), 0 being the image itself.
+        on_bad: ``error`` or ``skip``.
+    """
+
+    source: Any
+    transform: Transform
+    keys: Mapping[str, Tensor]
+    content: tuple[str, ...]
+    hard: frozenset[str]
+    sides: tuple[str, ...]
+    views: tuple[tuple[int, Augmentation], ...]
+    on_bad: str
+
+    def batch(self, draws: Sequence[Draw]) -> Batch:
+        """The batch of some draws.
+
+        Raises:
+            BadImage: an image cannot be used, and `on_bad` is ``error``.
+            DataError: none of the images can be used.
+        """
+        records = _records(self.source, draws)
+        images = self._images(draws, records)
+        kept = [(draws[i], records[i]) for i in images.kept]
+        texts = [record["texts"][draw.caption] for draw, record in kept]
+        hard_texts = [text for _, record in kept for text in _listed(record.get("hard_texts"), "hard_texts")]
+        rows = torch.tensor([draw.row for draw, _ in kept], dtype=torch.int64)
+        keys = {ROW: rows, **{name: values[rows] for name, values in self.keys.items()}}
+        found = {"image": images.hashes, "texts": [_hash(text.encode()) for text in texts]}
+        keys |= {name: torch.tensor(found[name], dtype=torch.int64) for name in self.content}
+        inputs = dict(images.inputs)
+        sides: dict[Modality, RowKeys] = {}
+        if "image" in self.sides:
+            sides["image"] = self._image_rows(keys, images.hard)
+        if "text" in self.sides:
+            inputs |= self.transform.texts(texts + hard_texts)
+            hard = [_hash(text.encode()) for text in hard_texts]
+            sides["text"] = _with_hard(keys, "texts", hard) if "hard_texts" in self.hard else RowKeys(keys)
+        return Batch(inputs, sides, len(kept), images.rejected)
+
+    def _image_rows(self, keys: dict[str, Tensor], hard: list[int]) -> RowKeys:
+        if len(self.views) > 1 or self.views[0][0]:
+            views = torch.tensor([view for view, _ in self.views]).repeat_interleave(len(keys[ROW]))
+            keys = {name: torch.cat([values] * len(self.views)) for name, values in keys.items()} | {VIEW: views}
+        return _with_hard(keys, "image", hard) if "hard_images" in self.hard else RowKeys(keys)
+
+    def _images(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> CollatedImages:
+        everything = list(range(len(draws)))
+        if "image" not in self.sides:
+            return CollatedImages({}, everything, [], [], [])
+        if records and "image_features" in records[0]:
+            return self._features(draws, records)
+        images: list[list[Any]] = []
+        hard: list[Any] = []
+        kept, hashes, hard_hashes, rejected = [], [], [], []
+        for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
+            try:
+                image = load_image(record["image"])
+                others = [load_image(each) for each in _listed(record.get("hard_images"), "hard_images")]
+            except BadImage as error:
+                rejected.append(self._refused(draw, error))
+                continue
+            images.append([augment(image, name, _seed(draw, view)) for view, name in self.views])
+            hard += [augment(each, self.views[0][1], hash64(draw.seed, -1, j)) for j, each in enumerate(others)]
+            kept.append(i)
+            if "image" in self.content:
+                hashes.append(_image_hash(image))
+                hard_hashes += [_image_hash(each) for each in others]
+            else:
+                hard_hashes += [-1] * len(others)
+        _require_some(kept, draws, rejected)
+        ordered = [views[v] for v in range(len(self.views)) for views in images] + hard
+        return CollatedImages({"pixel_values": self.transform.images(ordered)}, kept, hashes, hard_hashes, rejected)
+
+    def _features(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> CollatedImages:
+        """What a locked tower made of the images beforehand: of each one vector, or several to draw from."""
+        cells, kept, hashes, rejected = [], [], [], []
+        for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
+            cell = record["image_features"]
+            if cell is None:  # it could not be used then
+                rejected.append(self._refused(draw, why_bad(record["image"])))
+                continue
+            several = np.ndim(cell[0]) > 0
+            cells.append(np.asarray(cell[draw.seed % len(cell)] if several else cell, dtype=np.float32))
+            kept.append(i)
+            if "image" in self.content:  # the same whatever is drawn
+                hashes.append(_hash(np.asarray(cell[0] if several else cell, dtype=np.float32).tobytes()))
+        _require_some(kept, draws, rejected)
+        return CollatedImages({"image_features": torch.from_numpy(np.stack(cells))}, kept, hashes, [], rejected)
+
+    def _refused(self, draw: Draw, error: BadImage) -> dict[str, Any]:
+        if self.on_bad == "error":
+            raise error.or_skip()
+        return {"row": draw.row, "path": error.where, "code": error.code, "message": error.message}
+
+
+def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[str, Any]]) -> None:
+    if not kept:
+        raise DataError(
+            f"none of the {len(draws)} images of this process's part of a batch can be used",
+            where=rejected[0]["path"] if rejected else "the data",
+            fix=f"see `clipkit check data`; a larger {option('batch_size')}, or fewer processes, leave some",
+        )
+
+
+def why_bad(image: Any) -> BadImage:
+    """Why features of an image are missing."""
+    try:
+        load_image(image)
+    except BadImage as error:
+        return error
+    return BadImage("CHANGED", "it could not be used when its features were computed", where=describe(image))
+
+
+def _seed(draw: Draw, view: int) -> int:
+    return draw.seed if view == 0 else hash64(draw.seed, view)
+
+
+def _with_hard(keys: dict[str, Tensor], content: str, hashes: list[int]) -> RowKeys:
+    """Rows with hard negatives at their end: nothing is known of them but what they look like."""
+    found = {}
+    for name, values in keys.items():
+        nothing = float("nan") if values.is_floating_point() else 0 if name == VIEW else -1
+        more = values.new_full((len(hashes), *values.shape[1:]), nothing)
+        found[name] = torch.cat([values, torch.tensor(hashes, dtype=torch.int64) if name == content else more])
+    anchor = torch.arange(len(found[ROW])) < len(keys[ROW])
+    return RowKeys(found, anchor)
+
+
+def _listed(cell: Any, column: str) -> list[Any]:
+    if cell is None:
+        return []
+    found = list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    if (
+        column == "hard_texts"
+        and (wrong := next((each for each in found if not isinstance(each, str)), None)) is not None
+    ):
+        raise DataError(f"expected texts; found {type(wrong).__name__} {repr(wrong)[:40]}", where=column)
+    return [each for each in found if not (isinstance(each, str) and is_blank(each))]
+
+
+def _hash(content: bytes) -> int:
+    """63 bits: two contents of a batch of a million meet by chance once in ten million batches."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def _image_hash(image: Image.Image) -> int:
+    return _hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
+
+
+def _records(source: Any, draws: Sequence[Draw]) -> list[dict[str, Any]]:
+    fetch = getattr(source, "__getitems__", None)  # datasets: one Arrow look-up instead of n
+    if fetch is not None:
+        with drawn(hash64(*(draw.seed for draw in draws))):
+            return list(fetch([draw.row for draw in draws]))
+    records = []
+    for draw in draws:
+        with drawn(draw.seed):
+            records.append(source[draw.row])
+    return records

@@ -1,0 +1,72 @@
+"""Captions in files of the images' names, beside them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from clipkit.data.reading.tables import Unusable, json_object, read_text
+from clipkit.errors import DataError, ResourceError
+from clipkit.paths import Tree, show
+from clipkit.texts import is_blank
+
+SUFFIXES = (".txt", ".caption", ".json")
+
+
+class CaptionFiles:
+    """The caption files of a tree: of each image the first of .txt, .caption and .json, in any case, that is there.
+
+    Files of text hold one caption a line; a .json file, as img2dataset writes it, an object with the key ``caption``
+    (one without that key is no caption file).
+
+    Attributes:
+        read: the files whose captions were asked for.
+    """
+
+    def __init__(self, tree: Tree, encoding: str) -> None:
+        self.encoding = encoding
+        self._read: dict[Path, list[Any] | Unusable] = {}
+        self._of: dict[Path, dict[str, Path]] = {}
+        for path in tree.files:
+            if (suffix := path.suffix.lower()) in SUFFIXES:
+                self._of.setdefault(path.with_suffix(""), {})[suffix] = path
+
+    @property
+    def read(self) -> list[Path]:
+        return list(self._read)
+
+    def of(self, image: Path) -> list[Any] | Unusable | None:
+        """The captions of an image; None where there is no file of them."""
+        there = self._of.get(image.with_suffix(""), {})
+        for path in (there[suffix] for suffix in SUFFIXES if suffix in there):
+            found = self._read.get(path)
+            if found is None:
+                found = self._open(path)
+            if found is not None:
+                self._read[path] = found
+                return found
+        return None
+
+    def _open(self, path: Path) -> list[Any] | Unusable | None:
+        try:
+            text = read_text(path, self.encoding, empty_ok=True)
+            return _of_json(text) if path.suffix.lower() == ".json" else _lines(text)
+        except DataError as error:
+            code, _, message = error.message.partition(": ")
+            return Unusable(code, f"{message} ({error.where}); {error.fix}")
+        except ResourceError as error:
+            return Unusable("UNREADABLE", f"{error.message} ({error.where})")
+        except (ValueError, RecursionError) as error:
+            return Unusable("BAD_JSON", f"{error} ({show(path)})")
+
+
+def _lines(text: str) -> list[str]:
+    return [line for each in io.StringIO(text, newline=None) if not is_blank(line := each.rstrip("\n"))]
+
+
+def _of_json(text: str) -> list[Any] | None:
+    found = json_object(text)
+    if "caption" not in found:
+        return None
+    return found["caption"] if isinstance(found["caption"], list) else [found["caption"]]

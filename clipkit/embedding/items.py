@@ -1,0 +1,77 @@
+"""What is embedded: images and texts as they come in, and what comes out of `embed`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.data.reading.rejects import Reject
+from clipkit.errors import BadImage, DataError
+from clipkit.modality import Modality
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.progress import track
+from clipkit.texts import BadText
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """What `embed` gives: ``len(rows) + len(rejected)`` is the number of items, always.
+
+    Attributes:
+        vectors: (n, dim) float32 on the CPU, unit length; row i belongs to item ``rows[i]``.
+        rows: the items that were used, in order.
+        rejected: the items that were not, in order.
+        content: SHA-256 of each used item's content; empty without a store.
+    """
+
+    vectors: Tensor
+    rows: list[int]
+    rejected: list[Reject]
+    content: list[bytes]
+
+
+def shown(batches: Iterator[T], sizes: Sequence[int], kind: Modality, progress: bool) -> Generator[T, None, None]:
+    """Batches of so many items, and how far they are, of this process's share."""
+    main = progress and distributed.is_main()
+    return track(batches, sum(sizes), f"embedding {kind}s", unit=kind, shown=main, sizes=sizes)
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of ``size`` items, the last one shorter."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def reject(row: int, item: Any, error: DataError) -> Reject:
+    """The entry of the ledger for an item that was refused."""
+    code = error.code if isinstance(error, (BadImage, BadText)) else "BAD_DATA"
+    return Reject(row, code, error.message.removeprefix(f"{code}: "), error.where or f"item {row}", _path(item))
+
+
+def _path(item: object) -> str | None:
+    found = item.get("path") if isinstance(item, Mapping) else item
+    return os.fsdecode(found) if isinstance(found, (str, os.PathLike)) else None
+
+
+@contextmanager
+def evaluating(model: DualEncoder) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is as it was."""
+    was = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in was.items():
+            module.training = training

@@ -1,0 +1,103 @@
+"""What the doctor sees of a model's folder without opening the model: its files, and the weights in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from clipkit.errors import ClipkitError
+from clipkit.extras import upgrade_command
+from clipkit.models.checks.finding import Finding
+from clipkit.models.loading import manifest as artefact
+
+_PREFIXES = ("module.", "_orig_mod.")
+
+
+_READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".bin")
+
+
+def damaged(folder: Path) -> dict[str, str]:
+    """The files that are missing or not what was saved, the card aside: their names, and a sentence on each."""
+    found = {}
+    for each in artefact.damages(folder):
+        name = each.path.relative_to(folder).as_posix()
+        short = each.message.removeprefix("a file of the model ")
+        if not each.prose:
+            found[name] = f"{name}: {short}" if short == each.message else f"{name} {short}"
+    return found
+
+
+def file_findings(folder: Path) -> Iterator[Finding]:
+    found = damaged(folder)
+    if found:
+        several = len(found) > 1
+        reason = f"{'they were' if several else 'it was'} damaged, cut or edited after the model was saved"
+        what = "; ".join(found.values())
+        fix = f"copy or download {'these files' if several else 'that file'} again"
+        yield Finding("error", "files", what, reason, fix)
+    if any(each.prose for each in artefact.damages(folder)):
+        what = f"{artefact.CARD} was edited"
+        yield Finding("warning", "files", what, "it does not change the model", "nothing to do")
+    body = recorded(folder)
+    if body is None:
+        return
+    if body.get("schema") != artefact.SCHEMA:
+        what = f"{artefact.NAME} has schema {body.get('schema')}, expected {artefact.SCHEMA}"
+        yield Finding(
+            "error",
+            "files",
+            what,
+            "another version of clipkit wrote it",
+            f"{upgrade_command()}, or save the model again",
+        )
+    listed = set(body.get("files") or ())
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in _READ_BY_LIBRARIES and path.name not in {*listed, artefact.NAME}:
+            what = f"{path.name} was not there when the model was saved"
+            yield Finding("warning", "files", what, "libraries may read it in place of another file", "remove it")
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    try:
+        return artefact.read(folder, check=False)
+    except ClipkitError:
+        return None  # named by its damage
+
+
+def weight_findings(folder: Path) -> Iterator[Finding]:
+    """What can be said of weight files without building the model, damage aside that clipkit.json shows."""
+    named = damaged(folder)
+    for path in sorted(path for path in folder.rglob("*.safetensors") if path.name[0] != "."):
+        name = path.relative_to(folder).as_posix()
+        try:
+            with safe_open(path, "pt") as file:
+                keys = list(file.keys())
+                bad = [key for key in keys if not _finite(file.get_tensor(key))]
+        except (SafetensorError, OSError) as error:
+            if name in named:
+                continue
+            yield Finding(
+                "error",
+                "weights",
+                f"{name} cannot be read: {error}",
+                "the file was cut or damaged",
+                "copy or download it again",
+            )
+            continue
+        if bad:
+            what = f"{name}: {len(bad)} of {len(keys)} weights with NaN or infinity, the first is {bad[0]}"
+            yield Finding("error", "weights", what, "every embedding becomes NaN", "use an earlier checkpoint")
+        prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
+        if prefix:
+            what = f"{name}: every name begins with {prefix!r}, the mark of a wrapper"
+            reason = "libraries find no weight by its name, and transformers then opens a random model"
+            yield Finding("error", "weights", what, reason, "save the model inside the wrapper (model.module)")
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())

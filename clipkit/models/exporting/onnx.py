@@ -1,0 +1,222 @@
+"""Both sides of a model as ONNX graphs, checked with onnxruntime against torch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from clipkit.errors import ModelError, UsageError
+from clipkit.extras import install_command, missing_packages
+from clipkit.files import dump_json, publish
+from clipkit.models.eval_mode import evaluating
+from clipkit.models.exporting.export import ExportReport
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, as_fp32_cpu, golden_images
+from clipkit.models.saving import model_card as card
+from clipkit.models.saving.save import check_place
+
+if TYPE_CHECKING:
+    from clipkit.models.dual_encoder import DualEncoder
+
+FACTS = "onnx.json"
+
+
+TOLERANCE = 1e-4  # other kernels, other orders of summation
+
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+_ONE_FILE = 1.5e9  # bytes of weights; a protobuf ends at 2 GB, more goes into a file beside it
+
+
+class _Side(nn.Module):
+    """One side of a model, from its inputs to embeddings of unit length."""
+
+    def __init__(self, model: DualEncoder) -> None:
+        super().__init__()
+        self.model = model
+
+
+class _Image(_Side):
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        found: Tensor = self.model(pixel_values=pixel_values).image
+        return found
+
+
+class _Text(_Side):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).text
+        return found
+
+
+def export_onnx(model: DualEncoder, folder: Path, overwrite: bool) -> ExportReport:
+    """image.onnx, text.onnx, tokenizer and transform, onnx.json with all else; see `DualEncoder.export`."""
+    if missing := missing_packages(*_PACKAGES):
+        raise UsageError(f"ONNX export needs {', '.join(missing)}", fix=install_command("onnx"))
+    check_place(folder, overwrite, (FACTS,))
+    reports: list[ExportReport] = []
+    plain = as_fp32_cpu(model)
+    plain.card = model.card
+    with evaluating(plain):
+        publish(folder, lambda fresh: reports.append(_write(plain, fresh, folder)), replace=True)
+    return reports[-1]
+
+
+def _write(model: DualEncoder, fresh: Path, folder: Path) -> ExportReport:
+    fresh.mkdir()
+    inputs = {
+        "image": {"pixel_values": model.processor.images(golden_images()[:3])},
+        "text": model.processor.texts(GOLDEN_TEXTS[:3]),
+    }
+    tensors = {}
+    for side, module in (("image", _Image(model)), ("text", _Text(model))):
+        _trace(module.eval(), inputs[side], model, fresh / f"{side}.onnx")
+        tensors[side] = _check(model, side, fresh)
+    notes = _save_processor(model, fresh)
+    found = model.fingerprint()
+    model.card = model.card.settled(model.name, found)
+    (fresh / FACTS).write_text(dump_json(_facts(model, inputs, tensors)), encoding="utf-8")
+    card.write(fresh, model.card, model.backend, model.processor, found, "onnx")
+    return ExportReport(folder, "onnx", tensors, _end_to_end(model, fresh), notes)
+
+
+def _trace(module: nn.Module, inputs: Mapping[str, Tensor], model: DualEncoder, path: Path) -> None:
+    batch = torch.export.Dim("batch")
+    axes: dict[int, Any] = {0: batch}
+    if path.stem == "text" and model.processor.describe()["text"]["padding"] == "longest":
+        axes[1] = torch.export.Dim("length", max=model.processor.context_length)
+    size = sum(each.numel() * 4 for each in module.parameters())
+    with _calm():
+        torch.onnx.export(
+            module,
+            kwargs=dict(inputs),
+            f=path,
+            dynamo=True,
+            dynamic_shapes={name: axes if name != "pixel_values" else {0: batch} for name in inputs},
+            input_names=list(inputs),
+            output_names=[f"{path.stem}_embeds"],  # as transformers calls them
+            external_data=size > _ONE_FILE,
+            verbose=False,
+        )
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """Without what the exporter says of its own doings: axes, constants it does not fold, weights it merges."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"# The axis name: \w+ will not be used", UserWarning)
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    return torch.from_numpy(session.run(None, {name: each.numpy() for name, each in inputs.items()})[0])
+
+
+def _check(model: DualEncoder, side: str, folder: Path) -> float:
+    """Largest difference from torch, over batches of one and of three, short texts and over-long ones.
+
+    Raises:
+        ModelError: it is above 1e-4.
+    """
+    session, worst = _session(folder / f"{side}.onnx"), 0.0
+    for rows in (slice(0, 1), slice(0, 3), slice(3, 4), slice(1, 4)):
+        if side == "image":
+            inputs = {"pixel_values": model.processor.images(golden_images()[rows])}
+        else:
+            inputs = model.processor.texts(GOLDEN_TEXTS[rows])
+        with torch.no_grad():
+            expected = getattr(model(**inputs), side)
+        worst = max(worst, float((expected - _run(session, inputs)).abs().max()))
+    if not worst <= TOLERANCE:
+        raise ModelError(f"the {side} side gives other embeddings as an ONNX graph, by up to {worst:.2g}")
+    return worst
+
+
+def _save_processor(model: DualEncoder, folder: Path) -> list[str]:
+    """Files that AutoTokenizer and AutoImageProcessor of transformers open, in open_clip's stead, too."""
+    if model.backend.family != "open_clip":
+        model.processor.save(folder)
+        return []
+    from clipkit.models.exporting import processors as convert_inputs
+
+    native: Any = model.backend
+    texts: Any = model.processor.text_side
+    try:
+        convert_inputs.transformers_tokenizer(texts.tokenizer, texts.context_length).save_pretrained(folder)
+        images = convert_inputs.transformers_images(dict(native.model.visual.preprocess_cfg), False)
+        images.save_pretrained(folder)
+    except ModelError as error:
+        return [f"no tokenizer or transform was written: {error.message}"]
+    return []
+
+
+def _facts(
+    model: DualEncoder, inputs: Mapping[str, Mapping[str, Tensor]], tensors: Mapping[str, float]
+) -> dict[str, Any]:
+    found, processor = model.fingerprint(), model.processor
+    return {
+        "fingerprint": found.as_dict(),
+        "dim": model.dim,
+        "image_size": processor.image_size,
+        "context_length": processor.context_length,
+        "similarity": model.similarity,
+        "scale": float(model.logit_scale.detach().exp().reshape(())),
+        "bias": None if model.logit_bias is None else float(model.logit_bias.detach().reshape(())),
+        "inputs": {side: list(each) for side, each in inputs.items()},
+        "outputs": {side: f"{side}_embeds" for side in inputs},
+        "preprocessing": processor.describe(),
+        "largest_difference_from_torch": dict(tensors),
+    }
+
+
+def _end_to_end(model: DualEncoder, folder: Path) -> dict[str, float]:
+    """Smallest cosine to the model itself where transformers' own readers of the files prepare the inputs."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    pipeline = {}
+    if (folder / "preprocessor_config.json").is_file():
+        images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        pixels = images(images=golden_images(), return_tensors="pt")["pixel_values"].float()
+        mine = model.encode_images(golden_images(), dtype=torch.float32)
+        pipeline["image"] = _smallest(mine, _run(_session(folder / "image.onnx"), {"pixel_values": pixels}))
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer, text = (
+            AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            model.processor.describe()["text"],
+        )
+        found = tokenizer(
+            list(GOLDEN_TEXTS),
+            padding=text["padding"],
+            truncation=True,
+            max_length=model.processor.context_length,
+            return_tensors="pt",
+        )
+        session = _session(folder / "text.onnx")
+        inputs = {each.name: found[each.name] for each in session.get_inputs()}
+        pipeline["text"] = _smallest(model.encode_texts(GOLDEN_TEXTS, dtype=torch.float32), _run(session, inputs))
+    return pipeline
+
+
+def _smallest(mine: Tensor, theirs: Tensor) -> float:
+    return float((mine * theirs).sum(1).min())

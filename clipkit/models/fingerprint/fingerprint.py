@@ -1,0 +1,196 @@
+"""One name for everything that decides about a model's embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from clipkit.modality import MODALITIES
+from clipkit.models.fingerprint.tower import measure_towers
+
+if TYPE_CHECKING:
+    from clipkit.modality import Modality
+    from clipkit.models.backend import Backend
+    from clipkit.models.processor import Processor
+
+# What load_image does to every image before a transform sees it.
+_IMAGE_POLICY = {"exif": "applied", "alpha": "over white", "mode": "RGB"}
+
+
+# Keys of a record that are not plain words.
+_WORDS = {
+    "dim": "embedding length",
+    "logit_scale": "logit scale (its logarithm)",
+    "image.filter": "image resize filter",
+    "image.crop_rounding": "image crop where the margin is odd, rounded",
+    "image.exif": "image EXIF orientation",
+    "image.norm_eps": "image norm epsilon",
+    "text.norm_eps": "text norm epsilon",
+    "text.ids": "text token ids of the probe texts",
+    "text.tokenizer": "text tokenizer's vocabulary",
+    "text.end_token": "text end token (EOS)",
+    "text.end_when_cut": "text end token (EOS) of a text that is cut",
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A readable record of a model and the hashes that stand for it.
+
+    `record` holds `family`, `dim`, `logit_scale` and `logit_bias`; for `image` and `text` the hash of the
+    `weights`, `class`, `head`, `activation`, `pooling`, `attention_heads` and `norm_eps`; for `image` also `size`,
+    `channels`, `mean`, `std`, `resize`, `crop`, `crop_rounding`, `filter`, `antialias`, `exif`, `alpha` and
+    `mode`; for `text` `tokenizer` (its vocabulary), `ids` (of probe texts), `case`, `context_length`,
+    `padding`, `padding_side`, `pad_token`, `attention_mask`, `start_token`, `end_token` and `end_when_cut`.
+    All but the class and the vocabulary are measured, so that they mean the same in every library.
+    """
+
+    record: Mapping[str, Any]
+
+    @property
+    def hash(self) -> str:
+        """16 hex characters for the whole model."""
+        return _hash(self.record)
+
+    @property
+    def image(self) -> str:
+        """16 hex characters for image embeddings alone: they stay valid while only the text tower trains."""
+        return self._part("image")
+
+    @property
+    def text(self) -> str:
+        """16 hex characters for text embeddings alone."""
+        return self._part("text")
+
+    def _part(self, part: str) -> str:
+        return _hash({key: self.record.get(key) for key in ("family", "dim", part)})
+
+    def difference(self, other: Fingerprint) -> list[str]:
+        """One line for each thing in which two models differ, `what: mine != theirs`; empty for the same model."""
+        return [f"{words(key)}: {mine} != {theirs}" for key, mine, theirs in self.changes(other)]
+
+    def changes(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:
+        """The same as (key of the record, mine, theirs)."""
+        mine, theirs = dict(_flat(self.record)), dict(_flat(other.record))
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        return [(k, mine.get(k), theirs.get(k)) for k in keys if mine.get(k) != theirs.get(k)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it back."""
+        return {"hash": self.hash, **self.record}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Fingerprint:
+        return cls({key: value for key, value in found.items() if key != "hash"})
+
+    def __str__(self) -> str:
+        return self.hash
+
+
+def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
+    """The fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
+    record = dict(settings_fingerprint(backend, processor).record)
+    for part in MODALITIES:
+        weights = {name: tensor for name, tensor in backend.state_dict().items() if backend.belongs_to(part, name)}
+        record[part] = {"weights": hash_weights(weights), **record[part]}
+    return Fingerprint(record)
+
+
+def tower_hash(backend: Backend, processor: Processor) -> str:
+    """16 hex characters for the image tower's features, before its head: the head may train on."""
+    weights = {n: each for n, each in backend.state_dict().items() if backend.belongs_to("image", n, head=False)}
+    about = settings_fingerprint(backend, processor).record["image"]
+    return _hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
+
+
+def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
+    """The fingerprint without the hashes of the weights, measured by what towers and processor do: 0.1 seconds."""
+    scale, bias = backend.logit_scale_and_bias()
+    described = processor.describe()
+    sides = {"image": processor.image_side, "text": processor.text_side}
+    parts: dict[Modality, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
+    return Fingerprint(
+        {
+            "family": backend.family,
+            "dim": backend.dim,
+            "logit_scale": _round(scale),
+            "logit_bias": None if bias is None else _round(bias),
+            **{part: {**measure_towers(backend, part, sides[part]), **about} for part, about in parts.items()},
+        }
+    )
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 (16 hex characters) over names, types, shapes and bytes, in the order of the names.
+
+    It is computed once for a state of the weights, at about 1 GB a second. Whether they are in a state that was hashed
+    before is asked of every byte, by XXH3 at ten times that rate: a step, an edit in place, `load_state_dict`, a merge,
+    a cast and new buffers all change it. Neither the identity of tensors nor torch's version counters are trusted: an
+    edit through `.data` or NumPy moves neither. XXH3 is no cryptographic hash: who makes two models on purpose that it
+    cannot tell apart, and opens both in one process, gets one fingerprint for both.
+    """
+    state = xxh3(weights)
+    known = _hashed.get(state)
+    if known is None:
+        known = sha256(weights)
+        if len(_hashed) >= _REMEMBERED:
+            _hashed.pop(next(iter(_hashed)), None)  # the oldest
+        _hashed[state] = known
+    return known
+
+
+_REMEMBERED = 256  # states: a training that is measured at every step must not grow
+
+
+_hashed: dict[bytes, str] = {}  # by XXH3, for all models of this process
+
+
+def sha256(weights: Mapping[str, Tensor]) -> str:
+    """The slow hash, which is written down."""
+    digest = hashlib.sha256()
+    for part in _bytes(weights):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def xxh3(weights: Mapping[str, Tensor]) -> bytes:
+    """The fast hash, which is kept in memory."""
+    digest = xxhash.xxh3_128()
+    for part in _bytes(weights):
+        digest.update(part)
+    return digest.digest()
+
+
+def _bytes(weights: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _round(scalar: Tensor) -> float:
+    return round(float(scalar.detach().float().reshape(())), 6)  # fp32 at ln 100 is spaced by 5e-7
+
+
+def _hash(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def words(key: str) -> str:
+    """A key of a record in words: `image.filter` is the image resize filter."""
+    return _WORDS.get(key, key.replace(".", " ").replace("_", " "))
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,64 @@
+"""Golden embeddings: what a model gives for four built-in images and texts, in fp32 on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from clipkit.models.dual_encoder import DualEncoder
+
+GOLDEN_TEXTS = (
+    "a photo of a cat",
+    "Two DOGS, running on a Beach!",
+    "latin small letter e with acute",
+    "one sentence that goes on and on, " * 20 + "and ends",  # 180 tokens: longer than the usual 64 and 77
+)
+
+
+def golden_images() -> list[Image.Image]:
+    """Four images drawn with integers alone, of odd sides and high frequency, wide and tall, small and large.
+
+    Stripes, a disc on a ramp, noise, and noise larger than any model's input, where antialias and filter show.
+    """
+    return [image.copy() for image in _drawn()]
+
+
+@cache
+def _drawn() -> tuple[Image.Image, ...]:
+    images = []
+    for kind, (width, height) in enumerate(((97, 61), (53, 89), (301, 223), (1021, 767))):
+        y, x = np.mgrid[0:height, 0:width]
+        noise = (x * 7919 + y * 104729 + x * y * 31 + (x * x + 3 * y * y) // 7) % 256
+        red, green = (noise, (noise * 37 + x) % 256) if kind > 1 else (x * 255 // width, y * 255 // height)
+        blue = (noise * 101 + y) % 256
+        if kind == 0:
+            red, green = (x // 5 % 2) * 255, (y // 7 % 2) * 255
+        if kind == 1:
+            blue = ((x - width // 2) ** 2 + (y - height // 2) ** 2 < 400) * 255
+        images.append(Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8)))
+    return tuple(images)
+
+
+GoldenEmbeddings = dict[str, Tensor]
+
+
+def golden_embeddings(model: DualEncoder) -> GoldenEmbeddings:
+    """The embeddings of the built-in images and texts, in fp32 on the CPU."""
+    model = as_fp32_cpu(model)
+    images = model.encode_images(golden_images(), dtype=torch.float32)
+    return {"image": images, "text": model.encode_texts(GOLDEN_TEXTS, dtype=torch.float32)}
+
+
+def as_fp32_cpu(model: DualEncoder) -> DualEncoder:
+    """The model in fp32 on the CPU; it shares the weights where they are so already."""
+    plain = model.device.type == "cpu" and model.dtype is torch.float32
+    backend = model.backend if plain else copy.deepcopy(model.backend).cpu().float()
+    # a new shell: in training, Accelerate has patched autocast into this one's forward
+    return type(model)(backend, model.processor, model.name)

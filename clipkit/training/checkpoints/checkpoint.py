@@ -1,0 +1,237 @@
+"""Checkpoints: folders that are whole or not there, and known to be what was saved.
+
+    checkpoints/step_00000120/
+        weights.safetensors  optimizer.safetensors …    the tensors of each part of the run
+        state.json                                       the facts of each part
+        manifest.json                                    size and SHA-256 of every file, written last
+
+A new one is written beside, synced, renamed into place and read back; only then the oldest goes. Two are kept, so
+that there is one to fall back on should the newest rot.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipkit.errors import CorruptArtefact, ResourceError, option
+from clipkit.files import dump_json, nearest, publish, resource_errors, sha256_file
+from clipkit.training.state import Stateful
+
+logger = logging.getLogger("clipkit")
+
+
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+SCHEMA = 1
+
+
+KEPT = 2
+
+
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+_ROOM = 16 * 2**20  # bytes for JSON, logs and what a file system needs beside the tensors
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment.
+
+    Attributes:
+        step: that was taken last.
+        facts: part -> what it said of itself in JSON.
+        tensors: part -> its tensors, by name, on the CPU.
+    """
+
+    step: int
+    facts: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def restore(self, parts: Mapping[str, Stateful]) -> None:
+        """Give every part what it was.
+
+        Raises:
+            CorruptArtefact: the run had other parts, or they are of another model.
+        """
+        if self.facts.keys() != parts.keys():
+            odd = ", ".join(sorted(self.facts.keys() ^ parts.keys()))
+            raise CorruptArtefact(f"the checkpoint and this run do not remember the same things: {odd}")
+        for name, part in parts.items():
+            part.restore(self.tensors[name], self.facts[name])
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: that holds them; made with the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, step: int, parts: Mapping[str, Stateful], *, keep: int = KEPT) -> Path:
+        """Write the checkpoint of `step`, read it back, and remove all but the newest `keep`.
+
+        Raises:
+            ResourceError: there is no room for it; what was there stays.
+            CorruptArtefact: what was read back is not what was written; what was there stays.
+        """
+        self.require_room(size_of(parts))
+        path = self.folder / f"step_{step:08d}"
+        with resource_errors(path):
+            publish(path, lambda fresh: _write(fresh, step, parts), replace=True)
+            verify(path)
+            for old in self.paths()[:-keep]:
+                if old != path:
+                    remove(old)
+        return path
+
+    def foresee(self, parts: Mapping[str, Stateful], later: int) -> None:
+        """Refuse a disk that cannot hold what will be saved: those that are kept, and one in the making.
+
+        Args:
+            parts: of the run.
+            later: bytes that they will come to hold beside what they hold now: moments and best weights.
+
+        Raises:
+            ResourceError: as `require_room`.
+        """
+        self.require_room(max(1, KEPT + 1 - len(self.paths())) * (size_of(parts) + later))
+
+    def require_room(self, needed: int) -> None:
+        """Foresee a full disk.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            ResourceError: fewer are free; says how many.
+        """
+        free = shutil.disk_usage(nearest(self.folder)).free
+        if free < needed + _ROOM:
+            raise ResourceError(
+                f"a checkpoint needs {(needed + _ROOM) / 2**20:,.0f} MiB, and the disk has {free / 2**20:,.0f} MiB",
+                where=self.folder,
+                fix=f"free some space, or set {option('output_dir')} to another disk; older checkpoints stay valid",
+            )
+
+    def paths(self) -> list[Path]:
+        """All that bear a checkpoint's name, the oldest step first."""
+        if not self.folder.is_dir():
+            return []
+        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
+        return [path for _, path in sorted(found)]
+
+    def newest(self) -> Path | None:
+        """The newest valid one, by its step; those that are not valid are set aside as ``….corrupt``, and named."""
+        for path in reversed(self.paths()):
+            try:
+                verify(path)
+            except CorruptArtefact as error:
+                aside = _free(path.with_name(f"{path.name}.corrupt"))
+                path.rename(aside)
+                logger.warning("a checkpoint is damaged and was set aside as %s: %s", aside, error.message)
+                continue
+            return path
+        return None
+
+    def damaged(self) -> list[Path]:
+        """Those that were set aside."""
+        return sorted(self.folder.glob("step_*.corrupt*")) if self.folder.is_dir() else []
+
+
+def size_of(parts: Mapping[str, Stateful]) -> int:
+    """Bytes of the tensors."""
+    return sum(each.numel() * each.element_size() for part in parts.values() for each in part.tensors().values())
+
+
+def _write(folder: Path, step: int, parts: Mapping[str, Stateful]) -> None:
+    folder.mkdir()
+    for name, part in parts.items():
+        tensors = {key: each.detach().cpu().contiguous() for key, each in part.tensors().items()}
+        if tensors:
+            save_file(tensors, folder / f"{name}.safetensors")
+    facts = {name: part.facts() for name, part in parts.items()}
+    (folder / STATE).write_text(dump_json({"step": step, "parts": facts}), encoding="utf-8")
+    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(dump_json({"schema": SCHEMA, "files": files}), encoding="utf-8")
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest.
+
+    Raises:
+        CorruptArtefact: a file is missing, cut, changed, or not listed; a newer clipkit wrote it.
+    """
+    manifest = _json(path / MANIFEST)
+    schema, files = manifest.get("schema"), manifest.get("files")
+    if schema != SCHEMA or not isinstance(files, dict):
+        raise CorruptArtefact(f"expected a manifest of schema {SCHEMA}, found {schema!r}", where=path / MANIFEST)
+    if (path / MANIFEST).read_bytes() != dump_json(manifest).encode():
+        raise CorruptArtefact("the manifest is not what was saved", where=path / MANIFEST)
+    if odd := {each.name for each in path.iterdir()} - {MANIFEST} - files.keys():
+        raise CorruptArtefact("a file is not in the manifest", where=path / min(odd))
+    for name, expected in files.items():
+        file = path / name
+        size, digest = (expected.get(key) if isinstance(expected, dict) else None for key in ("size", "sha256"))
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "none"
+            raise CorruptArtefact(f"expected {size} bytes, found {found}", where=file)
+        if sha256_file(file) != digest:
+            raise CorruptArtefact("the content is not what was saved (its SHA-256 differs)", where=file)
+
+
+def read(path: Path) -> Snapshot:
+    """A checkpoint that `newest` found valid.
+
+    Raises:
+        CorruptArtefact: it cannot be read, on any process.
+    """
+    state = _json(path / STATE)
+    try:
+        facts = state["parts"]
+        files = {name: path / f"{name}.safetensors" for name in facts}
+        tensors = {name: load_file(file) if file.is_file() else {} for name, file in files.items()}
+    except (KeyError, OSError, SafetensorError) as error:
+        raise CorruptArtefact(f"the checkpoint cannot be read: {error}", where=path) from error
+    return Snapshot(int(state["step"]), facts, tensors)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptArtefact(f"{path.name} cannot be read: {error}", where=path) from error
+    if not isinstance(found, dict):
+        raise CorruptArtefact(f"{path.name} holds no object", where=path)
+    return found
+
+
+def _free(path: Path) -> Path:
+    number = 1
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.name.partition('.corrupt')[0]}.corrupt{number}")
+    return path
+
+
+def remove(path: Path) -> None:
+    """In one rename it is no checkpoint any more; then its bytes go."""
+    trash = path.with_name(f".{path.name}.trash")
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)

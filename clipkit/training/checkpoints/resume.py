@@ -1,0 +1,170 @@
+"""Whether a run that is to go on is the run that it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from clipkit import distributed
+from clipkit.data.fingerprint import data_fingerprint, images_identity
+from clipkit.errors import CorruptArtefact, UsageError, option
+from clipkit.files import write_json
+from clipkit.losses.similarity import Similarity, key_columns
+from clipkit.models.fingerprint.fingerprint import hash_weights
+from clipkit.training.checkpoints.checkpoint import Checkpoints
+from clipkit.training.config.train import TrainConfig
+from clipkit.training.heads import ModelWithHeads
+from clipkit.training.run_folder.ownership import IDENTITY, clean_up, what_stands
+
+# May change between the attempts of one run: where it runs and how it is shown, not what it computes.
+# What an error advises to change (skip_nonfinite, max_bad, best) may change, too.
+_PLACE = (
+    "output_dir",
+    "resume",
+    "save_minutes",
+    "save_steps",
+    "workers",
+    "micro_batch",
+    "tile",
+    "trackers",
+    "progress",
+)
+
+
+FREE = frozenset((*_PLACE, "skip_nonfinite", "max_bad", "best"))
+
+
+def run_fingerprint(
+    config: TrainConfig, learner: ModelWithHeads, similar: Sequence[Similarity], pairs: Any, evaluators: Sequence[Any]
+) -> dict[str, Any]:
+    """What decides about every figure of a run, as JSON: equal identities mean equal global batches and one model.
+
+    The trained weights are not in it, for a checkpoint holds them; frozen ones are.
+    """
+    codes, numbers = key_columns(similar)
+    planned = [*config.distinct, *filter(None, (config.balanced, config.grouped))]
+    model = learner.model
+    trained = [(name, list(each.shape)) for name, each in learner.named_parameters() if each.requires_grad]
+    frozen = {name: each for name, each in learner.named_parameters() if not each.requires_grad}
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    found = {
+        "train": settings,
+        "similar": [str(each) for each in similar],
+        "data": data_fingerprint(
+            pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()
+        ),
+        "evaluators": [_evaluator(each) for each in evaluators],
+        "model": {
+            "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],
+            "frozen weights": hash_weights(frozen),
+            "processor": model.processor.describe(),
+        },
+    }
+    return dict(json.loads(json.dumps(found)))  # as it will be read again: tuples are lists
+
+
+# Of evaluators, what changes a figure.
+_DECIDE = ("texts", "image_of_text", "size", "ks", "groups", "labels", "class_names", "templates")
+
+
+def _evaluator(evaluator: Any) -> dict[str, Any]:
+    name = str(getattr(evaluator, "name", None) or getattr(evaluator, "__name__", type(evaluator).__name__))
+    found = {key: getattr(evaluator, key) for key in _DECIDE if hasattr(evaluator, key)}
+    about = json.dumps(found, default=_listed, sort_keys=True).encode()
+    images = getattr(evaluator, "images", None)
+    about += b"" if images is None else images_identity(images).encode()
+    return {"name": name, "set-up": hashlib.sha256(about).hexdigest()[:16]}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """One line for each thing that differs, ``train.seed: 0 before, 1 now``."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [
+            line
+            for key in keys
+            for line in differences(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    if isinstance(before, list) and isinstance(now, list):
+        pairs = enumerate(zip_longest(before, now))
+        return [line for i, (one, other) in pairs for line in differences(one, other, f"{name}[{i}]")]
+    if before == now:
+        return []
+    one, other = (json.dumps(each, ensure_ascii=False) for each in (before, now))
+    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return [f"{name}: {_short(one, same)} before, {_short(other, same)} now"]
+
+
+def _short(text: str, same: int) -> str:
+    """About 60 characters of it, those around number `same` among them."""
+    start = max(0, same - 30) if len(text) > 60 else 0
+    return ("…" if start else "") + text[start : start + 60] + ("…" if len(text) > start + 60 else "")
+
+
+def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:
+    """Compare with what the folder's run was; on rank 0.
+
+    Raises:
+        UsageError: something changed; lists all of it.
+        CorruptArtefact: the record cannot be read.
+    """
+    path = folder / IDENTITY
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptArtefact(f"the run's identity cannot be read: {error}", where=path) from error
+    if changed := differences(before, now):
+        raise UsageError(
+            "this is not the run that the folder holds:\n  " + "\n  ".join(changed),
+            where=folder,
+            fix=f"undo these changes to go on with it, or choose another {option('output_dir')}",
+        )
+
+
+def find_checkpoint(folder: Path, checkpoints: Checkpoints, now: Mapping[str, Any]) -> Path | None:
+    """The checkpoint that a run goes on from; None where it begins, which then is the folder's run. On rank 0.
+
+    Raises:
+        UsageError: the folder's run is another one.
+        CorruptArtefact: there were checkpoints, and none of them is whole.
+    """
+    clean_up(folder)
+    if not what_stands(folder):
+        write_json(folder / IDENTITY, now)
+        return None
+    check_same_run(folder, now)
+    found = checkpoints.newest()
+    if found is None and (damaged := checkpoints.damaged()):
+        raise CorruptArtefact(
+            f"none of the run's checkpoints can be used; {len(damaged)} were set aside as damaged",
+            where=checkpoints.folder,
+            fix="restore one from a copy, or remove the run folder to start again",
+        )
+    return found
+
+
+def check_same_on_ranks(now: Mapping[str, Any]) -> None:
+    """Refuse ranks that do not see the same data, config and model.
+
+    Raises:
+        UsageError: names the rank and what differs from rank 0.
+    """
+    every = distributed.all_gather_object(dict(now))
+    for rank, each in enumerate(every):
+        if changed := differences(every[0], each):
+            lines = "\n  ".join(line.replace(" before, ", " on rank 0, ").replace(" now", "") for line in changed)
+            raise UsageError(
+                f"rank {rank} does not run what rank 0 runs:\n  {lines}",
+                fix="start every process with the same config, data and model",
+            )

@@ -1,0 +1,245 @@
+"""Are the gradients of a launch those of the big batch? A comparison with the textbook, for the user's own set-up."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clipkit import distributed
+from clipkit.losses.contrastive import EmbeddedBatch
+from clipkit.losses.similarity import Similarity, target
+from clipkit.training.heads import ModelWithHeads
+from clipkit.training.step import LossConfig, backward, outputs, side_of
+from clipkit.training.trainer import Trainer
+
+# cosine at least, norm ratio within, relative error of a scalar at most. fp32 in a deep tower is off by some 1e-5;
+# bf16 by some 1e-2, while the mildest known bug (no gradient through the gather) has a cosine of 0.98.
+TOLERANCE = {"fp32": (0.9999, 1e-3, 1e-3), "bf16": (0.99, 0.03, 0.05), "fp16": (0.99, 0.03, 0.05)}
+
+
+_DOUBLE = 200e6  # parameters up to which the reference is computed in float64
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One group of parameters.
+
+    Attributes:
+        name: ``image tower``, ``logit scale`` …
+        parameters: how many numbers.
+        ratio: length of the launch's gradient over that of the big batch.
+        cosine: between the two; nan for a single number, which has no direction.
+        same: whether this is the big batch, at this precision.
+    """
+
+    name: str
+    parameters: int
+    ratio: float
+    cosine: float
+    same: bool
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """What `check_gradients` found."""
+
+    groups: tuple[Compared, ...]
+    batch_size: int
+    ranks: int
+    micro_batch: int | None
+    precision: str
+
+    @property
+    def same(self) -> bool:
+        """Whether all groups have the gradient of the big batch."""
+        return all(each.same for each in self.groups)
+
+    def as_dict(self) -> dict[str, Any]:
+        groups = [asdict(each) for each in self.groups]
+        for each in groups:  # JSON knows no nan
+            each["cosine"] = None if math.isnan(each["cosine"]) else each["cosine"]
+        return {**asdict(self), "groups": groups, "same": self.same}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        cached = f", micro_batch {self.micro_batch}" if self.micro_batch else ""
+        head = f"global batch of {self.batch_size} on {self.ranks} ranks, {self.precision}{cached}; dropout off"
+        rows = [f"{'':14}{'parameters':>12}{'ratio':>10}{'cosine':>10}"]
+        for each in self.groups:
+            cosine = "" if math.isnan(each.cosine) else f"{each.cosine:.6f}"
+            mark = "" if each.same else "   NOT the big batch"
+            rows.append(f"{each.name:14}{each.parameters:12,}{each.ratio:10.5f}{cosine:>10}{mark}")
+        verdict = (
+            "these are the gradients of the big batch" if self.same else "these are NOT the gradients of the big batch"
+        )
+        return [head, *rows, verdict]
+
+
+def check_gradients(trainer: Trainer) -> GradientCheck:
+    """Compare the first step of a trainer with one process that holds the whole batch; call it on every rank.
+
+    The reference shares nothing with the engine but the notions of similarity: every pair in one dense matrix, by
+    torch's own functions, the towers in float64 (in fp32 above 200 million parameters), in one graph. Dropout is
+    off on both sides, for ranks draw different masks.
+
+    Args:
+        trainer: of the user's own model, data and config; its weights stay what they are.
+    """
+    found = _as_trained(trainer)
+    wanted = _textbook(trainer) if distributed.is_main() else {}
+    wanted = distributed.broadcast_object(wanted)
+    precision = {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    groups = tuple(_compare(name, found[name], wanted[name], TOLERANCE[precision]) for name in wanted)
+    config = trainer.config
+    return GradientCheck(groups, config.batch_size, distributed.world_size(), config.micro_batch, precision)
+
+
+def _as_trained(trainer: Trainer) -> dict[str, Tensor]:
+    learner, accelerator = trainer.learner.to(trainer.accelerator.device), trainer.accelerator
+    trainer.leave_out_unused()
+    rates = torch.optim.SGD(learner.parameters(), lr=0.0)  # Accelerate wants one beside the model
+    wrapped, _ = accelerator.prepare(learner, rates)
+    wrapped.eval()
+    batch = next(iter(trainer.loader.batches(0, 1))).to(accelerator.device)
+    micro = trainer.config.micro_batch
+    backward(wrapped, batch, trainer.similar, trainer.contrast, micro_batch=micro, send=accelerator.backward)
+    scaler = getattr(accelerator, "scaler", None)
+    found = _by_group(learner, 1.0 if scaler is None else 1.0 / scaler.get_scale())
+    learner.zero_grad(set_to_none=True)
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    return found
+
+
+def _textbook(trainer: Trainer) -> dict[str, Tensor]:
+    learner = copy.deepcopy(trainer.learner).eval()
+    small = sum(each.numel() for each in learner.parameters()) <= _DOUBLE
+    dtype = torch.float64 if small and trainer.accelerator.device.type != "mps" else torch.float32
+    learner.to(dtype)
+    steps = replace(trainer.loader.steps, rank=0, world_size=1)
+    batch = steps[0]
+    if isinstance(batch, Exception):
+        raise batch
+    batch = batch.to(trainer.accelerator.device)
+    parts = max(1, -(-len(batch) // (trainer.config.micro_batch or trainer.config.batch_size)))
+    found: list[dict[str, Tensor]] = []
+    for chunk in batch.split(parts):  # one graph, recomputed piece by piece: as much memory as one chunk
+        given = {name: each.to(dtype) if each.is_floating_point() else each for name, each in chunk.items()}
+        found.append(outputs(checkpoint(_call, learner, given, use_reentrant=False)))
+    out = {
+        name: each if each.ndim == 0 else torch.cat([part[name] for part in found]) for name, each in found[-1].items()
+    }
+    loss = sum(
+        each.weight * _dense(i, each, out, batch.rows, trainer.contrast) for i, each in enumerate(trainer.similar)
+    )
+    assert isinstance(loss, Tensor)  # there is at least one notion
+    loss.backward()  # type: ignore[no-untyped-call]
+    return _by_group(learner, 1.0)
+
+
+def _call(learner: ModelWithHeads, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = learner(**given)
+    return {name: each.double() if each.is_floating_point() else each for name, each in out.items()}
+
+
+def _dense(i: int, similar: Similarity, out: Mapping[str, Tensor], rows: Any, contrast: LossConfig) -> Tensor:
+    """The loss of one notion from the whole matrix of pairs."""
+    a, b = (side_of(side, f"head{i}" if similar.head else side, similar, out, rows) for side in similar.between)
+    dims = contrast.matryoshka if contrast.matryoshka and not similar.head else (a.emb.shape[1],)
+    losses = [_dense_cut(similar, a, b, dim, out, contrast) for dim in dims]
+    return torch.stack(losses).mean()
+
+
+def _dense_cut(
+    similar: Similarity, a: EmbeddedBatch, b: EmbeddedBatch, dim: int, out: Mapping[str, Tensor], contrast: LossConfig
+) -> Tensor:
+    left, right = (F.normalize(each.emb[:, :dim].double(), dim=1) for each in (a, b))
+    learnt = similar.temperature is None
+    scale = out["scale"] if similar.temperature is None else 1 / similar.temperature
+    sigmoid = contrast.loss == "sigmoid" and learnt
+    logits = scale * left @ right.T + (out["bias"] if sigmoid else 0.0)
+    anchors = [_anchors(each) for each in (a, b)]
+    hard = ~(anchors[0][:, None] & anchors[1])
+    affinity = target(similar, a.keys, b.keys, hard if bool(hard.any()) else None).double()
+    if similar.alone:
+        affinity = affinity.masked_fill(torch.eye(len(affinity), dtype=torch.bool, device=affinity.device), -1)
+    weights = [_weights(each, similar, known) for each, known in zip((a, b), anchors, strict=True)]
+    if sigmoid:
+        return _sigmoid(logits, affinity, weights, anchors, contrast.label_smoothing)
+    forth = _softmax(logits, affinity, weights[0], contrast.label_smoothing)
+    return (forth + _softmax(logits.T, affinity.T, weights[1], contrast.label_smoothing)) / 2
+
+
+def _anchors(side: EmbeddedBatch) -> Tensor:
+    if side.anchor is not None:
+        return side.anchor
+    return torch.ones(len(side.emb), dtype=torch.bool, device=side.emb.device)
+
+
+def _weights(side: EmbeddedBatch, similar: Similarity, anchors: Tensor) -> Tensor:
+    scores = (
+        torch.ones_like(anchors, dtype=torch.float64) if similar.score is None else side.keys[similar.score].double()
+    )
+    return torch.where(anchors, scores, 0.0)
+
+
+def _softmax(logits: Tensor, affinity: Tensor, weight: Tensor, smoothing: float) -> Tensor:
+    compared, positive = affinity >= 0, affinity.clamp(min=0)
+    kept = (weight > 0) & (positive.sum(1) > 0)
+    wanted = positive[kept] / positive[kept].sum(1, keepdim=True)
+    spread = compared[kept].double() / compared[kept].sum(1, keepdim=True)
+    logs = logits.masked_fill(~compared, -torch.inf)[kept].log_softmax(1).masked_fill(~compared[kept], 0.0)
+    each = -(((1 - smoothing) * wanted + smoothing * spread) * logs).sum(1)
+    return (weight[kept] * each).sum() / weight[kept].sum()
+
+
+def _sigmoid(
+    logits: Tensor, affinity: Tensor, weights: Sequence[Tensor], anchors: Sequence[Tensor], smoothing: float
+) -> Tensor:
+    label = affinity.clamp(min=0) * (1 - smoothing) + smoothing / 2
+    each = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
+    known = anchors[0][:, None].double() + anchors[1].double()
+    weight = (weights[0][:, None] + weights[1]) / known.clamp(min=1) * (affinity >= 0)
+    return (weight * each).sum() / ((weights[0].sum() + weights[1].sum()) / 2)
+
+
+def _by_group(learner: ModelWithHeads, factor: float) -> dict[str, Tensor]:
+    """Gradients of the trained parameters by what they belong to, as vectors on the CPU."""
+    model = learner.model
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in learner.named_parameters():
+        if parameter.requires_grad:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            of = _group(name, parameter, model)
+            groups.setdefault(of, []).append(grad.detach().double().flatten().cpu() * factor)
+    return {name: torch.cat(parts) for name, parts in groups.items()}
+
+
+def _group(name: str, parameter: nn.Parameter, model: Any) -> str:
+    if parameter is model.logit_scale:
+        return "logit scale"
+    if parameter is model.logit_bias:
+        return "logit bias"
+    own = name.removeprefix("model.backend.")
+    for part in ("image", "text"):
+        if model.backend.belongs_to(part, own, head=False):
+            return f"{part} tower"
+        if model.backend.belongs_to(part, own):
+            return f"{part} head"
+    return "training heads"
+
+
+def _compare(name: str, found: Tensor, wanted: Tensor, tolerance: tuple[float, float, float]) -> Compared:
+    ratio = float(found.norm() / wanted.norm())
+    if len(wanted) == 1:
+        off = abs(float(found / wanted) - 1)
+        return Compared(name, 1, float(found / wanted), math.nan, off <= tolerance[2])
+    cosine = float(F.cosine_similarity(found, wanted, dim=0))
+    return Compared(name, len(wanted), ratio, cosine, cosine >= tolerance[0] and abs(ratio - 1) <= tolerance[1])

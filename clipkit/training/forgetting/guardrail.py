@@ -1,0 +1,238 @@
+"""The forgetting guardrail: how much of what a model could do may be given up for what it learns.
+
+A reference is measured before the first step and at every evaluation. After the last one the weights are walked back
+on the line to the start (WiSE-FT, Wortsman et al. 2022), and the model that does best in the domain, among those that
+lose no more of the reference than the budget allows, is the one that the run gives.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clipkit import distributed
+from clipkit.errors import ClipkitError, UsageError, option
+from clipkit.files import write_json, write_text
+from clipkit.html_report import trade_off_chart
+from clipkit.metrics.ranking import lower_is_better, worth
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.saving.model_card import forgetting_lines
+from clipkit.models.saving.save import save
+from clipkit.training.forgetting.similarity_reference import SimilarityReference
+from clipkit.training.forgetting.wise_ft import WeightInterpolation
+
+logger = logging.getLogger("clipkit")
+
+
+Measure = Callable[[DualEncoder], Mapping[str, float]]
+
+
+PREFIX = "reference/"
+
+
+ALPHAS = tuple(step / 10 for step in range(11))
+
+
+_ROUNDING = 1e-9  # 0.60 - 0.59 is a little more than 0.01
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model on the line.
+
+    Attributes:
+        alpha: 0 is the start, 1 the fine-tuned model.
+        domain, reference: what the choice goes by.
+        metrics: all that was measured of it.
+    """
+
+    alpha: float
+    domain: float
+    reference: float
+    metrics: dict[str, float] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What the guardrail found, and chose.
+
+    Attributes:
+        domain, reference: the metric keys that the choice goes by.
+        baseline: the reference before training.
+        budget: how much of it may be lost.
+        points: the models on the line, by alpha.
+        chosen: the best in the domain of those within the budget; of equals, the one nearest to the start.
+        held: whether any is within the budget. Where none is, the one that lost least is chosen; the start itself
+            always is, unless heads that began at random stand beside it.
+    """
+
+    domain: str
+    reference: str
+    baseline: float
+    budget: float
+    points: tuple[Point, ...]
+    chosen: Point
+    held: bool
+
+    @property
+    def alpha(self) -> float:
+        """Of the model that was chosen."""
+        return self.chosen.alpha
+
+    def as_dict(self) -> dict[str, Any]:
+        """For forgetting.json and the model card: of the points without their other metrics."""
+        points = [{"alpha": p.alpha, "domain": p.domain, "reference": p.reference} for p in self.points]
+        return {**asdict(self), "points": points, "chosen": self.alpha}
+
+    def lines(self) -> list[str]:
+        """The choice and the curve, as a table in words."""
+        return forgetting_lines(self.as_dict())
+
+
+def choose(domain: str, reference: str, baseline: float, budget: float, points: tuple[Point, ...]) -> Forgetting:
+    """The point that `Forgetting.chosen` describes. Of ranks and losses the lowest value is the best."""
+    within = [p for p in points if loss(reference, baseline, p.reference) <= budget + _ROUNDING]
+    if within:
+        chosen = max(within, key=lambda p: (worth(domain, p.domain), -p.alpha))
+    else:
+        chosen = max(points, key=lambda p: (worth(reference, p.reference), -p.alpha))
+    return Forgetting(domain, reference, baseline, budget, points, chosen, bool(within))
+
+
+def loss(key: str, before: float, now: float) -> float:
+    """How much of a metric was lost; negative where it was gained."""
+    return worth(key, before) - worth(key, now)
+
+
+class Guardrail:
+    """Measures the reference, and walks the line at the end. A part of the run.
+
+    Args:
+        model: that is trained, without a wrapper of DDP.
+        folder: of the run; the start is kept in start.safetensors.
+        budget: how much of the first reference metric may be lost, in its own unit.
+        reference: an evaluator of what is not to be forgotten; None: `SimilarityReference`.
+
+    Raises:
+        UsageError: all that is trained began at random, or some of it and there is no reference but the built-in one.
+    """
+
+    def __init__(self, model: DualEncoder, folder: Path, budget: float, reference: Measure | None) -> None:
+        self.model, self.folder, self.budget = model, folder, budget
+        self.reference: Any = reference or SimilarityReference()
+        self.line = WeightInterpolation(model, folder / "start.safetensors")
+        self.baseline: dict[str, float] = {}
+        if reference is None and self.line.fresh:
+            given = option("evaluate.reference", "FILE", python="reference=RetrievalEvaluator(pairs)")
+            raise UsageError(
+                "what a model finds alike through weights that began at random is nothing to be kept",
+                where=self.line.fresh[0],
+                fix=f"{given} of what is not to be forgotten, or train the heads in a run of their own",
+            )
+
+    def __call__(self, model: DualEncoder) -> dict[str, float]:
+        """The reference metrics under keys that begin with ``reference/``; on every process.
+
+        Raises:
+            UsageError: there are none.
+            ClipkitError: one is no finite number.
+        """
+        found = {_key(key): value for key, value in self.reference(model).items()}
+        if not found:
+            raise UsageError("the reference gives no metric", where="reference")
+        for key, value in found.items():
+            if not math.isfinite(value):
+                raise ClipkitError(f"a reference must be a finite number, found {value}", where=key)
+        return found
+
+    def keys(self) -> list[str]:
+        """The keys of the metrics, where the reference knows them before it measures."""
+        return [_key(key) for key in getattr(self.reference, "keys", list)()]
+
+    def n(self) -> dict[str, int]:
+        """What the reference rests on."""
+        return {_key(key): count for key, count in getattr(self.reference, "n", dict)().items()}
+
+    def chance(self) -> dict[str, float]:
+        """What the reference would be by chance, where it knows."""
+        return {_key(key): value for key, value in getattr(self.reference, "chance", dict)().items()}
+
+    @property
+    def rejected(self) -> list[Any]:
+        """Of the reference, what could not be used."""
+        return list(getattr(self.reference, "rejected", []))
+
+    def begin(self) -> dict[str, float]:
+        """Keep the start and measure it, once in a run: its reference."""
+        self.line.keep()
+        self.baseline = distributed.broadcast_object(self(self.model))
+        key, value = next(iter(self.baseline.items()))
+        if not lower_is_better(key) and self.budget >= value and distributed.is_main():
+            logger.warning("forget_budget=%g allows all of %s, which is %.4f, to be lost", self.budget, key, value)
+        return self.baseline
+
+    def settle(
+        self, measure: Callable[[], dict[str, float]], key: str | None, n: Mapping[str, int], heed: Callable[[], None]
+    ) -> Forgetting:
+        """Walk from the start to the model as it stands, and make it the one that is chosen; write what was found.
+
+        Args:
+            measure: all metrics of the model as it stands.
+            key: of the metric that the domain is judged by.
+            n: what the metrics rest on.
+            heed: is called before each point, and may end the run: the next attempt walks again.
+        """
+        assert key is not None  # of the evaluations before
+        self.line.span()
+        points = []
+        reference = next(iter(self.baseline))
+        for alpha in ALPHAS:
+            heed()
+            self.line.go(alpha)
+            metrics = measure()
+            points.append(Point(alpha, metrics[key], metrics[reference], metrics))
+        found = choose(key, reference, self.baseline[reference], self.budget, tuple(points))
+        self.line.go(found.alpha)
+        if not found.held and distributed.is_main():
+            logger.warning("%s", found.lines()[0])
+        facts = {"metrics": found.chosen.metrics, "n": dict(n), "forgetting": found.as_dict()}
+        self.model.card = self.model.card.updated(facts)
+        self.model.card = distributed.on_main(lambda: self._write(found))
+        return found
+
+    def _write(self, found: Forgetting) -> Any:
+        write_json(self.folder / "forgetting.json", found.as_dict())
+        curve = [(p.reference, p.domain) for p in found.points]
+        limit = found.baseline + worth(found.reference, -found.budget)
+        chosen = found.points.index(found.chosen)
+        marks = {"before": 0, f"chosen, alpha {found.alpha:g}": chosen, "fine-tuned": -1}
+        marks = {"before, chosen": 0, "fine-tuned": -1} if chosen == 0 else marks
+        drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
+        write_text(self.folder / "curves" / "forgetting.svg", drawn)
+        save(self.model, self.folder / "model", overwrite=True)
+        return self.model.card
+
+    # -- as a part of the run
+
+    def tensors(self) -> dict[str, Tensor]:
+        own: dict[str, Tensor] = getattr(self.reference, "tensors", dict)()
+        return own
+
+    def facts(self) -> dict[str, Any]:
+        return {"baseline": self.baseline, "start": self.line.sha256}
+
+    def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self.baseline, self.line.sha256 = facts["baseline"], facts["start"]
+        if hasattr(self.reference, "restore"):
+            self.reference.restore(tensors)
+        self.line.check()
+
+
+def _key(key: str) -> str:
+    return key if key.startswith(PREFIX) else PREFIX + key

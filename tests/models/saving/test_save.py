@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clipkit.errors import CorruptArtefact, ModelError
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.saving import save as saving
+
+Make = Callable[..., DualEncoder]
+
+
+def test_saving_says_which_form_it_wrote(
+    towers: DualEncoder, clip_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="clipkit"):
+        saved = towers.save_pretrained(tmp_path / "towers")
+    assert saved.form == "towers"
+    assert "image pooling is 'cls'" in saved.why
+    assert f"saved as towers: {saved.why}" in caplog.text
+    body = json.loads((tmp_path / "towers" / "clipkit.json").read_text())
+    assert (body["form"], body["why"]) == (saved.form, saved.why)
+    assert DualEncoder.from_pretrained(clip_folder).save_pretrained(tmp_path / "clip").form == "clip"
+
+
+def test_new_weights_in_a_proven_form_are_written_without_opening_them(
+    towers: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "saved"
+    proven = saving.save(towers, folder, overwrite=True)
+    with torch.no_grad():
+        towers.logit_scale.add_(0.25)
+    opened: list[Any] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "check_saved", lambda model, where: opened.append(where))
+        assert saving.save(towers, folder, overwrite=True, proven=proven) == proven
+        assert opened == []
+        saving.save(towers, folder, overwrite=True)
+        assert len(opened) == 1
+    again = DualEncoder.from_pretrained(folder)
+    assert again.fingerprint().difference(towers.fingerprint()) == []
+
+
+def test_check_saved_finds_what_an_unopened_folder_may_hide(towers: DualEncoder, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    towers.save_pretrained(folder)
+    weights = load_file(folder / "heads.safetensors")
+    save_file({name: each * 2 for name, each in weights.items()}, folder / "heads.safetensors")
+    with pytest.raises(CorruptArtefact, match="heads"):
+        DualEncoder.from_pretrained(folder)
+    with pytest.raises(ModelError, match="does not open as it was"):
+        saving.check_saved(towers, folder)

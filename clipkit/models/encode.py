@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,14 @@ from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe, load_image
 from clipkit.modality import Modality
-from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor
 from clipkit.progress import Progress
 from clipkit.texts import checked_text, is_broken
 
-logger = logging.getLogger("clipkit")
+if TYPE_CHECKING:
+    from clipkit.models.dual_encoder import DualEncoder
 
+logger = logging.getLogger("clipkit")
 
 T = TypeVar("T")
 

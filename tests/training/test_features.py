@@ -109,14 +109,14 @@ def test_an_image_that_cannot_be_used_stops_the_run_or_is_listed_as_without_feat
 
 
 def test_a_tower_that_trains_has_no_features_to_keep(pairs, tmp_path):
-    with pytest.raises(UsageError, match="of a frozen tower"):
+    with pytest.raises(UsageError, match="a frozen tower"):
         with_image_features(tiny.make_model().freeze("image", blocks=1), pairs)
     basic = ["model.name=a/b", "data.train=b.csv", f"train.output_dir={tmp_path}", "data.features=f.sqlite"]
     with pytest.raises(ConfigError, match=r"of a frozen image tower(?s:.)*model.freeze=image"):
         RunConfig.load(None, basic)
     RunConfig.load(None, [*basic, "model.freeze=[image]"])
-    with pytest.raises(ConfigError, match="feature_draws must be at least 1, found 0"):
-        RunConfig.load(None, [*basic, "model.freeze=[image]", "data.feature_draws=0"])
+    with pytest.raises(ConfigError, match="num_augmentations must be at least 1, found 0"):
+        RunConfig.load(None, [*basic, "model.freeze=[image]", "data.num_augmentations=0"])
 
 
 def shared(path):
@@ -171,7 +171,7 @@ def test_a_config_names_the_file(yaml_run, tmp_path):
     second, images = yaml_run("second", "train.augmentation=none", kept)
     assert images == 0
     assert second == first
-    cropped, images = yaml_run("cropped", kept, "data.feature_draws=2")
+    cropped, images = yaml_run("cropped", kept, "data.num_augmentations=2")
     assert images == 2 * 24
     assert cropped != pytest.approx(first, abs=1e-3)
     plain, first = (json.loads((tmp_path / name / "result.json").read_text())["metrics"] for name in ("plain", "first"))

@@ -145,7 +145,7 @@ class DataConfig:
             the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
             this run or in an earlier one, and steps and evaluations cost the text side alone. None: it runs in each.
             What a locked text tower makes of texts is not kept.
-        feature_draws: with `features`, how many augmented versions of each training image are kept, of which every
+        num_augmentations: with `features`, how many augmented versions of each training image are kept, of which every
             step draws one; ``augmentation: none`` has one.
     """
 
@@ -168,7 +168,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _as_paths(self, "train", "test", "features")
         if self.num_augmentations < 1:
-            raise ConfigError(f"feature_draws must be at least 1, found {self.num_augmentations}", where="data")
+            raise ConfigError(f"num_augmentations must be at least 1, found {self.num_augmentations}", where="data")
 
 
 @dataclass(frozen=True)

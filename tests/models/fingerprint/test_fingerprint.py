@@ -10,7 +10,7 @@ import open_clip
 import pytest
 import torch
 
-from clipkit.models.backend import MODALITIES
+from clipkit.modality import MODALITIES
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint import fingerprint as module
 from clipkit.models.fingerprint.fingerprint import Fingerprint, hash_weights, settings_fingerprint

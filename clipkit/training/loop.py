@@ -125,7 +125,9 @@ class Loop:
             how = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise
         finally:
-            self.trackers.finish("FINISHED" if how == "done" else "KILLED" if self.stop.wanted else "FAILED")
+            self.trackers.finish(
+                "FINISHED" if how == "done" else "KILLED" if how.startswith("Interrupted") else "FAILED"
+            )
             self.attempts.end(self.step, how)
 
     def _progress(self, total: int, what: str, *, unit: str = "step", done: int = 0) -> Progress:

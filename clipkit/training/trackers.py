@@ -113,6 +113,7 @@ class Trackers:
         tracker.start()
         if name == "mlflow":
             found = tracker.tracker.info.run_id
+            logger.info("mlflow: run %s of the experiment %s", run, tracker.experiment_name)
         elif name == "trackio":  # which goes by the name, and takes the last run that bears it
             tracker.tracker.id = known or tracker.tracker.id
             found = tracker.tracker.id

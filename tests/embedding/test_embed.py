@@ -210,3 +210,18 @@ def test_training_mode_comes_back(tiny) -> None:
 def test_progress_changes_nothing(model, tiny) -> None:
     found = embed(model, [tiny.picture(i) for i in range(4)], batch_size=2, progress=True)
     assert torch.equal(found.vectors, embed(model, [tiny.picture(i) for i in range(4)], batch_size=2).vectors)
+
+
+def test_long_texts_are_told_once_with_totals(tiny, caplog: pytest.LogCaptureFixture) -> None:
+    own = tiny.tiny_model()
+    length = own.processor.context_length
+    texts = [*(f"{number} " + "a " * length for number in range(30)), *(f"number {number}" for number in range(70))]
+    said = f"30 of 100 texts were cut at {length} tokens"
+    embed(own, texts, kind="text", batch_size=8)
+    assert caplog.messages == [said]
+    embed(own, texts, kind="text", batch_size=8)  # the next evaluation
+    embed(own, texts[:20], kind="text")
+    own.encode_texts(texts)
+    assert caplog.messages == [said]
+    embed(own, ["b " + texts[0], *texts], kind="text")
+    assert caplog.messages[1:] == [f"31 of 101 texts were cut at {length} tokens"]

@@ -8,13 +8,14 @@ import pytest
 import ranks
 import tiny
 
-from clipkit import EmbeddingStore, RetrievalEvaluator, RunConfig, TrainConfig, Trainer, run
+from clipkit import DualEncoder, EmbeddingStore, RetrievalEvaluator, RunConfig, TrainConfig, Trainer, run
 from clipkit.data.batches.augment import augment
 from clipkit.data.batches.plan import hash64
 from clipkit.embedding.image_features import with_image_features
 from clipkit.errors import BadImage, ConfigError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import load_image
+from clipkit.training.config.run import LoraConfig, ModelConfig
 from clipkit.training.run import open_model
 
 
@@ -111,7 +112,7 @@ def test_a_tower_that_trains_has_no_features_to_keep(pairs, tmp_path):
     with pytest.raises(UsageError, match="a frozen tower"):
         with_image_features(tiny.make_model().freeze("image", blocks=1), pairs)
     basic = ["model.name=a/b", "data.train=b.csv", f"train.output_dir={tmp_path}", "data.features=f.sqlite"]
-    with pytest.raises(ConfigError, match=r"stands still(?s:.)*model.freeze=image"):
+    with pytest.raises(ConfigError, match=r"of a frozen image tower(?s:.)*model.freeze=image"):
         RunConfig.load(None, basic)
     RunConfig.load(None, [*basic, "model.freeze=[image]"])
     with pytest.raises(ConfigError, match="num_augmentations must be at least 1, found 0"):
@@ -199,3 +200,26 @@ def test_evaluations_of_a_locked_tower_go_by_its_features(tmp_path, pairs):
         assert len(store) == kept == 31
         with pytest.raises(BadImage):
             RetrievalEvaluator(broken, features=store)(locked())
+
+
+def test_features_that_are_not_used_are_told(tmp_path, pairs, caplog):
+    model = tiny.make_model().freeze("image")
+    model.card = model.card.updated({"config": {"model": {"freeze": ("image",)}}})
+    model.save_pretrained(tmp_path / "locked")
+    opened = DualEncoder.from_pretrained(tmp_path / "locked")
+    with EmbeddingStore(tmp_path / "features.sqlite") as store:
+        evaluator = RetrievalEvaluator(pairs, features=store)
+        caplog.clear()
+        evaluator(opened)
+        evaluator(opened)
+        assert [each for each in caplog.messages if "kept features are not used" in each and "model.freeze" in each]
+        assert len(caplog.messages) == 1
+        evaluator(opened.freeze("image"))
+    caplog.clear()
+    open_model(ModelConfig(str(tmp_path / "locked")))
+    said = "was trained with a frozen image tower, which is trained now: model.freeze=image freezes it again"
+    assert [each for each in caplog.messages if said in each]
+    caplog.clear()
+    for kept in ({"freeze": ("image",)}, {"freeze_blocks": {"image": 1}}, {"lora": LoraConfig("both")}):
+        open_model(ModelConfig(str(tmp_path / "locked"), **kept))
+    assert not [each for each in caplog.messages if said in each]

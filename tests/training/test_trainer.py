@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import tiny
 import torch
 
 from clipkit import DualEncoder, Paired, SameGroup, TrainConfig, Trainer
@@ -250,3 +251,38 @@ def test_numbers_of_other_kinds_are_metrics(tmp_path, pairs, make_model):
     given = {"a": torch.tensor(0.5), "b": torch.tensor(0.25).numpy()}
     trainer = Trainer(make_model(), pairs, config(tmp_path / "run", max_steps=1), evaluators=[lambda _: given])
     assert trainer.train().metrics == {"a": 0.5, "b": 0.25}
+
+
+def test_what_best_names_is_known_before_the_first_step(tmp_path, pairs, make_model):
+    from clipkit import RetrievalEvaluator, ZeroShotEvaluator
+    from clipkit.evaluation.validation_loss import ValidationLoss
+
+    names = {"class_names": tiny.COLOURS, "label": "colour"}
+    evaluators = [RetrievalEvaluator(pairs), ZeroShotEvaluator(pairs, **names), ValidationLoss(pairs)]
+    model = make_model()
+    for evaluator in evaluators:
+        assert evaluator.keys() == list(evaluator(model))
+    with pytest.raises(UsageError, match=r"no evaluator gives the metric 'recall@1'(?s:.)*zero_shot/top1"):
+        Trainer(model, pairs, config(tmp_path / "a", best="recall@1"), evaluators=evaluators)
+    Trainer(model, pairs, config(tmp_path / "a", best="zero_shot/top5"), evaluators=evaluators)
+    with pytest.raises(UsageError, match="best=recall@1 chooses by a metric, and nothing is measured"):
+        Trainer(model, pairs, config(tmp_path / "a", best="recall@1"))
+
+
+def test_without_progress_all_else_is_said(tmp_path, pairs, make_model, capsys, monkeypatch):
+    from clipkit import RetrievalEvaluator, progress
+
+    monkeypatch.setattr(progress, "SHORT", 0)
+
+    def said(name, **changes):
+        settings = TrainConfig(str(tmp_path / name), batch_size=9, max_steps=3, **changes)
+        Trainer(make_model(), pairs, settings, evaluators=[RetrievalEvaluator(pairs)]).train()
+        return capsys.readouterr().err.splitlines()
+
+    lines = said("a", progress=False)
+    for words in ("training: 3 steps of 9 pairs", "5 of 32 rows are left out an epoch", "loss: starts near 2.20"):
+        assert [line for line in lines if line.startswith(words)], words
+    assert "step 3: measuring" in lines
+    shown = said("b")
+    assert [line for line in shown if line in lines] == lines
+    assert [line for line in shown if line.startswith("training 3/3  loss ")]

@@ -303,7 +303,7 @@ class RunConfig:
                 message, where="evaluate.reference", fix=f"{option('forget_budget', 0.01)}, or leave it out"
             )
         if self.data.features is not None and "image" not in self.model.freeze:
-            message = "features can be kept only of an image tower that stands still; a saved model is opened with none"
+            message = "features can be kept only of a frozen image tower; a saved model is opened with nothing frozen"
             raise ConfigError(message, where="data.features", fix=option("model.freeze", ["image"]))
 
     @classmethod

@@ -278,3 +278,20 @@ def test_groups_that_cannot_be_had_are_refused_with_figures():
         build_plan(source, batch_size=10, grouped="group", group_size=4)
     with pytest.raises(UsageError, match="either balanced or grouped"):
         build_plan(source, batch_size=8, grouped="group", balanced="group")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"distinct": ("texts",)}, {"balanced": "kind"}, {"grouped": "group", "group_size": 4}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_every_plan_tells_how_many_rows_an_epoch_leaves_out(options):
+    found = build_plan(rows(103), batch_size=8, seed=3, **options)
+    shown = {draw.row for k in range(found.steps_per_epoch) for draw in found.batch(0, k)}
+    left = 103 - len(shown)
+    assert left > 0
+    assert f" {left} of 103 rows" in f" {' '.join(found.notes)}"
+
+
+def test_nothing_is_said_where_an_epoch_shows_every_row():
+    assert build_plan(rows(96), batch_size=8).notes == ()

@@ -37,7 +37,7 @@ def test_a_signal_saves_at_the_step_boundary_and_exits_75(tmp_path, number):
     code, said = signalled(tmp_path / "run", number, save_steps=None, save_minutes=1e-9)
     assert code == 75, said
     assert f"stopped by {number.name} after step" in said
-    assert "--resume auto" in said
+    assert 'resume="auto"' in said
     last = json.loads((tmp_path / "run/attempts.jsonl").read_text().splitlines()[-1])
     newest = sorted((tmp_path / "run/checkpoints").glob("step_*"))[-1]
     assert newest.name == f"step_{last['ends_after_step']:08d}"

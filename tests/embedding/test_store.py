@@ -106,7 +106,8 @@ def test_many_may_open_a_new_file_at_once(tmp_path: Path) -> None:
 
 WRITER = """
 import sys, numpy as np
-from clipkit.embedding.store import EmbeddingStore, Key, content_hash
+from clipkit.embedding.store import EmbeddingStore, Key
+from clipkit.files import content_hash
 store = EmbeddingStore(sys.argv[1])
 rows = np.ones((50, 64), dtype=np.float32)
 for b in range(100000):

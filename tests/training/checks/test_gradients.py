@@ -101,6 +101,16 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def documents(text: str) -> list[Any]:
+    """Every JSON document of a text, one after another."""
+    values, decoder, rest = [], json.JSONDecoder(), text.strip()
+    while rest:
+        value, end = decoder.raw_decode(rest)
+        values.append(value)
+        rest = rest[end:].strip()
+    return values
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.full)])
 def test_the_command_under_a_launcher(config: Path, launcher: str) -> None:
@@ -115,7 +125,7 @@ def test_the_command_under_a_launcher(config: Path, launcher: str) -> None:
         text=True,
         timeout=300,
     )
-    right, broken = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    right, broken = documents(done.stdout)
     assert (right["same"], right["ranks"], right["micro_batch"]) == (True, 2, 3), done.stderr[-3000:]
     assert (broken["same"], broken["ranks"]) == (False, 2)
     assert done.returncode != 0

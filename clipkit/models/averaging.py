@@ -13,6 +13,7 @@ from clipkit.errors import ModelError, UsageError
 from clipkit.modality import MODALITIES
 from clipkit.models.adapting import lora
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.fingerprint.fingerprint import measure_processor
 
 
 def interpolate(start: DualEncoder, tuned: DualEncoder, alpha: float) -> DualEncoder:
@@ -96,7 +97,7 @@ def _check_alike(first: DualEncoder, other: DualEncoder) -> None:
 
 def _settings(model: DualEncoder) -> dict[str, Any]:
     described: dict[str, Any] = {"family": model.backend.family}
-    for part, about in model.processor.describe().items():
+    for part, about in measure_processor(model.processor).items():
         described |= {f"{part}.{key}": value for key, value in about.items()}
     for part in MODALITIES:
         described |= {f"{part}.{key}": value for key, value in model.backend.describe(part).items()}

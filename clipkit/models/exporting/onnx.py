@@ -17,6 +17,7 @@ from clipkit.extras import install_command, missing_packages
 from clipkit.files import dump_json, publish
 from clipkit.models.eval_mode import evaluating
 from clipkit.models.exporting.export import ExportReport
+from clipkit.models.fingerprint.fingerprint import measure_processor
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, as_fp32_cpu, golden_images
 from clipkit.models.saving import model_card as card
 from clipkit.models.saving.save import check_place
@@ -90,7 +91,7 @@ def _write(model: DualEncoder, fresh: Path, folder: Path) -> ExportReport:
 def _trace(module: nn.Module, inputs: Mapping[str, Tensor], model: DualEncoder, path: Path) -> None:
     batch = torch.export.Dim("batch")
     axes: dict[int, Any] = {0: batch}
-    if path.stem == "text" and model.processor.describe()["text"]["padding"] == "longest":
+    if path.stem == "text" and measure_processor(model.processor)["text"]["padding"] == "longest":
         axes[1] = torch.export.Dim("length", max=model.processor.context_length)
     size = sum(each.numel() * 4 for each in module.parameters())
     with _calm():
@@ -185,7 +186,7 @@ def _facts(
         "bias": None if model.logit_bias is None else float(model.logit_bias.detach().reshape(())),
         "inputs": {side: list(each) for side, each in inputs.items()},
         "outputs": {side: f"{side}_embeds" for side in inputs},
-        "preprocessing": processor.describe(),
+        "preprocessing": measure_processor(processor),
         "largest_difference_from_torch": dict(tensors),
     }
 
@@ -203,7 +204,7 @@ def _end_to_end(model: DualEncoder, folder: Path) -> dict[str, float]:
     if (folder / "tokenizer_config.json").is_file():
         tokenizer, text = (
             AutoTokenizer.from_pretrained(folder, local_files_only=True),
-            model.processor.describe()["text"],
+            measure_processor(model.processor)["text"],
         )
         found = tokenizer(
             list(GOLDEN_TEXTS),

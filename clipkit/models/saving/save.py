@@ -16,6 +16,7 @@ from clipkit.models.backend import check_finite
 from clipkit.models.fingerprint.golden import GoldenEmbeddings, as_fp32_cpu, golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.saving import model_card as card
+from clipkit.models.saving import standalone
 
 if TYPE_CHECKING:
     from clipkit.models.backends.towers import TowersBackend
@@ -133,6 +134,8 @@ def _write_towers(
         vtde.write(backend, processor, folder)
     else:
         backend.save(folder, processor)
+        program = standalone.program(backend.joint, processor, *backend.classes())
+        (folder / "without_clipkit.py").write_text(program, encoding="utf-8")
     return proven
 
 

@@ -58,10 +58,11 @@ def average(models: Sequence[DualEncoder]) -> DualEncoder:
 
 
 def _combined(models: Sequence[DualEncoder], parts: Sequence[float]) -> DualEncoder:
-    plain = [lora.merged(model) for model in models]
+    plain = [DualEncoder(lora.merged(model.backend), model.processor, model.name) for model in models]
     for other in plain[1:]:
         _check_alike(plain[0], other)
     backend = copy.deepcopy(plain[0].backend)
+    backend.fresh = frozenset()  # its heads are trained ones
     states = [model.backend.state_dict() for model in plain]
     with torch.no_grad():
         for name, target in backend.state_dict().items():

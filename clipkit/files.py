@@ -175,3 +175,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def content_hash(content: bytes | str) -> bytes:
     """SHA-256 of bytes, or of a text's UTF-8."""
     return hashlib.sha256(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content).digest()
+
+
+def json_hash(value: Any) -> str:
+    """The first 16 hex characters of SHA-256 over a value's JSON, keys sorted."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -105,7 +105,7 @@ def embed(
     numbers = [n for share, _ in shares for n in share]
     vectors[numbers] = _gather(vectors[done], model.device)
     if kind == "text" and distributed.is_main():
-        report_cut(model, [items[row] for row in work.first])
+        report_cut(model.processor, [items[row] for row in work.first], model.once)
     if store is not None and store.path is None and distributed.world_size() > 1 and numbers:
         store.put([keys[n] for n in numbers], vectors[numbers].numpy())  # each process has a memory of its own
     return work.assemble(vectors, {n: reject for _, rejects in shares for n, reject in rejects.items()})
@@ -242,7 +242,7 @@ class Encoder:
             texts = [self.items[self.first[n]] for n in numbers]
             # not encode_texts, which would tell of the long texts of each batch
             chunks = text_chunks(texts, self.model.processor, len(texts))
-            yield numbers, encode(self.model, chunks, "text", texts, None, None, False)
+            yield numbers, encode(self.model.backend, chunks, "text", texts, forward=self.model)
 
     def _images(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
         source = _Images(self.items, self.first, self.content, self.model.processor)

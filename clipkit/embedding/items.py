@@ -17,6 +17,7 @@ from clipkit.data.reading.rejects import Reject
 from clipkit.errors import BadImage, DataError
 from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.eval_mode import eval_mode
 from clipkit.progress import track
 from clipkit.texts import BadText
 
@@ -67,11 +68,5 @@ def _path(item: object) -> str | None:
 @contextmanager
 def evaluating(model: DualEncoder) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is as it was."""
-    was = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in was.items():
-            module.training = training
+    with eval_mode(model), torch.inference_mode():
+        yield

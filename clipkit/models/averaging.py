@@ -13,6 +13,7 @@ from clipkit.errors import ModelError, UsageError
 from clipkit.modality import MODALITIES
 from clipkit.models.adapting import lora
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.fingerprint.fingerprint import measure_processor
 
 
 def interpolate(start: DualEncoder, tuned: DualEncoder, alpha: float) -> DualEncoder:
@@ -57,10 +58,11 @@ def average(models: Sequence[DualEncoder]) -> DualEncoder:
 
 
 def _combined(models: Sequence[DualEncoder], parts: Sequence[float]) -> DualEncoder:
-    plain = [lora.merged(model) for model in models]
+    plain = [DualEncoder(lora.merged(model.backend), model.processor, model.name) for model in models]
     for other in plain[1:]:
         _check_alike(plain[0], other)
     backend = copy.deepcopy(plain[0].backend)
+    backend.fresh = frozenset()  # its heads are trained ones
     states = [model.backend.state_dict() for model in plain]
     with torch.no_grad():
         for name, target in backend.state_dict().items():
@@ -96,7 +98,7 @@ def _check_alike(first: DualEncoder, other: DualEncoder) -> None:
 
 def _settings(model: DualEncoder) -> dict[str, Any]:
     described: dict[str, Any] = {"family": model.backend.family}
-    for part, about in model.processor.describe().items():
+    for part, about in measure_processor(model.processor).items():
         described |= {f"{part}.{key}": value for key, value in about.items()}
     for part in MODALITIES:
         described |= {f"{part}.{key}": value for key, value in model.backend.describe(part).items()}

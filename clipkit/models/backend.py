@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,6 @@ from clipkit.errors import ModelError
 from clipkit.modality import Modality
 from clipkit.models.processor import Processor
 
-if TYPE_CHECKING:
-    pass
-
 
 class ParameterPrefixes(NamedTuple):
     """Prefixes of the names of a part's modules and parameters."""
@@ -25,12 +23,90 @@ class ParameterPrefixes(NamedTuple):
     head: tuple[str, ...]
 
 
-class Backend(nn.Module, ABC):
-    """The weights of one model. Embeddings here are not normalised yet."""
+@dataclass(frozen=True)
+class Adapted:
+    """How one tower is adapted by LoRA."""
 
-    family: str  # "clip", "siglip", "open_clip", "towers": for people and the fingerprint
+    rank: int
+    alpha: float
+    dropout: float
+    layers: tuple[str, ...]  # names below the tower's root
+
+
+@dataclass
+class Lora:
+    """What a model remembers while it has LoRA adapters."""
+
+    parts: dict[Modality, Adapted] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)  # parameters that had gradients before
+    still: list[nn.Module] = field(default_factory=list)  # frozen BatchNorm, which has to stay in eval mode
+
+
+class Embeddings(NamedTuple):
+    """What `Backend.embed` gives. Scale and bias carry gradients, too."""
+
+    image: Tensor | None  # (n, dim), unit length, fp32
+    text: Tensor | None  # (m, dim), unit length, fp32
+    scale: Tensor  # exp(logit_scale), no dimensions
+    bias: Tensor | None  # no dimensions; None under softmax
+
+
+class Backend(nn.Module, ABC):
+    """The weights of one model. Only `embed` gives embeddings of unit length; all other methods do not normalise.
+
+    Attributes:
+        family: "clip", "siglip", "open_clip" or "towers": for people and the fingerprint.
+        dim: length of an embedding.
+        names: the parameters of both parts.
+        lora: how the towers are adapted; None without LoRA.
+        fresh: names of parameters that began at random: they learn faster.
+    """
+
+    family: str
     dim: int
     names: dict[Modality, ParameterPrefixes]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora: Lora | None = None
+        self.fresh: frozenset[str] = frozenset()
+
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale_and_bias()[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; the logit scale and bias stay fp32 whatever they are."""
+        own = {id(p) for p in self.logit_scale_and_bias() if p is not None}
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
+
+    @property
+    def similarity(self) -> Literal["softmax", "sigmoid"]:
+        """How logits become probabilities: `sigmoid` for models with a bias (SigLIP), else `softmax`."""
+        return "softmax" if self.logit_scale_and_bias()[1] is None else "sigmoid"
+
+    def embed(
+        self,
+        *,
+        pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **text: Tensor,
+    ) -> Embeddings:
+        """Embed a batch of tensors; arguments as in `DualEncoder.forward`."""
+        if pixel_values is not None:
+            image_features = self.image_features(pixel_values.to(self.dtype))
+        image = None if image_features is None else self.project_image(image_features.to(self.dtype))
+        words = None if input_ids is None else self.embed_text(input_ids, attention_mask, **text)
+        scale, bias = self.logit_scale_and_bias()
+        return Embeddings(
+            None if image is None else _unit(image),
+            None if words is None else _unit(words),
+            _full(scale).exp().reshape(()),
+            None if bias is None else _full(bias).reshape(()),
+        )
 
     @abstractmethod
     def logit_scale_and_bias(self) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -81,15 +157,6 @@ def root_of(backend: Backend, part: Modality) -> str:
         return ".".join(paths[0])
     shared = [level[0] for level in zip(*paths, strict=False) if len(set(level)) == 1]
     return ".".join(shared)
-
-
-class Embeddings(NamedTuple):
-    """What `DualEncoder.forward` gives. Scale and bias carry gradients, too."""
-
-    image: Tensor | None  # (n, dim), unit length, fp32
-    text: Tensor | None  # (m, dim), unit length, fp32
-    scale: Tensor  # exp(logit_scale), no dimensions
-    bias: Tensor | None  # no dimensions; None under softmax
 
 
 def _full(x: Tensor) -> Tensor:

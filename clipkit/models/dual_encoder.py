@@ -20,20 +20,23 @@ from clipkit.models.adapting import lora_files as adapter_files
 from clipkit.models.adapting.freezing import checkpoint_gradients, freeze
 from clipkit.models.adapting.patch_dropout import PatchDropout, drop_patches
 from clipkit.models.adapting.resize import resize
-from clipkit.models.backend import Backend, Embeddings, _full, _unit
+from clipkit.models.backend import Backend, Embeddings, Lora
 from clipkit.models.encode import encode, image_chunks, listed, report_cut, text_chunks
-from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint, settings_fingerprint
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_embeddings
+from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS
 from clipkit.models.image_transform import Resize
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading.load import from_config, open_checked
 from clipkit.models.processor import Processor
 from clipkit.models.saving.model_card import Card
 from clipkit.models.saving.save import Saved, save
 
 if TYPE_CHECKING:
-    from clipkit.models.exporting.export import ExportReport
+    from clipkit.models.exporting.report import ExportReport
 
 logger = logging.getLogger("clipkit")
+
+
+_ROOT = "backend."  # of the name of every parameter
 
 
 class DualEncoder(nn.Module):
@@ -54,10 +57,8 @@ class DualEncoder(nn.Module):
         self.verified = False  # whether it was opened from a folder whose clipkit.json it still fits
         self._in_eval: list[nn.Module] = []  # frozen towers
         self._patches: PatchDropout | None = None
-        self.lora: lora.Lora | None = None  # how the towers are adapted
         self.card = Card()  # what is known of it beside its weights
         self._said: set[Hashable] = set()
-        self.fresh: frozenset[str] = frozenset()  # names of parameters that began at random: they learn faster
 
     def once(self, what: Hashable) -> bool:
         """Whether this is asked for the first time: what the log says of a model it says once."""
@@ -74,13 +75,12 @@ class DualEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.logit_scale.device
+        return self.backend.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights; the logit scale and bias stay fp32 whatever they are."""
-        own = {id(p) for p in self.backend.logit_scale_and_bias() if p is not None}
-        return next(p.dtype for p in self.parameters() if p.is_floating_point() and id(p) not in own)
+        return self.backend.dtype
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -95,15 +95,29 @@ class DualEncoder(nn.Module):
     @property
     def similarity(self) -> Literal["softmax", "sigmoid"]:
         """How logits become probabilities: `sigmoid` for models with a bias (SigLIP), else `softmax`."""
-        return "softmax" if self.logit_bias is None else "sigmoid"
+        return self.backend.similarity
+
+    @property
+    def lora(self) -> Lora | None:
+        """How the towers are adapted by LoRA; None if they are not."""
+        return self.backend.lora
+
+    @property
+    def fresh(self) -> frozenset[str]:
+        """Names of parameters that began at random: they learn faster."""
+        return frozenset(f"{_ROOT}{name}" for name in self.backend.fresh)
+
+    @fresh.setter
+    def fresh(self, names: frozenset[str]) -> None:
+        self.backend.fresh = frozenset(name.removeprefix(_ROOT) for name in names)
 
     def fingerprint(self) -> Fingerprint:
         """What names this model in every index and result; changes with any weight or setting.
 
         Takes a pass over the weights at the speed of memory, and SHA-256 over them once for a state of the weights.
         """
-        plain = lora.merged(self)  # what `save_pretrained` writes
-        return full_fingerprint(plain.backend, plain.processor)
+        plain = lora.merged(self.backend)  # what `save_pretrained` writes
+        return full_fingerprint(plain, self.processor)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -126,14 +140,8 @@ class DualEncoder(nn.Module):
         """
         if pixel_values is not None:
             image_features = self.vision_features(pixel_values)
-        image = None if image_features is None else self.backend.project_image(image_features.to(self.dtype))
-        words = None if input_ids is None else self.backend.embed_text(input_ids, attention_mask, **text)
-        bias = self.logit_bias
-        return Embeddings(
-            None if image is None else _unit(image),
-            None if words is None else _unit(words),
-            _full(self.logit_scale).exp().reshape(()),
-            None if bias is None else _full(bias).reshape(()),
+        return self.backend.embed(
+            image_features=image_features, input_ids=input_ids, attention_mask=attention_mask, **text
         )
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
@@ -192,13 +200,13 @@ class DualEncoder(nn.Module):
             UsageError: peft is not installed; the tower has LoRA already.
             ModelError: no such layers.
         """
-        lora.add(self, MODALITIES if part == "both" else (part,), rank, alpha, dropout, targets)
+        lora.add(self.backend, MODALITIES if part == "both" else (part,), rank, alpha, dropout, targets)
         return self
 
     def merge_lora(self) -> Self:
         """Add the updates to the weights, in place; what could train before `add_lora` can train again."""
         if self.lora is not None:
-            lora.merge_in_place(self)
+            lora.merge_in_place(self.backend)
         return self
 
     def save_adapter(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -208,7 +216,7 @@ class DualEncoder(nn.Module):
             UsageError: there is no adapter, or something stands at `folder`.
             ModelError: weights that are not finite.
         """
-        adapter_files.save(self, Path(folder), overwrite)
+        adapter_files.save(self.backend, self.processor, Path(folder), overwrite, name=self.name)
 
     def load_adapter(self, folder: str | os.PathLike[str]) -> Self:
         """Put an adapter of `save_adapter` on its base model; it can be trained on, or merged.
@@ -217,7 +225,7 @@ class DualEncoder(nn.Module):
             ModelMismatch: this is not the model that it was trained on; what differs is named.
             CorruptArtefact: a file is missing or damaged.
         """
-        adapter_files.load(self, Path(folder))
+        adapter_files.load(self.backend, self.processor, Path(folder))
         return self
 
     def gradient_checkpointing(self, on: bool = True) -> Self:
@@ -293,7 +301,8 @@ class DualEncoder(nn.Module):
         """
         items = listed(images, "encode_images", (str, bytes, os.PathLike, Image.Image, np.ndarray, Mapping))
         chunks = image_chunks(items, self.processor, batch_size, workers)
-        return encode(self, chunks, "image", items, device, dtype, progress, dim)
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress, "dim": dim}
+        return encode(self.backend, chunks, "image", items, **options, forward=self)
 
     def encode_texts(
         self,
@@ -316,10 +325,11 @@ class DualEncoder(nn.Module):
         """
         items = listed(texts, "encode_texts", (str, bytes))
         chunks = text_chunks(items, self.processor, batch_size)
-        found = encode(self, chunks, "text", items, device, dtype, progress, dim)
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress, "dim": dim}
+        embeddings = encode(self.backend, chunks, "text", items, **options, forward=self)
         if tuple(items) != GOLDEN_TEXTS:  # one of them is over-long on purpose
-            report_cut(self, items)
-        return found
+            report_cut(self.processor, items, self.once)
+        return embeddings
 
     # -- opening and saving -------------------------------------------------------------------
 
@@ -347,12 +357,9 @@ class DualEncoder(nn.Module):
             ModelError: no such model, or weights that would be random, not finite, pickled or misshapen.
             CorruptArtefact: files or embeddings that are not what was saved.
         """
-        from clipkit.models.loading.load import open_model
-
-        backend, processor, body, folder = open_model(name, revision, trust_remote_code)
+        backend, processor, body = open_checked(name, revision, trust_remote_code)
         model = cls(backend, processor, str(name)).eval()
-        if body is not None and folder is not None:
-            artefact.check(body, folder, settings_fingerprint(backend, processor), golden_embeddings(model))
+        if body is not None:
             model.card = Card.from_dict(body.get("card", {}))
             model.verified = True
         else:
@@ -383,8 +390,6 @@ class DualEncoder(nn.Module):
         Raises:
             ModelError: no such architecture, or it needs a tokenizer or config that is not here: named.
         """
-        from clipkit.models.loading.load import from_config
-
         backend, own = from_config(config, processor, device, revision, trust_remote_code)
         name = str(config) if isinstance(config, str | os.PathLike) else type(config).__name__
         model = cls(backend, own, name).eval()
@@ -510,7 +515,8 @@ class DualEncoder(nn.Module):
         """
         if card is not None:
             self.card = self.card.updated(card)
-        return save(self, Path(folder), overwrite)
+        saved, self.card = save(self.backend, self.processor, Path(folder), overwrite, name=self.name, card=self.card)
+        return saved
 
     def export(
         self,
@@ -538,7 +544,8 @@ class DualEncoder(nn.Module):
         """
         from clipkit.models.exporting.export import export
 
-        return export(lora.merged(self), Path(folder), to, overwrite)
+        plain = lora.merged(self.backend)
+        return export(plain, self.processor, Path(folder), to, overwrite, name=self.name, card=self.card)
 
     def _cast(self, dtype: torch.dtype) -> None:
         scalars = [p for p in self.backend.logit_scale_and_bias() if p is not None]

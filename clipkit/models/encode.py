@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +18,11 @@ from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe, load_image
 from clipkit.modality import Modality
+from clipkit.models.backend import Backend, Embeddings
+from clipkit.models.eval_mode import eval_mode
 from clipkit.models.processor import Processor
 from clipkit.progress import Progress
 from clipkit.texts import checked_text, is_broken
-
-if TYPE_CHECKING:
-    from clipkit.models.dual_encoder import DualEncoder
 
 logger = logging.getLogger("clipkit")
 
@@ -31,36 +30,45 @@ T = TypeVar("T")
 
 
 def encode(
-    model: DualEncoder,
+    backend: Backend,
     chunks: Iterable[dict[str, Tensor]],
     side: Modality,
     items: Sequence[Any],
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    progress: bool,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
     dim: int | None = None,
+    forward: Callable[..., Embeddings] | None = None,
 ) -> Tensor:
-    """(n, dim) float32 on the CPU, in the order of `items`, from which `chunks` were made."""
-    if dim is not None and not 1 <= dim <= model.dim:
-        raise UsageError(f"dim={dim}, but the model's embeddings have {model.dim} components")
+    """(n, dim) float32 on the CPU, in the order of `items`, from which `chunks` were made.
+
+    Args:
+        device, dtype, progress, dim: as in `DualEncoder.encode_images`.
+        forward: computes a chunk; `backend.embed` if None. In training it is the model, for Accelerate has patched
+            autocast into its forward.
+    """
+    if dim is not None and not 1 <= dim <= backend.dim:
+        raise UsageError(f"dim={dim}, but the model's embeddings have {backend.dim} components")
     if device is not None:
-        model.to(device)
-    found = torch.empty(len(items), dim or model.dim)
+        backend.to(device)
+    forward = forward or backend.embed
+    embeddings = torch.empty(len(items), dim or backend.dim)
     done = 0
     bar = Progress(len(items), f"embedding {side}s", unit=side, shown=progress)
-    with _inference(model, dtype), bar:
+    with eval_mode(backend), torch.inference_mode(), _autocast(backend, dtype), bar:
         for inputs in chunks:
-            vectors = getattr(model(**{name: value.to(model.device) for name, value in inputs.items()}), side)
+            vectors = getattr(forward(**{name: value.to(backend.device) for name, value in inputs.items()}), side)
             finite = torch.isfinite(vectors).all(1)
             if not finite.all():
                 bad = done + int((~finite).int().argmax())
                 _refuse(side, bad, items[bad])
             if dim is not None:
                 vectors = F.normalize(vectors[:, :dim], dim=-1)
-            found[done : done + len(vectors)] = vectors
+            embeddings[done : done + len(vectors)] = vectors
             done += len(vectors)
             bar.advance(len(vectors))
-    return found
+    return embeddings
 
 
 def _refuse(side: Modality, index: int, item: Any) -> None:
@@ -69,20 +77,13 @@ def _refuse(side: Modality, index: int, item: Any) -> None:
     raise ModelError(f"the {side} embedding is not finite", where=f"item {index}: {shown}", fix=fix)
 
 
-@contextmanager
-def _inference(model: DualEncoder, dtype: torch.dtype | None) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    kind = model.device.type
-    cast: AbstractContextManager[Any] = nullcontext()
-    if dtype is not None:  # float32 also inside an outer autocast
-        cast = torch.autocast(kind, enabled=False) if dtype is torch.float32 else torch.autocast(kind, dtype)
-    model.eval()
-    try:
-        with torch.inference_mode(), cast:
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+def _autocast(backend: Backend, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    kind = backend.device.type
+    if dtype is None:
+        return nullcontext()
+    if dtype is torch.float32:  # also inside an outer autocast
+        return torch.autocast(kind, enabled=False)
+    return torch.autocast(kind, dtype)
 
 
 class _ImageBatches(Dataset[Any]):
@@ -132,14 +133,17 @@ def text_chunks(items: Sequence[Any], processor: Processor, batch_size: int) -> 
         yield processor.texts(items[start : start + batch_size])
 
 
-def report_cut(model: DualEncoder, texts: Sequence[str]) -> None:
-    """One line in the log if texts were longer than the model reads; none if it has told of all of them before."""
-    length = model.processor.context_length
+def report_cut(processor: Processor, texts: Sequence[str], once: Callable[[Hashable], bool]) -> None:
+    """One line in the log if texts were longer than the model reads; none if it has told of all of them before.
+
+    `once` is the model's: whether something is said for the first time.
+    """
+    length = processor.context_length
     # A token stands for at least one byte, and the special ones are few: most texts need no second look.
     long = [text for text in texts if len(text.encode(errors="replace")) + 4 > length]
-    counts = model.processor.token_counts(long) if long else []
+    counts = processor.token_counts(long) if long else []
     cut = [text for text, count in zip(long, counts, strict=True) if count > length]
-    if sum(model.once(("cut", length, hash(text))) for text in cut):
+    if sum(once(("cut", length, hash(text))) for text in cut):
         logger.warning("%d of %d texts were cut at %d tokens", len(cut), len(texts), length)
 
 

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-from clipkit.models.backend import Backend
-
-if TYPE_CHECKING:
-    from clipkit.models.dual_encoder import DualEncoder
+from torch import nn
 
 
 @contextmanager
-def evaluating(model: DualEncoder) -> Iterator[None]:
-    """In eval mode for a while; every module is left in the mode it had."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """A module and all that it holds in eval mode for a while; afterwards every one has the mode it had."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def in_eval_mode(backend: Backend) -> Iterator[None]:
-    """Every module in eval mode for a while, and then as it was."""
-    modes = [(module, module.training) for module in backend.modules()]
-    backend.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        for part, mode in modes:
+            part.training = mode

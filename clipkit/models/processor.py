@@ -1,7 +1,7 @@
 """From an image and a text to the tensors a model takes: small, picklable, without weights.
 
 A `Processor` has two sides. Each side knows how to save itself in the files that the model's own
-library reads, and how to describe itself for the fingerprint.
+library reads, and how to describe its declared settings; `measure_processor` measures what it does.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.errors import ModelError
-from clipkit.models.fingerprint.image_transform import measure_transform
-from clipkit.models.fingerprint.tokenizer import _hash, measure_tokenizer
+from clipkit.files import json_hash
 
 Padding = Literal["longest", "max_length"]
 
@@ -89,10 +88,6 @@ class Processor:
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has before it is cut, special tokens included."""
         return self.text_side.counts(texts)
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """The processor's part of the fingerprint: what both sides really do, measured."""
-        return {"image": measure_transform(self.image_side), "text": measure_tokenizer(self.text_side)}
 
     def save(self, folder: Path) -> None:
         """Write the native files of both sides."""
@@ -210,4 +205,4 @@ START, END = "<start>", "<end>"  # names that libraries spell differently
 def vocabulary_hash(vocabulary: Mapping[str, int], special: Mapping[str | None, str]) -> str:
     """16 hex characters for tokens and their ids; `special` renames start and end, spelt differently elsewhere."""
     named = {special.get(token, token): number for token, number in vocabulary.items()}
-    return _hash([*sorted(named, key=lambda token: (named[token], token)), len(named)])
+    return json_hash([*sorted(named, key=lambda token: (named[token], token)), len(named)])

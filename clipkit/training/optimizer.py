@@ -52,11 +52,12 @@ def parameter_groups(
     scalars = {id(model.logit_scale), id(model.logit_bias)}
     of_scale = scale_rate(model, config)
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = defaultdict(list)
+    fresh = model.fresh
     beside = [] if heads is None else [(None, each) for each in heads.parameters()]
     for name, parameter in [*model.named_parameters(), *beside]:
         if not parameter.requires_grad:
             continue
-        rate = config.head_learning_rate if name is None or name in model.fresh else config.learning_rate
+        rate = config.head_learning_rate if name is None or name in fresh else config.learning_rate
         rate = of_scale if id(parameter) in scalars else rate
         rate *= factors.get(name or "", 1.0)
         plain = parameter.ndim < 2 or any(part in (name or "") for part in _NOT_DECAYED)
@@ -96,7 +97,8 @@ def layer_factors(model: DualEncoder, decay: float) -> dict[str, float]:
 def _decaying(model: DualEncoder) -> Iterator[str]:
     """Trained weights with a past: pretrained ones, and LoRA, which changes such."""
     trained = (name for name, each in model.named_parameters() if each.requires_grad)
-    return (name for name in trained if name not in model.fresh or MARK in name)
+    fresh = model.fresh
+    return (name for name in trained if name not in fresh or MARK in name)
 
 
 def _by_depth(model: DualEncoder, part: Modality, decay: float) -> dict[str, float]:

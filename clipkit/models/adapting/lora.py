@@ -6,8 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,12 +16,9 @@ from clipkit.errors import ModelError, UsageError
 from clipkit.extras import install_command
 from clipkit.modality import MODALITIES, Modality
 from clipkit.models.adapting.split_attention import SplitAttention
-from clipkit.models.backend import Backend, root_of
+from clipkit.models.backend import Adapted, Backend, Lora, root_of
 from clipkit.models.backends.layers import transformer_blocks
 from clipkit.suggest import near
-
-if TYPE_CHECKING:
-    from clipkit.models.dual_encoder import DualEncoder
 
 ADAPTER = "default"  # peft's own name for the only adapter
 
@@ -42,27 +38,8 @@ _ADAPTABLE = (*_LINEAR, nn.Conv1d, nn.Conv2d)
 _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """How one tower is adapted."""
-
-    rank: int
-    alpha: float
-    dropout: float
-    layers: tuple[str, ...]  # names below the tower's root
-
-
-@dataclass
-class Lora:
-    """What a model remembers while it has adapters."""
-
-    parts: dict[Modality, Adapted] = field(default_factory=dict)
-    trained: set[str] = field(default_factory=set)  # parameters that had gradients before
-    still: list[nn.Module] = field(default_factory=list)  # frozen BatchNorm, which has to stay in eval mode
-
-
 def add(
-    model: DualEncoder,
+    backend: Backend,
     parts: Sequence[Modality],
     rank: int,
     alpha: float,
@@ -73,21 +50,21 @@ def add(
     for part in parts:
         if part not in MODALITIES:
             raise UsageError(f"LoRA goes on 'image', 'text' or 'both', found {part!r}")
-        if model.lora and part in model.lora.parts:
+        if backend.lora and part in backend.lora.parts:
             raise UsageError(f"the {part} tower has LoRA already", fix="model.merge_lora() first")
     if rank < 1 or not 0 <= dropout < 1 or not alpha > 0:
         found = f"{rank}, {alpha}, {dropout}"
         raise UsageError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); found {found}")
     require_peft()
-    chosen = _targets(model.backend, parts, targets)
+    chosen = _targets(backend, parts, targets)
     for part, layers in chosen.items():
-        inject(model, part, Adapted(rank, alpha, dropout, layers))
+        inject(backend, part, Adapted(rank, alpha, dropout, layers))
 
 
-def inject(model: DualEncoder, part: Modality, adapted: Adapted) -> None:
+def inject(backend: Backend, part: Modality, adapted: Adapted) -> None:
     """Freeze a tower and give the named layers their matrices, drawn from torch's random state."""
     peft = require_peft()
-    backend, state = model.backend, model.lora or Lora()
+    state = backend.lora or Lora()
     state.trained |= {name for name, p in backend.named_parameters() if p.requires_grad and MARK not in name}
     root = root_of(backend, part)
     top = backend.get_submodule(root)
@@ -106,12 +83,12 @@ def inject(model: DualEncoder, part: Modality, adapted: Adapted) -> None:
         if name not in outside:
             parameter.requires_grad_(MARK in name)
         elif backend.belongs_to(part, name):  # its head
-            parameter.requires_grad_(f"backend.{name}" in model.fresh)
+            parameter.requires_grad_(name in backend.fresh)
         else:
             parameter.requires_grad_(outside[name])
     state.parts[part] = adapted
-    model.lora = state
-    model.fresh |= {f"backend.{n}" for n, _ in backend.named_parameters() if MARK in n and backend.belongs_to(part, n)}
+    backend.lora = state
+    backend.fresh |= {n for n, _ in backend.named_parameters() if MARK in n and backend.belongs_to(part, n)}
     for name, module in backend.named_modules():
         if isinstance(module, _BATCH_NORM) and backend.belongs_to(part, name, head=False):
             state.still.append(module.eval())
@@ -201,37 +178,40 @@ def _replace(top: nn.Module, name: str, module: nn.Module) -> None:
     setattr(top.get_submodule(parent) if parent else top, leaf, module)
 
 
-def merged(model: DualEncoder) -> DualEncoder:
-    """The model itself, or if it has LoRA a copy on the CPU whose weights hold the updates."""
-    return _plain(model, merge=True)
+def merged(backend: Backend) -> Backend:
+    """The backend itself, or if it has LoRA a copy on the CPU whose weights hold the updates."""
+    return _plain(backend, merge=True)
 
 
-def base(model: DualEncoder) -> DualEncoder:
-    """The model itself, or if it has LoRA a copy on the CPU without the updates of the towers."""
-    return _plain(model, merge=False)
+def base(backend: Backend) -> Backend:
+    """The backend itself, or if it has LoRA a copy on the CPU without the updates of the towers."""
+    return _plain(backend, merge=False)
 
 
-def _plain(model: DualEncoder, *, merge: bool) -> DualEncoder:
-    if model.lora is None:
-        return model
-    backend = copy.deepcopy(model.backend).cpu()
-    unload(backend, merge=merge)
-    found = type(model)(backend, model.processor, model.name).eval()
-    found.card = model.card
-    return found
+def _plain(backend: Backend, *, merge: bool) -> Backend:
+    if backend.lora is None:
+        return backend
+    plain = copy.deepcopy(backend).cpu()
+    unload(plain, merge=merge)
+    _forget(plain)
+    return plain.eval()
 
 
-def merge_in_place(model: DualEncoder) -> None:
+def merge_in_place(backend: Backend) -> None:
     """Add the updates to the weights and drop the matrices; what trained before LoRA came trains again."""
-    assert model.lora is not None
-    device = model.device
-    unload(model.backend.cpu(), merge=True)  # on the CPU, as `merged` does it: to the same last bit
-    model.backend.to(device)
-    for name, parameter in model.backend.named_parameters():
-        if name in model.lora.trained:
+    assert backend.lora is not None
+    device = backend.device
+    unload(backend.cpu(), merge=True)  # on the CPU, as `merged` does it: to the same last bit
+    backend.to(device)
+    for name, parameter in backend.named_parameters():
+        if name in backend.lora.trained:
             parameter.requires_grad_(True)
-    model.lora = None
-    model.fresh = frozenset(name for name in model.fresh if MARK not in name)
+    _forget(backend)
+
+
+def _forget(backend: Backend) -> None:
+    backend.lora = None
+    backend.fresh = frozenset(name for name in backend.fresh if MARK not in name)
 
 
 def unload(backend: Backend, *, merge: bool) -> None:

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,12 +25,10 @@ from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageErro
 from clipkit.extras import upgrade_command
 from clipkit.files import dump_json, publish, read_json, sha256_file
 from clipkit.modality import MODALITIES, Modality
-from clipkit.models.adapting.lora import ADAPTER, MARK, Adapted, base, inject, require_peft
-from clipkit.models.backend import Backend, check_finite, root_of
+from clipkit.models.adapting.lora import ADAPTER, MARK, base, inject, require_peft
+from clipkit.models.backend import Adapted, Backend, check_finite, root_of
 from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint, hash_weights
-
-if TYPE_CHECKING:
-    from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.processor import Processor
 
 NAME, REST = "adapter.json", "trained.safetensors"
 
@@ -44,32 +42,32 @@ _PREFIX = "base_model.model."  # of every name in peft's files
 _AGAIN = "copy the adapter again"
 
 
-def save(model: DualEncoder, folder: Path, overwrite: bool) -> None:
+def save(backend: Backend, processor: Processor, folder: Path, overwrite: bool, *, name: str) -> None:
     """What `DualEncoder.save_adapter` documents."""
-    if model.lora is None:
+    if backend.lora is None:
         raise UsageError("the model has no LoRA adapter", fix="model.add_lora(...), or save_pretrained for all of it")
     taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if taken and not (overwrite and (folder / NAME).is_file()):
         fix = "another folder" + ("" if overwrite else ", or overwrite=True for an adapter that stands there")
         raise UsageError("the folder exists and is not empty", where=folder, fix=fix)
-    check_finite(model.backend, model.name)
-    publish(folder, lambda fresh: _write(model, fresh), replace=True)
+    check_finite(backend, name)
+    publish(folder, lambda fresh: _write(backend, processor, fresh, name), replace=True)
 
 
-def _write(model: DualEncoder, folder: Path) -> None:
-    assert model.lora is not None
+def _write(backend: Backend, processor: Processor, folder: Path, name: str) -> None:
+    assert backend.lora is not None
     folder.mkdir()
-    for part, adapted in model.lora.parts.items():
-        _write_peft(model.backend, part, adapted, folder / part, model.name)
-    rest = _trained(model.backend)
+    for part, adapted in backend.lora.parts.items():
+        _write_peft(backend, part, adapted, folder / part, name)
+    rest = _trained(backend)
     save_file(rest, folder / REST)
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    body: dict[str, Any] = {"schema": SCHEMA, "base": model.name, "base_fingerprint": _base_record(model, rest)}
-    body["parts"] = {part: asdict(adapted) for part, adapted in model.lora.parts.items()}
+    body: dict[str, Any] = {"schema": SCHEMA, "base": name, "base_fingerprint": _base_record(backend, processor, rest)}
+    body["parts"] = {part: asdict(adapted) for part, adapted in backend.lora.parts.items()}
     body["files"] = files
     (folder / NAME).write_text(dump_json({**body, "sha256": _hash(body)}), encoding="utf-8")
 
@@ -104,38 +102,38 @@ def _trained(backend: Backend) -> dict[str, Tensor]:
     return {name: state[name].detach().cpu().contiguous().clone() for name in sorted(names & state.keys())}
 
 
-def _base_record(model: DualEncoder, without: Iterable[str]) -> dict[str, Any]:
+def _base_record(backend: Backend, processor: Processor, without: Iterable[str]) -> dict[str, Any]:
     """The fingerprint of a model without its adapter and without the tensors that an adapter brings."""
-    plain = base(model)
-    record = dict(full_fingerprint(plain.backend, plain.processor).record)
-    left_out, state = set(without), plain.backend.state_dict()
+    plain = base(backend)
+    record = dict(full_fingerprint(plain, processor).record)
+    left_out, state = set(without), plain.state_dict()
     for part in MODALITIES:
-        names = [name for name in state if plain.backend.belongs_to(part, name) and name not in left_out]
+        names = [name for name in state if plain.belongs_to(part, name) and name not in left_out]
         record[part] = {**record[part], "weights": hash_weights({name: state[name] for name in names})}
     kept = {key: value for key, value in record.items() if key not in ("logit_scale", "logit_bias")}
     read_back: dict[str, Any] = json.loads(json.dumps(kept))  # tuples as the file will hold them
     return read_back
 
 
-def load(model: DualEncoder, folder: Path) -> None:
+def load(backend: Backend, processor: Processor, folder: Path) -> None:
     """What `DualEncoder.load_adapter` documents."""
-    if model.lora is not None:
+    if backend.lora is not None:
         raise UsageError("the model has a LoRA adapter already", fix="open the base model again, or merge_lora()")
     body = _read(folder)
     rest = _tensors(folder / REST)
-    found = Fingerprint(_base_record(model, rest))
+    found = Fingerprint(_base_record(backend, processor, rest))
     differs = Fingerprint(body["base_fingerprint"]).difference(found)
     if differs:
         message = f"the adapter was trained on another model than this one: {'; '.join(differs[:3])}"
         raise ModelMismatch(message, where=folder, fix=f"open its base first: {body['base']}")
-    state = model.backend.state_dict()
+    state = backend.state_dict()
     lost = [name for name in rest if name not in state or state[name].shape != rest[name].shape]
     if lost:
         raise ModelMismatch(f"the model has no place for {lost[0]}", where=folder / REST, fix=f"open {body['base']}")
     for part, about in body["parts"].items():
-        inject(model, part, Adapted(**{**about, "layers": tuple(about["layers"])}))
-        _fill(model.backend, part, folder / part / "adapter_model.safetensors")
-    _restore(model, rest)
+        inject(backend, part, Adapted(**{**about, "layers": tuple(about["layers"])}))
+        _fill(backend, part, folder / part / "adapter_model.safetensors")
+    _restore(backend, rest)
 
 
 def _fill(backend: Backend, part: Modality, path: Path) -> None:
@@ -152,8 +150,8 @@ def _fill(backend: Backend, part: Modality, path: Path) -> None:
             parameter.copy_(found[name])
 
 
-def _restore(model: DualEncoder, rest: Mapping[str, Tensor]) -> None:
-    state, parameters = model.backend.state_dict(), dict(model.backend.named_parameters())
+def _restore(backend: Backend, rest: Mapping[str, Tensor]) -> None:
+    state, parameters = backend.state_dict(), dict(backend.named_parameters())
     with torch.no_grad():
         for name, tensor in rest.items():
             state[name].copy_(tensor)

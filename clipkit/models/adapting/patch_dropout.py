@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clipkit.errors import ModelError, UsageError
 from clipkit.models.backend import Backend
 from clipkit.models.backends.layers import first_inputs, run_blank, transformer_blocks
-from clipkit.models.eval_mode import in_eval_mode
+from clipkit.models.eval_mode import eval_mode
 from clipkit.models.processor import Processor
 
 
@@ -91,7 +91,7 @@ def _prefix(backend: Backend, processor: Processor) -> int:
 
 
 def _try(backend: Backend, processor: Processor, tower: nn.Module) -> None:
-    with in_eval_mode(backend), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with eval_mode(backend), torch.random.fork_rng(devices=[]), torch.no_grad():
         tower.training = True  # for the hook alone: no dropout, no statistics
         run_blank(backend, processor, "image", 2)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipkit.errors import ModelError
 from clipkit.modality import Modality
 from clipkit.models.backend import Backend
-from clipkit.models.eval_mode import in_eval_mode
+from clipkit.models.eval_mode import eval_mode
 
 
 class Change(NamedTuple):
@@ -59,7 +59,7 @@ def takes(backend: Backend, side: Any) -> bool:
     """Whether the image tower as it is computes features of what this transform gives."""
     pixels = side([Image.new("RGB", (64, 64))])
     weight = next(p for n, p in backend.named_parameters() if backend.belongs_to("image", n, head=False))
-    with in_eval_mode(backend):
+    with eval_mode(backend):
         try:
             backend.image_features(pixels.to(weight.device, weight.dtype))
         except (RuntimeError, ValueError, AssertionError):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clipkit.errors import ModelError
 from clipkit.modality import Modality
 from clipkit.models.backend import Backend
-from clipkit.models.eval_mode import in_eval_mode
+from clipkit.models.eval_mode import eval_mode
 from clipkit.models.processor import Processor
 
 
@@ -114,7 +114,7 @@ def first_inputs(backend: Backend, processor: Processor, part: Modality, count: 
     # prepended: before any hook that alters the input
     handle = transformer_blocks(backend, part)[0].register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        with in_eval_mode(backend), torch.enable_grad():
+        with eval_mode(backend), torch.enable_grad():
             run_blank(backend, processor, part, count)
     except _Enough:
         return seen[0]

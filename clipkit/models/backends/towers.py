@@ -22,7 +22,6 @@ from clipkit.models.backends.families import activation_of
 from clipkit.models.backends.pooling import pool_image, pool_text
 from clipkit.models.backends.quiet import quiet
 from clipkit.models.processor import Processor
-from clipkit.models.saving.standalone import program
 
 Head = Literal["linear", "mlp"]
 
@@ -101,7 +100,6 @@ class TowersBackend(Backend):
         heads = {name: t.contiguous() for name, t in self.state_dict().items() if not name.startswith(towers)}
         save_file(heads, folder / "heads.safetensors")
         processor.save(folder)
-        (folder / "without_clipkit.py").write_text(program(self.joint, processor, *self.classes()), encoding="utf-8")
 
     def settings(self) -> dict[str, Any]:
         """What clipkit.json keeps of a joint model; `open_towers` takes it back."""

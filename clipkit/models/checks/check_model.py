@@ -160,7 +160,7 @@ _NAMED = {  # what an error at opening is about
 
 
 def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | None, folder: Path | None) -> None:
-    model = as_fp32_cpu(lora.merged(model))
+    model = DualEncoder(as_fp32_cpu(lora.merged(model.backend)), model.processor, model.name)
     if body is not None and body.get("schema") != artefact.SCHEMA:
         body = None  # named already; its facts are not comparable
     report.findings += vocabulary.of_model(model)
@@ -175,7 +175,7 @@ def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | N
         report.findings += [f for f in changes(body, report.fingerprint) if not _named(report, f, folder)]
     report.findings += [f for f in known_answers(model, report.fingerprint) if not _named(report, f, folder)]
     try:
-        found = golden_embeddings(model)
+        found = golden_embeddings(model.backend, model.processor)
         changed = [] if body is None else list(golden_findings(body, found))
         if report.ok:
             report.findings += changed

@@ -98,8 +98,9 @@ def compare_models(
     found.differences = first.fingerprint().changes(second.fingerprint())
     _compare_inputs(found, first, second)
     _compare_weights(found, first, second)
-    for side, one in golden_embeddings(first).items():
-        other = golden_embeddings(second)[side]
+    others = golden_embeddings(second.backend, second.processor)
+    for side, one in golden_embeddings(first.backend, first.processor).items():
+        other = others[side]
         same = one.shape == other.shape
         found.embeddings[side] = float((one - other).abs().max()) if same else None
         found.cosine[side] = float((one * other).sum(1).min()) if same else None
@@ -108,7 +109,7 @@ def compare_models(
 
 def _opened(model: str | os.PathLike[str] | DualEncoder, trust_remote_code: bool) -> DualEncoder:
     if isinstance(model, DualEncoder):
-        return as_fp32_cpu(lora.merged(model))
+        return DualEncoder(as_fp32_cpu(lora.merged(model.backend)), model.processor, model.name)
     try:
         backend, processor, _, _ = open_model(model, None, trust_remote_code, check=False)
     except ClipkitError as error:

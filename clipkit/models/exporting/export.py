@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -14,10 +13,13 @@ from torch import Tensor
 
 from clipkit.errors import UsageError
 from clipkit.files import dump_json
+from clipkit.models.backend import Backend
 from clipkit.models.backends.quiet import quiet
-from clipkit.models.eval_mode import evaluating
+from clipkit.models.backends.towers import TowersBackend
+from clipkit.models.eval_mode import eval_mode
 from clipkit.models.exporting import weights as convert
 from clipkit.models.exporting.configs import refuse
+from clipkit.models.exporting.report import ExportReport
 from clipkit.models.fingerprint.golden import (
     GOLDEN_TEXTS,
     GoldenEmbeddings,
@@ -25,11 +27,10 @@ from clipkit.models.fingerprint.golden import (
     golden_embeddings,
     golden_images,
 )
-from clipkit.models.processor import TransformersTexts
-from clipkit.models.saving.save import check_place
-
-if TYPE_CHECKING:
-    from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.loading.load import open_checked
+from clipkit.models.processor import Processor, TransformersTexts
+from clipkit.models.saving.model_card import Card
+from clipkit.models.saving.save import check_place, save
 
 Target = Literal["transformers", "open_clip", "onnx"]
 
@@ -37,70 +38,46 @@ Target = Literal["transformers", "open_clip", "onnx"]
 TOLERANCE = 1e-5
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export was checked for.
-
-    Attributes:
-        folder, to: where it stands, and in which format.
-        tensors: largest difference of an embedding's component on identical pixels and token ids, by `image` and
-            `text`. It is at most 1e-5 (ONNX: 1e-4), or nothing would have been written.
-        pipeline: smallest cosine between both models' embeddings of the same photos and captions, each model with
-            its own preprocessing. It falls below 1 where the other library resizes or crops otherwise.
-        notes: what else to know.
-    """
-
-    folder: Path
-    to: str
-    tensors: dict[str, float]
-    pipeline: dict[str, float]
-    notes: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.to}"]
-        lines += [f"  identical tensors, {side}: largest difference {each:.1e}" for side, each in self.tensors.items()]
-        lines += [f"  own preprocessing, {side}: smallest cosine {each:.6f}" for side, each in self.pipeline.items()]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def export(model: DualEncoder, folder: Path, to: Target, overwrite: bool) -> ExportReport:
+def export(
+    backend: Backend, processor: Processor, folder: Path, to: Target, overwrite: bool, *, name: str, card: Card
+) -> ExportReport:
     """What `DualEncoder.export` documents."""
     if to == "onnx":
         from clipkit.models.exporting.onnx import export_onnx
 
-        return export_onnx(model, folder, overwrite)
+        return export_onnx(backend, processor, folder, overwrite, name=name, card=card)
     if to not in ("transformers", "open_clip"):
         raise UsageError(f"a model can be exported to transformers, open_clip or onnx, found {to!r}")
-    native = "open_clip" if model.backend.family == "open_clip" else "transformers"
+    native = "open_clip" if backend.family == "open_clip" else "transformers"
     if native == to:
-        raise _nothing_to_convert(model, to)
+        raise _nothing_to_convert(backend, processor, to, name)
     check_place(folder, overwrite)
-    source = as_fp32_cpu(model)
+    source = as_fp32_cpu(backend)
     with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
         bare = Path(room) / "model"
         bare.mkdir()
         with quiet():
-            notes = (_to_open_clip if to == "open_clip" else _to_transformers)(model, bare)
-        target = type(model).from_pretrained(f"open_clip:{bare}" if to == "open_clip" else bare)
-        tensors = _on_identical_tensors(source, target)
+            notes = (_to_open_clip if to == "open_clip" else _to_transformers)(backend, processor, bare)
+        target, target_processor, _ = open_checked(f"open_clip:{bare}" if to == "open_clip" else bare)
+        tensors = _on_identical_tensors(source, target, processor)
         for side, worst in tensors.items():
             if not worst <= TOLERANCE:
                 raise refuse(f"the {side} embeddings of the converted model differ by {worst:.2g}")
-        target.name, target.card = model.name, model.card
-        target.save_pretrained(folder, overwrite=overwrite)
-    return ExportReport(folder, to, tensors, _end_to_end(source, target), notes)
+        save(target, target_processor, folder, overwrite, name=name, card=card)
+    mine, theirs = golden_embeddings(source, processor), golden_embeddings(target, target_processor)
+    cosines = {side: float((mine[side] * theirs[side]).sum(1).min()) for side in mine}
+    return ExportReport(folder, to, tensors, cosines, notes)
 
 
-def _nothing_to_convert(model: DualEncoder, to: Target) -> UsageError:
-    from clipkit.models.backends.towers import TowersBackend
+def _nothing_to_convert(backend: Backend, processor: Processor, to: Target, name: str) -> UsageError:
     from clipkit.models.saving import vision_text as vtde
 
     reason = None
-    if isinstance(model.backend, TowersBackend):
+    if isinstance(backend, TowersBackend):
         with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
-            reason = vtde.attempt(model.backend, model.processor, Path(room), golden_embeddings(model))
+            reason = vtde.attempt(backend, processor, Path(room), golden_embeddings(backend, processor))
     if reason is None:
-        fix = f"copy its folder ({model.name}), or model.save_pretrained(FOLDER): that is its format"
+        fix = f"copy its folder ({name}), or model.save_pretrained(FOLDER): that is its format"
         return UsageError(f"this model is one of {to} already", fix=fix)
     message = f"transformers has no class for these joined towers: {reason}"
     fix = (
@@ -109,15 +86,19 @@ def _nothing_to_convert(model: DualEncoder, to: Target) -> UsageError:
     return UsageError(message, fix=fix)
 
 
-def _to_open_clip(model: DualEncoder, folder: Path) -> list[str]:
+def _to_open_clip(backend: Backend, processor: Processor, folder: Path) -> list[str]:
     from clipkit.models.exporting import configs as arch_configs
     from clipkit.models.exporting import processors as convert_inputs
 
-    native, processor = _transformers_parts(model)
+    native: Any = getattr(backend, "model", None)
+    if backend.family not in ("clip", "siglip") or native is None:
+        raise refuse(f"it is {_called(backend.family)}")
     kind = native.config.model_type
     config = (arch_configs.open_clip_clip if kind == "clip" else arch_configs.open_clip_siglip)(native.config)
-    images = processor.image_side.image_processor
-    tokenizer, notes = processor.text_side.tokenizer, []
+    image_side: Any = processor.image_side
+    text_side: Any = processor.text_side
+    images, tokenizer = image_side.image_processor, text_side.tokenizer
+    notes = []
     if kind == "clip" and convert_inputs.simple_tokenizer_agrees(tokenizer, processor.context_length):
         notes.append("open_clip's own tokenizer gives the same ids on all probe texts")
     else:
@@ -136,32 +117,24 @@ def _weights(native: Any) -> dict[str, Tensor]:
     return {name: each.detach().cpu() for name, each in native.state_dict().items()}
 
 
-def _transformers_parts(model: DualEncoder) -> tuple[Any, Any]:
-    backend = model.backend
-    native = getattr(backend, "model", None)
-    if backend.family not in ("clip", "siglip") or native is None:
-        raise refuse(f"it is {_called(backend.family)}")
-    return native, model.processor
-
-
 def _called(family: str) -> str:
     return "joined of two towers of transformers, which open_clip does not have" if family == "towers" else family
 
 
-def _to_transformers(model: DualEncoder, folder: Path) -> list[str]:
+def _to_transformers(backend: Backend, processor: Processor, folder: Path) -> list[str]:
     from transformers import CLIPModel, CLIPProcessor, SiglipModel, SiglipProcessor
 
     from clipkit.models.exporting import configs as arch_configs
     from clipkit.models.exporting import processors as convert_inputs
 
-    native = getattr(model.backend, "model", None)
-    if model.backend.family != "open_clip" or native is None:
-        raise refuse(f"it is {_called(model.backend.family)}")
+    native: Any = getattr(backend, "model", None)
+    if backend.family != "open_clip" or native is None:
+        raise refuse(f"it is {_called(backend.family)}")
     siglip = hasattr(native.visual, "trunk")
     text = getattr(native, "text", native)
     if not (siglip or hasattr(native.visual, "conv1")) or not hasattr(text, "positional_embedding"):
         raise refuse(f"its towers are {type(native.visual).__name__} and {type(text).__name__}")
-    texts: Any = model.processor.text_side
+    texts: Any = processor.text_side
     tokenizer = convert_inputs.transformers_tokenizer(texts.tokenizer, texts.context_length)
     images = convert_inputs.transformers_images(dict(native.visual.preprocess_cfg), siglip)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
@@ -180,38 +153,35 @@ def _to_transformers(model: DualEncoder, folder: Path) -> list[str]:
     ]
 
 
-def _on_identical_tensors(model: DualEncoder, other: DualEncoder) -> dict[str, float]:
-    pixels = model.processor.images(golden_images())
-    ids = torch.cat([_full_length(model, GOLDEN_TEXTS), _random_ids(model)])
-    mine, theirs = (_embed(each, pixels, ids) for each in (model, other))
+def _on_identical_tensors(backend: Backend, other: Backend, processor: Processor) -> dict[str, float]:
+    pixels = processor.images(golden_images())
+    ids = torch.cat([_full_length(processor, GOLDEN_TEXTS), _random_ids(backend, processor)])
+    mine, theirs = _embed(backend, pixels, ids), _embed(other, pixels, ids)
     return {side: float((mine[side] - theirs[side]).abs().max()) for side in mine}
 
 
 @torch.no_grad()
-def _embed(model: DualEncoder, pixels: Tensor, ids: Tensor) -> GoldenEmbeddings:
-    with evaluating(model):
-        found = model(pixel_values=pixels, input_ids=ids)
-    return {"image": found.image, "text": found.text}
+def _embed(backend: Backend, pixels: Tensor, ids: Tensor) -> GoldenEmbeddings:
+    with eval_mode(backend):
+        embeddings = backend.embed(pixel_values=pixels, input_ids=ids)
+    assert embeddings.image is not None
+    assert embeddings.text is not None
+    return {"image": embeddings.image, "text": embeddings.text}
 
 
-def _full_length(model: DualEncoder, texts: Sequence[str]) -> Tensor:
-    side = model.processor.text_side
+def _full_length(processor: Processor, texts: Sequence[str]) -> Tensor:
+    side = processor.text_side
     if isinstance(side, TransformersTexts):
         side = TransformersTexts(side.tokenizer, side.context_length, padding="max_length", mask=False)
     return side(list(texts))["input_ids"]
 
 
-def _random_ids(model: DualEncoder) -> Tensor:
+def _random_ids(backend: Backend, processor: Processor) -> Tensor:
     """Rows with any ids of the vocabulary before the end of text: which token is pooled shows in them."""
-    rows = _full_length(model, GOLDEN_TEXTS[-1:]).repeat(4, 1)
-    table = next(each for name, each in model.named_parameters() if name.endswith("token_embedding.weight"))
+    rows = _full_length(processor, GOLDEN_TEXTS[-1:]).repeat(4, 1)
+    table = next(each for name, each in backend.named_parameters() if name.endswith("token_embedding.weight"))
     rows[:, 1:-1] = torch.randint(len(table), (4, rows.shape[1] - 2), generator=torch.Generator().manual_seed(0))
-    tokenizer = model.processor.text_side.tokenizer  # type: ignore[attr-defined]
+    tokenizer = processor.text_side.tokenizer  # type: ignore[attr-defined]
     end = getattr(tokenizer, "eot_token_id", None) or getattr(tokenizer, "tokenizer", tokenizer).eos_token_id
     rows[:, -1] = rows[:, -1] if end is None else end
     return rows
-
-
-def _end_to_end(model: DualEncoder, other: DualEncoder) -> dict[str, float]:
-    mine, theirs = golden_embeddings(model), golden_embeddings(other)
-    return {side: float((mine[side] * theirs[side]).sum(1).min()) for side in mine}

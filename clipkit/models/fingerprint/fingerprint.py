@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from clipkit.modality import MODALITIES
+from clipkit.files import json_hash
+from clipkit.modality import MODALITIES, Modality
+from clipkit.models.backend import Backend
+from clipkit.models.fingerprint.image_transform import measure_transform
+from clipkit.models.fingerprint.tokenizer import measure_tokenizer
 from clipkit.models.fingerprint.tower import measure_towers
-
-if TYPE_CHECKING:
-    from clipkit.modality import Modality
-    from clipkit.models.backend import Backend
-    from clipkit.models.processor import Processor
+from clipkit.models.processor import Processor
 
 # What load_image does to every image before a transform sees it.
 _IMAGE_POLICY = {"exif": "applied", "alpha": "over white", "mode": "RGB"}
@@ -57,7 +56,7 @@ class Fingerprint:
     @property
     def hash(self) -> str:
         """16 hex characters for the whole model."""
-        return _hash(self.record)
+        return json_hash(self.record)
 
     @property
     def image(self) -> str:
@@ -70,7 +69,7 @@ class Fingerprint:
         return self._part("text")
 
     def _part(self, part: str) -> str:
-        return _hash({key: self.record.get(key) for key in ("family", "dim", part)})
+        return json_hash({key: self.record.get(key) for key in ("family", "dim", part)})
 
     def difference(self, other: Fingerprint) -> list[str]:
         """One line for each thing in which two models differ, `what: mine != theirs`; empty for the same model."""
@@ -107,13 +106,13 @@ def tower_hash(backend: Backend, processor: Processor) -> str:
     """16 hex characters for the image tower's features, before its head: the head may train on."""
     weights = {n: each for n, each in backend.state_dict().items() if backend.belongs_to("image", n, head=False)}
     about = settings_fingerprint(backend, processor).record["image"]
-    return _hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
+    return json_hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
 
 
 def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
     """The fingerprint without the hashes of the weights, measured by what towers and processor do: 0.1 seconds."""
     scale, bias = backend.logit_scale_and_bias()
-    described = processor.describe()
+    described = measure_processor(processor)
     sides = {"image": processor.image_side, "text": processor.text_side}
     parts: dict[Modality, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
     return Fingerprint(
@@ -125,6 +124,11 @@ def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
             **{part: {**measure_towers(backend, part, sides[part]), **about} for part, about in parts.items()},
         }
     )
+
+
+def measure_processor(processor: Processor) -> dict[Modality, dict[str, Any]]:
+    """The processor's part of the fingerprint: what its image side and its text side really do."""
+    return {"image": measure_transform(processor.image_side), "text": measure_tokenizer(processor.text_side)}
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -177,10 +181,6 @@ def _bytes(weights: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 def _round(scalar: Tensor) -> float:
     return round(float(scalar.detach().float().reshape(())), 6)  # fp32 at ln 100 is spaced by 5e-7
-
-
-def _hash(record: Any) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def words(key: str) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from functools import cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.backend import Backend
+from clipkit.models.encode import encode, image_chunks, text_chunks
+from clipkit.models.processor import Processor
 
 GOLDEN_TEXTS = (
     "a photo of a cat",
@@ -49,16 +49,20 @@ def _drawn() -> tuple[Image.Image, ...]:
 GoldenEmbeddings = dict[str, Tensor]
 
 
-def golden_embeddings(model: DualEncoder) -> GoldenEmbeddings:
+def golden_embeddings(backend: Backend, processor: Processor) -> GoldenEmbeddings:
     """The embeddings of the built-in images and texts, in fp32 on the CPU."""
-    model = as_fp32_cpu(model)
-    images = model.encode_images(golden_images(), dtype=torch.float32)
-    return {"image": images, "text": model.encode_texts(GOLDEN_TEXTS, dtype=torch.float32)}
+    plain = as_fp32_cpu(backend)
+    images, texts = golden_images(), list(GOLDEN_TEXTS)
+    pixels = image_chunks(images, processor, len(images), 0)
+    tokens = text_chunks(texts, processor, len(texts))
+    return {
+        "image": encode(plain, pixels, "image", images, dtype=torch.float32),
+        "text": encode(plain, tokens, "text", texts, dtype=torch.float32),
+    }
 
 
-def as_fp32_cpu(model: DualEncoder) -> DualEncoder:
-    """The model in fp32 on the CPU; it shares the weights where they are so already."""
-    plain = model.device.type == "cpu" and model.dtype is torch.float32
-    backend = model.backend if plain else copy.deepcopy(model.backend).cpu().float()
-    # a new shell: in training, Accelerate has patched autocast into this one's forward
-    return type(model)(backend, model.processor, model.name)
+def as_fp32_cpu(backend: Backend) -> Backend:
+    """The backend in fp32 on the CPU: itself if it is so already, else a copy."""
+    if backend.device.type == "cpu" and backend.dtype is torch.float32:
+        return backend
+    return copy.deepcopy(backend).cpu().float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from clipkit.models.processor import ImageSide
+from clipkit.models.processor import ImageSide
 
 UNKNOWN = "unlike any known"
 

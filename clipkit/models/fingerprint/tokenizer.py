@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from clipkit.models.processor import TextSide
+from clipkit.files import json_hash
+from clipkit.models.processor import TextSide
 
 _CASES = ("Cat", "Dog", "A", "The", "Red", "Photo", "Of", "Sentence")
 
@@ -43,7 +41,7 @@ def measure_tokenizer(side: TextSide) -> dict[str, Any]:
     end = short[-1] if same_end else None
     return {
         **side.describe(),
-        "ids": _hash([unpadded(side, text) for text in _PROBES]),
+        "ids": json_hash([unpadded(side, text) for text in _PROBES]),
         "case": _case(side),
         "context_length": len(cut),
         **_padding(side, len(short)),
@@ -107,10 +105,6 @@ def _padding(side: TextSide, count: int) -> dict[str, str]:
         "pad_token": "-" if pad is None else str(pad),
         "attention_mask": "given" if "attention_mask" in batch else "not given",
     }
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def readable(facts: Mapping[str, Any]) -> str:

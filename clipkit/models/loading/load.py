@@ -9,6 +9,8 @@ from typing import Any
 from clipkit.errors import ModelError
 from clipkit.files import read_json
 from clipkit.models.backend import Backend
+from clipkit.models.fingerprint.fingerprint import settings_fingerprint
+from clipkit.models.fingerprint.golden import golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.loading.hub import download, find_folder
 from clipkit.models.processor import Processor
@@ -36,6 +38,23 @@ def open_model(
     folder = _find(rest, revision, as_open_clip)
     body = artefact.read(folder, check=check)
     return *_open_folder(folder, text, body, as_open_clip, trust_remote_code), body, folder
+
+
+def open_checked(
+    name: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Backend, Processor, dict[str, Any] | None]:
+    """The backend in eval mode, its processor and clipkit.json, to which both have been held; None without one.
+
+    Raises:
+        ModelError, CorruptArtefact: as `DualEncoder.from_pretrained`.
+    """
+    backend, processor, body, folder = open_model(name, revision, trust_remote_code)
+    backend.eval()
+    if body is None or folder is None:
+        return backend, processor, None
+    golden = golden_embeddings(backend, processor)
+    artefact.check(body, folder, settings_fingerprint(backend, processor), golden)
+    return backend, processor, body
 
 
 def _find(name: str, revision: str | None, as_open_clip: bool) -> Path:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import UsageError
 from clipkit.metrics.ranking import worth
-from clipkit.models.fingerprint.fingerprint import Fingerprint
+from clipkit.models.fingerprint.fingerprint import Fingerprint, measure_processor
 from clipkit.models.processor import Processor
 from clipkit.models.saving import standalone as plain_torch
 from clipkit.suggest import near
@@ -174,7 +174,7 @@ def _native(backend: Backend, processor: Processor, form: str) -> tuple[str, str
         assert isinstance(backend, TowersBackend)
         block = plain_torch.program(backend.joint, processor, *backend.classes(), as_block=True)
         return "transformers and safetensors (the same as without_clipkit.py)", block
-    text = processor.describe()["text"]
+    text = measure_processor(processor)["text"]
     if form == "onnx":
         return "onnxruntime", _ONNX.format(padding=text["padding"], length=processor.context_length)
     no_mask = (

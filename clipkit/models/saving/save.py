@@ -7,20 +7,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from clipkit.errors import ClipkitError, ModelError, UsageError, option
 from clipkit.files import publish
 from clipkit.models.adapting import lora
-from clipkit.models.backend import check_finite
+from clipkit.models.backend import Backend, check_finite
+from clipkit.models.backends.towers import TowersBackend
+from clipkit.models.fingerprint.fingerprint import full_fingerprint
 from clipkit.models.fingerprint.golden import GoldenEmbeddings, as_fp32_cpu, golden_embeddings
 from clipkit.models.loading import manifest as artefact
-from clipkit.models.saving import model_card as card
-
-if TYPE_CHECKING:
-    from clipkit.models.backends.towers import TowersBackend
-    from clipkit.models.dual_encoder import DualEncoder
-    from clipkit.models.processor import Processor
+from clipkit.models.loading.load import open_checked
+from clipkit.models.processor import Processor
+from clipkit.models.saving import model_card, standalone
+from clipkit.models.saving.model_card import Card
 
 logger = logging.getLogger("clipkit")
 
@@ -42,22 +41,32 @@ class Saved:
     why: str
 
 
-def save(model: DualEncoder, folder: Path, overwrite: bool, proven: Saved | None = None) -> Saved:
-    """What `DualEncoder.save_pretrained` documents.
+def save(
+    backend: Backend,
+    processor: Processor,
+    folder: Path,
+    overwrite: bool,
+    *,
+    name: str,
+    card: Card,
+    proven: Saved | None = None,
+) -> tuple[Saved, Card]:
+    """What `DualEncoder.save_pretrained` documents; gives the model card as it was written, too.
 
     Args:
+        name: where the model came from.
         proven: what saving this model gave before, when only its weights have changed since: it is written in that
             form, and not opened again (`check_saved` does, at the end).
     """
     check_place(folder, overwrite)
-    check_finite(model.backend, model.name)
-    plain = lora.merged(model)
-    saved: list[Saved] = []
-    publish(folder, lambda fresh: saved.append(_write(plain, fresh, proven)), replace=True)
-    model.card = plain.card
+    check_finite(backend, name)
+    plain = lora.merged(backend)
+    written: list[tuple[Saved, Card]] = []
+    publish(folder, lambda fresh: written.append(_write(plain, processor, fresh, name, card, proven)), replace=True)
+    saved, settled = written[-1]
     if proven is None:
-        logger.info("%s: saved as %s: %s", folder, saved[-1].form, saved[-1].why)
-    return saved[-1]
+        logger.info("%s: saved as %s: %s", folder, saved.form, saved.why)
+    return saved, settled
 
 
 def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) -> None:
@@ -72,48 +81,49 @@ def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) ->
         raise UsageError("only a model may be overwritten, and this is none", where=folder, fix="another folder")
 
 
-def _write(model: DualEncoder, folder: Path, proven: Saved | None) -> Saved:
-    expected = golden_embeddings(model)
-    saved = _write_native(model, folder, expected, proven)
-    found = as_fp32_cpu(model).fingerprint()  # bf16 weights open as fp32: the record is of what opens
-    model.card = model.card.settled(model.name, found)
-    card.write(folder, model.card, model.backend, model.processor, found, saved.form)
+def _write(
+    backend: Backend, processor: Processor, folder: Path, name: str, card: Card, proven: Saved | None
+) -> tuple[Saved, Card]:
+    expected = golden_embeddings(backend, processor)
+    saved = _write_native(backend, processor, folder, expected, proven)
+    fingerprint = full_fingerprint(as_fp32_cpu(backend), processor)  # bf16 weights open as fp32: of what opens
+    card = card.settled(name, fingerprint)
+    model_card.write(folder, card, backend, processor, fingerprint, saved.form)
     about = {
-        "name": model.name,
+        "name": name,
         "why": saved.why,
-        "fingerprint": found.as_dict(),
-        "logit_scale": found.record["logit_scale"],
-        "logit_bias": found.record["logit_bias"],
-        "similarity": model.similarity,
-        "card": model.card.as_dict(),
+        "fingerprint": fingerprint.as_dict(),
+        "logit_scale": fingerprint.record["logit_scale"],
+        "logit_bias": fingerprint.record["logit_bias"],
+        "similarity": backend.similarity,
+        "card": card.as_dict(),
     }
-    artefact.write(folder, form=saved.form, settings=model.backend.settings(), about=about, golden=expected)
+    artefact.write(folder, form=saved.form, settings=backend.settings(), about=about, golden=expected)
     if proven is None:
-        check_saved(model, folder)  # while an older model still stands: what cannot be opened is not published
-    return saved
+        check_saved(folder, name)  # while an older model still stands: what cannot be opened is not published
+    return saved, card
 
 
-def check_saved(model: DualEncoder, folder: Path) -> None:
-    """Open a folder that `model` was saved in.
+def check_saved(folder: Path, name: str) -> None:
+    """Open a folder that the model called `name` was saved in.
 
     Raises:
         ModelError: it does not open, or gives other embeddings.
     """
     try:
-        type(model).from_pretrained(folder)
+        open_checked(folder)
     except ClipkitError as error:
         message = f"the saved model does not open as it was: {error.message}"
-        raise ModelError(message, where=model.name, fix="check what is special about its processor or arch") from error
+        raise ModelError(message, where=name, fix="check what is special about its processor or arch") from error
 
 
-def _write_native(model: DualEncoder, folder: Path, expected: GoldenEmbeddings, proven: Saved | None) -> Saved:
-    from clipkit.models.backends.towers import TowersBackend
-
+def _write_native(
+    backend: Backend, processor: Processor, folder: Path, expected: GoldenEmbeddings, proven: Saved | None
+) -> Saved:
     folder.mkdir()
-    backend = model.backend
     if isinstance(backend, TowersBackend):
-        return _write_towers(backend, model.processor, folder, expected, proven)
-    backend.save(folder, model.processor)
+        return _write_towers(backend, processor, folder, expected, proven)
+    backend.save(folder, processor)
     return Saved(backend.family, "open_clip opens it (local-dir:)" if backend.family == "open_clip" else _TRANSFORMERS)
 
 
@@ -133,6 +143,8 @@ def _write_towers(
         vtde.write(backend, processor, folder)
     else:
         backend.save(folder, processor)
+        program = standalone.program(backend.joint, processor, *backend.classes())
+        (folder / "without_clipkit.py").write_text(program, encoding="utf-8")
     return proven
 
 

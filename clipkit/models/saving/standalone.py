@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from clipkit.models.backends.towers import Joint
 from clipkit.models.image_transform import ImageTransform
 from clipkit.models.processor import ImageSide, Processor
-
-if TYPE_CHECKING:
-    from clipkit.models.backends.towers import Joint
 
 _IMAGE = {
     "pooler": "pooled.pooler_output.flatten(1)",

@@ -15,7 +15,7 @@ from clipkit.data.fingerprint import data_fingerprint, images_identity
 from clipkit.errors import CorruptArtefact, UsageError, option
 from clipkit.files import write_json
 from clipkit.losses.similarity import Similarity, key_columns
-from clipkit.models.fingerprint.fingerprint import hash_weights
+from clipkit.models.fingerprint.fingerprint import hash_weights, measure_processor
 from clipkit.training.checkpoints.checkpoint import Checkpoints
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.heads import ModelWithHeads
@@ -62,7 +62,7 @@ def run_fingerprint(
         "model": {
             "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],
             "frozen weights": hash_weights(frozen),
-            "processor": model.processor.describe(),
+            "processor": measure_processor(model.processor),
         },
     }
     return dict(json.loads(json.dumps(found)))  # as it will be read again: tuples are lists

@@ -23,7 +23,6 @@ from clipkit.html_report import trade_off_chart
 from clipkit.metrics.ranking import lower_is_better, worth
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving.model_card import forgetting_lines
-from clipkit.models.saving.save import save
 from clipkit.training.forgetting.similarity_reference import SimilarityReference
 from clipkit.training.forgetting.wise_ft import WeightInterpolation
 
@@ -215,7 +214,7 @@ class Guardrail:
         marks = {"before, chosen": 0, "fine-tuned": -1} if chosen == 0 else marks
         drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
         write_text(self.folder / "curves" / "forgetting.svg", drawn)
-        save(self.model, self.folder / "model", overwrite=True)
+        self.model.save_pretrained(self.folder / "model", overwrite=True)
         return self.model.card
 
     # -- as a part of the run

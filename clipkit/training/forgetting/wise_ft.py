@@ -40,8 +40,9 @@ class WeightInterpolation:
         self.model, self.path = model, path
         self.sha256: str | None = None
         trained = {name for name, each in model.named_parameters() if each.requires_grad}
-        self.names = sorted(name for name in trained if name not in model.fresh or UPDATE in name)
-        self.fresh = sorted(name for name in trained & model.fresh if MARK not in name)  # that is not on the line
+        fresh = model.fresh
+        self.names = sorted(name for name in trained if name not in fresh or UPDATE in name)
+        self.fresh = sorted(name for name in trained & fresh if MARK not in name)  # that is not on the line
         if not self.names:
             raise UsageError(
                 "all that is trained began at random, so there is nothing that could be forgotten",

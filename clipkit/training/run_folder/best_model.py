@@ -14,6 +14,7 @@ from clipkit import distributed
 from clipkit.errors import UsageError, option
 from clipkit.metrics.ranking import worth
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.saving.model_card import Card
 from clipkit.models.saving.save import Saved, check_saved, save
 from clipkit.progress import Progress
 from clipkit.training.state import require_names
@@ -69,7 +70,7 @@ class BestModel:
             self._save()
         self.model.card = self.card
         if self.unopened:
-            distributed.on_main(lambda: check_saved(self.model, self.folder / self.name))
+            distributed.on_main(lambda: check_saved(self.folder / self.name, self.model.name))
         return self.metrics, self.step
 
     def tensors(self) -> dict[str, Tensor]:
@@ -102,11 +103,13 @@ class BestModel:
         yield from (pair for pair in model.named_parameters() if pair[0] in self.trained)
         yield from model.named_buffers()
 
+    def _write(self) -> tuple[Saved, Card]:
+        model, folder = self.model, self.folder / self.name
+        about: dict[str, Any] = {"name": model.name, "card": model.card, "proven": self.saved}
+        return save(model.backend, model.processor, folder, True, **about)
+
     def _save(self) -> None:
         self.model.card = self.model.card.updated({"metrics": self.metrics, "n": self.n})
         self.unopened = self.saved is not None
-        done = distributed.on_main(
-            lambda: (save(self.model, self.folder / self.name, overwrite=True, proven=self.saved), self.model.card)
-        )
-        self.saved, self.model.card = done
+        self.saved, self.model.card = distributed.on_main(self._write)
         self.card = self.model.card

@@ -33,15 +33,16 @@ def test_new_weights_in_a_proven_form_are_written_without_opening_them(
     towers: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "saved"
-    proven = saving.save(towers, folder, overwrite=True)
+    parts = (towers.backend, towers.processor, folder, True)
+    proven, card = saving.save(*parts, name="towers", card=towers.card)
     with torch.no_grad():
         towers.logit_scale.add_(0.25)
     opened: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "check_saved", lambda model, where: opened.append(where))
-        assert saving.save(towers, folder, overwrite=True, proven=proven) == proven
+        patch.setattr(saving, "check_saved", lambda where, name: opened.append(where))
+        assert saving.save(*parts, name="towers", card=card, proven=proven)[0] == proven
         assert opened == []
-        saving.save(towers, folder, overwrite=True)
+        saving.save(*parts, name="towers", card=card)
         assert len(opened) == 1
     again = DualEncoder.from_pretrained(folder)
     assert again.fingerprint().difference(towers.fingerprint()) == []
@@ -55,4 +56,4 @@ def test_check_saved_finds_what_an_unopened_folder_may_hide(towers: DualEncoder,
     with pytest.raises(CorruptArtefact, match="heads"):
         DualEncoder.from_pretrained(folder)
     with pytest.raises(ModelError, match="does not open as it was"):
-        saving.check_saved(towers, folder)
+        saving.check_saved(folder, towers.name)

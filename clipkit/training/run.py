@@ -31,7 +31,7 @@ from clipkit.training.config.run import DataConfig, EvaluateConfig, ModelConfig,
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.loop import TrainResult
 from clipkit.training.run_folder.ownership import claim_folder, locked, what_stands
-from clipkit.training.setup import Evaluator
+from clipkit.training.setup import Evaluator, TrainSetup
 from clipkit.training.trainer import Trainer
 
 logger = logging.getLogger("clipkit")
@@ -113,7 +113,7 @@ def check_run_gradients(config: RunConfig) -> GradientCheck:
     torch.manual_seed(config.train.seed)
     model = open_model(config.model)
     train, _ = open_data(config.data, config.train, claim_folder(Path(config.train.output_dir)))
-    return check_gradients(Trainer(model, train, config.train, similar=[each.build() for each in config.similar]))
+    return check_gradients(TrainSetup(model, train, config.train, similar=[each.build() for each in config.similar]))
 
 
 def open_model(config: ModelConfig) -> DualEncoder:

@@ -14,9 +14,10 @@ import tiny
 from command import clipkit
 from step_matrix import sabotage
 
-from clipkit import Graded, Paired, SameGroup, TrainConfig, Trainer, Views
+from clipkit import Graded, Paired, SameGroup, TrainConfig, Views
 from clipkit.losses import contrastive
 from clipkit.training.checks.gradients import GradientCheck, check_gradients
+from clipkit.training.setup import TrainSetup
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -37,7 +38,7 @@ def check(
     config = TrainConfig(str(folder / "run"), batch_size=12, progress=False, **options)
     model = tiny.make_model(dropout=0.1, logit_bias=bias)
     return check_gradients(
-        Trainer(model, tiny.make_pairs() if pairs is None else pairs, config, similar=similar or Paired())
+        TrainSetup(model, tiny.make_pairs() if pairs is None else pairs, config, similar=similar or Paired())
     )
 
 

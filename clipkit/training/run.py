@@ -27,7 +27,9 @@ from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.checkpoints.resume import FREE, differences
 from clipkit.training.checks.gradients import GradientCheck, check_gradients
-from clipkit.training.config.run import DataConfig, EvaluateConfig, ModelConfig, ReferenceConfig, RunConfig
+from clipkit.training.config.model import ModelConfig
+from clipkit.training.config.run import RunConfig
+from clipkit.training.config.sections import DataConfig, EvaluateConfig, ReferenceConfig
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.loop import TrainResult
 from clipkit.training.run_folder.ownership import claim_folder, locked, what_stands

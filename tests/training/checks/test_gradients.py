@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_the_command_under_a_launcher(config: Path, launcher: str) -> None:
         text=True,
         timeout=300,
     )
-    right, broken = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    right, broken = (json.loads(part) for part in re.findall(r"^{.*?^}$", done.stdout, re.DOTALL | re.MULTILINE))
     assert (right["same"], right["ranks"], right["micro_batch"]) == (True, 2, 3), done.stderr[-3000:]
     assert (broken["same"], broken["ranks"]) == (False, 2)
     assert done.returncode != 0

@@ -11,7 +11,7 @@ import clipkit.prompts
 from clipkit import ZeroShotClassifier, ZeroShotEvaluator, load_pairs
 from clipkit.errors import UsageError
 from clipkit.prompts import captions, prompts
-from clipkit.training.config.run import EvaluateConfig
+from clipkit.training.config.sections import EvaluateConfig
 
 
 def test_examples() -> None:

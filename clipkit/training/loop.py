@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -32,40 +32,38 @@ from clipkit.training.optimizer import build_optimizer, schedule
 from clipkit.training.run_folder.attempts import Attempts, draw_curves, environment
 from clipkit.training.run_folder.best_model import BestModel
 from clipkit.training.run_folder.metrics_log import MetricsLog, write_rejects, write_timing
+from clipkit.training.setup import TrainSetup
 from clipkit.training.state import Adam, Facts, Stateful, Weights
 from clipkit.training.step import backward
 from clipkit.training.trackers import Trackers
-
-if TYPE_CHECKING:
-    from clipkit.training.trainer import Trainer
 
 logger = logging.getLogger("clipkit")
 
 
 class Loop:
-    """One attempt at a trainer's run.
+    """One attempt at a run.
 
     A step is: batch, gradients, update, a line in the log; then, where they are due, a checkpoint and an evaluation.
     A checkpoint is thus of the moment between a step and its evaluation, which the next attempt catches up on.
     Whatever ranks have to agree on (errors, signals, clocks) they agree on twice a step, so that all stop at once.
 
     Args:
-        trainer: its model is trained in place.
+        setup: its model is trained in place.
         stop: whether a signal asked to stop.
     """
 
-    def __init__(self, trainer: Trainer, stop: StopSignal) -> None:
-        self.trainer, self.stop = trainer, stop
-        self.config, self.model, self.folder = trainer.config, trainer.model, trainer.folder
-        self.accelerator, self.total = trainer.accelerator, trainer.total
-        self.learner = trainer.learner.to(self.accelerator.device)
-        self.identity = trainer.identity()
+    def __init__(self, setup: TrainSetup, stop: StopSignal) -> None:
+        self.setup, self.stop = setup, stop
+        self.config, self.model, self.folder = setup.config, setup.model, setup.folder
+        self.accelerator, self.total = setup.accelerator, setup.total
+        self.learner = setup.learner.to(self.accelerator.device)
+        self.identity = setup.identity()
         # before: what the loss never reaches is part of the model all the same
         weights, self.best = Weights(self.learner), BestModel(self.model, self.folder, self.config.best)
-        self.guardrail = trainer.guardrail
+        self.guardrail = setup.guardrail
         if self.guardrail is not None:
             self.best.name = "last"  # `model` is what the guardrail chooses
-        trainer.leave_out_unused()
+        setup.leave_out_unused()
         optimizer = build_optimizer(self.model, self.config, heads=self.learner.heads)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.learner, optimizer)
         # after: DDP has made the weights of all ranks those of rank 0
@@ -73,7 +71,7 @@ class Loop:
         self.ceiling = max(math.log(100), float(self.model.logit_scale.detach()))  # what was loaded may lie above 100
 
         self.log = MetricsLog(self.folder / "metrics.jsonl")
-        self.nonfinite = NonFinite(self.folder, trainer.plan, self.config.skip_nonfinite)
+        self.nonfinite = NonFinite(self.folder, setup.plan, self.config.skip_nonfinite)
         self.rejected = Facts()  # by row: a bad image comes back each epoch
         self.clock = Facts(seconds=0.0, evaluated=False)
         scaler = getattr(self.accelerator, "scaler", None)
@@ -93,7 +91,7 @@ class Loop:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.step = 0  # that was taken last
         self.evaluation = 0.0  # seconds that the last one took
-        self.every = self.config.evaluate_every or trainer.plan.steps_per_epoch
+        self.every = self.config.evaluate_every or setup.plan.steps_per_epoch
         here = environment(self.accelerator.device, self.accelerator.mixed_precision, self.config.micro_batch)
         self.attempts = Attempts(self.folder, asdict(self.config), here)
         self.trackers = Trackers(self.config.trackers, self.folder)
@@ -167,9 +165,9 @@ class Loop:
             return
         backward(
             self.wrapped,
-            self.trainer.first_batch().to(self.accelerator.device),
-            self.trainer.similar,
-            self.trainer.contrast,
+            self.setup.first_batch().to(self.accelerator.device),
+            self.setup.similar,
+            self.setup.contrast,
             micro_batch=self.config.micro_batch,
             send=self.accelerator.backward,
         )
@@ -179,15 +177,15 @@ class Loop:
         """Say what this data at this batch allows, on rank 0; the others wait at the first collective."""
         if not distributed.is_main() or self.step:
             return
-        trainer = self.trainer
-        sigmoid = trainer.contrast.loss == "sigmoid"
+        setup = self.setup
+        sigmoid = setup.contrast.loss == "sigmoid"
         found = preflight(
-            self.model, trainer.pairs, trainer.plan, trainer.similar, self.config, steps=self.total, sigmoid=sigmoid
+            self.model, setup.pairs, setup.plan, setup.similar, self.config, steps=self.total, sigmoid=sigmoid
         )
-        write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(trainer.plan.notes)})
-        epochs = self.total / trainer.plan.steps_per_epoch
+        write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(setup.plan.notes)})
+        epochs = self.total / setup.plan.steps_per_epoch
         length = f"training: {self.total:,} steps of {self.config.batch_size:,} pairs, {epochs:.3g} epochs"
-        for line in [length, *trainer.plan.notes, *found.lines()]:
+        for line in [length, *setup.plan.notes, *found.lines()]:
             progress.note(line)
 
     def _look_back(self, progress: Progress) -> None:
@@ -233,7 +231,7 @@ class Loop:
 
     def _batches(self) -> Generator[Batch, None, None]:
         """This rank's part of each global batch; an error on one rank is raised on all."""
-        batches = self.trainer.loader.batches(self.step, self.total)
+        batches = self.setup.loader.batches(self.step, self.total)
         for _ in range(self.step, self.total):
             batch, error = None, None
             try:
@@ -252,7 +250,7 @@ class Loop:
 
     def _step(self, batch: Batch) -> tuple[Loss, float]:
         """One update of the weights, unless loss or gradient are not finite; the loss, and the gradient's norm."""
-        config, trainer = self.config, self.trainer
+        config, setup = self.config, self.setup
         self.step += 1
         self.clock.values["evaluated"] = False
         torch.manual_seed(hash64(config.seed, self.step, distributed.rank()) >> 1)
@@ -266,8 +264,8 @@ class Loop:
             loss = backward(
                 self.wrapped,
                 batch,
-                trainer.similar,
-                trainer.contrast,
+                setup.similar,
+                setup.contrast,
                 micro_batch=config.micro_batch,
                 send=self.accelerator.backward,
             )
@@ -308,7 +306,7 @@ class Loop:
         if step % self.config.log_every and step not in (1, self.total):
             return
         line = {
-            "epoch": round(step / self.trainer.plan.steps_per_epoch, 4),
+            "epoch": round(step / self.setup.plan.steps_per_epoch, 4),
             "loss": _finite(float(loss.loss)),
             "kl": _finite(float(loss.kl)),
             "logit_scale": scale,
@@ -331,7 +329,7 @@ class Loop:
         return [bool(each) for each in distributed.max_over_ranks(mine).tolist()]
 
     def _tolerate(self) -> None:
-        limit, found, rows = self.config.max_bad, len(self.rejected.values), len(self.trainer.plan.captions)
+        limit, found, rows = self.config.max_bad, len(self.rejected.values), len(self.setup.plan.captions)
         if found > (limit if isinstance(limit, int) else limit * rows):
             raise TooManyRejected(
                 f"{found} of {rows} images cannot be used, more than max_bad={limit} allows",
@@ -353,7 +351,7 @@ class Loop:
         return distributed.is_main() and time.monotonic() - self.saved + ahead >= 60 * self.config.save_minutes
 
     def _is_measured(self) -> bool:
-        return bool(self.trainer.evaluators) and (self.step % self.every == 0 or self.step == self.total)
+        return bool(self.setup.evaluators) and (self.step % self.every == 0 or self.step == self.total)
 
     def save(self, *, keep: int | None = None) -> None:
         """A checkpoint of this moment."""
@@ -381,9 +379,9 @@ class Loop:
             progress.note(f"step {self.step}: measuring")
         begin = time.monotonic()
         with nullcontext() if self.average is None else self.average.applied():
-            metrics = self.trainer.evaluate()
+            metrics = self.setup.evaluate()
             self._record(self.step, metrics)
-            self.best.offer(self.step, metrics, self.trainer.counts(), progress)
+            self.best.offer(self.step, metrics, self.setup.counts(), progress)
         self.clock.values["evaluated"] = True
         self.evaluation = time.monotonic() - begin
         (late,) = self._agree(self._is_late())
@@ -412,7 +410,7 @@ class Loop:
         self.model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
         rejected = self.rejected.values
         lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected, key=int)]
-        measured = self.trainer.measured()
+        measured = self.setup.measured()
         lines += [{"stage": "evaluate", **vars(e)} for each in measured for e in getattr(each, "rejected", [])]
         if distributed.is_main():
             write_rejects(self.folder / "rejects.jsonl", lines)
@@ -430,7 +428,7 @@ class Loop:
                 self._heed()
                 walk.show(next(done))
 
-            found = self.guardrail.settle(self.trainer.evaluate, self.best.key, self.trainer.counts(), heed)
+            found = self.guardrail.settle(self.setup.evaluate, self.best.key, self.setup.counts(), heed)
         for line in found.lines():
             progress.note(line)
         return found

@@ -27,11 +27,13 @@ from clipkit.files import write_json, write_text
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.checkpoints.resume import FREE, differences
 from clipkit.training.checks.gradients import GradientCheck, check_gradients
-from clipkit.training.config.run import DataConfig, EvaluateConfig, ModelConfig, ReferenceConfig, RunConfig
+from clipkit.training.config.model import ModelConfig
+from clipkit.training.config.run import RunConfig
+from clipkit.training.config.sections import DataConfig, EvaluateConfig, ReferenceConfig
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.loop import TrainResult
 from clipkit.training.run_folder.ownership import claim_folder, locked, what_stands
-from clipkit.training.setup import Evaluator
+from clipkit.training.setup import Evaluator, TrainSetup
 from clipkit.training.trainer import Trainer
 
 logger = logging.getLogger("clipkit")
@@ -113,7 +115,7 @@ def check_run_gradients(config: RunConfig) -> GradientCheck:
     torch.manual_seed(config.train.seed)
     model = open_model(config.model)
     train, _ = open_data(config.data, config.train, claim_folder(Path(config.train.output_dir)))
-    return check_gradients(Trainer(model, train, config.train, similar=[each.build() for each in config.similar]))
+    return check_gradients(TrainSetup(model, train, config.train, similar=[each.build() for each in config.similar]))
 
 
 def open_model(config: ModelConfig) -> DualEncoder:

@@ -1,20 +1,235 @@
-"""What `Trainer` and `Loop` share."""
+"""What a training consists of: model with heads, plan, loader, loss, evaluators and processes. `Trainer` builds it,
+`Loop` runs it, and the check of the gradients takes its first step.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipkit.data.dataset import number_values
-from clipkit.errors import ClipkitError, DataError, UsageError
-from clipkit.losses.similarity import Similarity
+from clipkit import distributed
+from clipkit.data.batches.batch import Batch
+from clipkit.data.batches.build_plan import build_plan
+from clipkit.data.batches.loader import Loader
+from clipkit.data.dataset import as_dataset
+from clipkit.errors import ClipkitError, UsageError, option
+from clipkit.losses.contrastive import prior_bias
+from clipkit.losses.similarity import Paired, Similarity, key_columns
 from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.saving.model_card import base_of
+from clipkit.training.accelerator import make_accelerator
+from clipkit.training.checkpoints.resume import run_fingerprint
+from clipkit.training.checks.arguments import check_arguments, check_scores, held_out, refuse_batch_norm, refuse_name
 from clipkit.training.config.train import TrainConfig
+from clipkit.training.forgetting.guardrail import Guardrail
+from clipkit.training.heads import ModelWithHeads
+from clipkit.training.optimizer import layer_factors
+from clipkit.training.run_folder.ownership import claim_folder
+from clipkit.training.step import LossConfig, backward
+from clipkit.training.trackers import check_trackers
+
+logger = logging.getLogger("clipkit")
 
 Evaluator = Callable[[DualEncoder], Mapping[str, float]]
+
+
+class TrainSetup:
+    """Everything that can be wrong with a training is found while this is built, before the first step.
+
+    Args:
+        model, pairs, config, similar, evaluators, reference: as for `Trainer`, which lists the errors, too.
+
+    Attributes:
+        folder: of the run, claimed.
+        plan: which rows make which global batch.
+        total: steps to take.
+        learner: the model and the heads of its notions of similarity.
+        contrast: how embeddings are compared.
+        loader: gives this rank's part of each global batch.
+        guardrail: measures what must not be forgotten; None without a budget.
+        accelerator: of this process.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        pairs: Any,
+        config: TrainConfig,
+        *,
+        similar: Similarity | Sequence[Similarity] = Paired(),
+        evaluators: Sequence[Evaluator] = (),
+        reference: Evaluator | None = None,
+    ) -> None:
+        distributed.start()
+        refuse_name(pairs)
+        self.model, self.pairs, self.config = model, as_dataset(pairs), config
+        self.similar: list[Similarity] = list(similar) if isinstance(similar, Sequence) else [similar]
+        self.evaluators = evaluators
+        self.folder = claim_folder(Path(config.output_dir), may_resume=config.resume == "auto")
+        check_arguments(config, self.similar, measures=bool(evaluators))
+        sampling = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
+        self.plan = build_plan(self.pairs, **{name: getattr(config, name) for name in sampling})
+        wanted = self.plan.steps_per_epoch * config.epochs
+        self.total = max(1, min(round(wanted), config.max_steps or math.ceil(wanted)))
+        self.contrast = self._contrast()
+        self.guardrail = self._guardrail(reference)
+        self._check_best()
+        self.learner = ModelWithHeads(model, self.similar)
+        self.loader = self._loader()
+        model.train()
+        refuse_batch_norm(model, config)
+        if config.layer_decay is not None:
+            layer_factors(model, config.layer_decay)  # or raises
+        check_trackers(config.trackers)
+        self.accelerator = make_accelerator(config)
+        model.card = model.card.updated(
+            {
+                "base_model": model.card.base_model or base_of(model.name),
+                "pairs": int(self.plan.captions.sum()),
+                "config": {**_flat(config), "similar": [str(notion) for notion in self.similar]},
+            }
+        )
+
+    # -- the parts
+
+    def _contrast(self) -> LossConfig:
+        """How embeddings are compared: with the loss that the model was made for, unless the config names one."""
+        config, bias = self.config, self.model.logit_bias
+        loss = config.loss if config.loss != "auto" else "info_nce" if bias is None else "sigmoid"
+        learnt = any(notion.temperature is None for notion in self.similar)
+        if loss == "sigmoid" and bias is None and learnt:
+            raise UsageError(
+                "a sigmoid loss needs a model with a bias",
+                where="loss",
+                fix=f"{option('loss', 'info_nce')}, or a model with a bias (SigLIP)",
+            )
+        if loss == "sigmoid" and bias is not None and self.model.fresh:  # what was loaded stays
+            with torch.no_grad():
+                bias.fill_(prior_bias(config.batch_size))
+        for dim in config.matryoshka:
+            if dim > self.model.dim:
+                raise UsageError(f"embeddings have {self.model.dim} dimensions; found matryoshka={config.matryoshka}")
+        return LossConfig(loss, config.label_smoothing, config.matryoshka, config.tile)
+
+    def _guardrail(self, reference: Evaluator | None) -> Guardrail | None:
+        budget = self.config.forget_budget
+        if budget is None:
+            if reference is not None:
+                message = "a reference is given, and nothing that it is for"
+                raise UsageError(message, where="reference", fix=option("forget_budget", 0.01))
+            return None
+        if not self.evaluators:
+            raise UsageError(
+                "the guardrail weighs what is learnt against what is forgotten, and nothing measures what is learnt",
+                where="forget_budget",
+                fix=f"{held_out()} with held-out pairs",
+            )
+        return Guardrail(self.model, self.folder, budget, reference)
+
+    def _check_best(self) -> None:
+        """Refuse a metric that no evaluator gives, if all of them know what they give before they measure."""
+        best = self.config.best
+        known: list[list[str]] = [getattr(evaluator, "keys", list)() for evaluator in self.measured()]
+        keys = [key for some in known for key in some]
+        if best is not None and all(known) and best not in keys:
+            raise UsageError(
+                f"no evaluator gives the metric {best!r} that `best` names",
+                where="best",
+                fix=f"one of: {', '.join(keys)}",
+            )
+
+    def _loader(self) -> Loader:
+        """What carries the sides, views and keys that the notions read."""
+        config = self.config
+        codes, numbers = key_columns(self.similar)
+        check_scores(self.pairs, self.similar)
+        with_images = [notion for notion in self.similar if "image" in notion.between]
+        return Loader(
+            self.pairs,
+            self.model.processor,
+            self.plan,
+            columns=codes,
+            numbers=numbers,
+            sides=sorted({side for notion in self.similar for side in notion.between}),
+            base=not with_images or any(not notion.views for notion in with_images),
+            views=max((notion.views for notion in with_images), default=0),
+            augmentation=config.augmentation,
+            view_augmentation=config.view_augmentation,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            workers=config.workers,
+            on_bad=config.on_bad,
+        )
+
+    # -- what the loop and the checks ask
+
+    def first_batch(self) -> Batch:
+        """This rank's part of the first global batch; an error on one rank is raised on all."""
+        fetched: list[Batch] = []
+
+        def fetch() -> None:
+            with closing(self.loader.batches(0, 1)) as batches:
+                fetched.append(next(batches))
+
+        distributed.together(fetch)
+        return fetched[0]
+
+    def leave_out_unused(self) -> None:
+        """DDP waits for every trained parameter; those that the loss never reaches are frozen."""
+        if distributed.world_size() == 1:
+            return
+        learner = self.learner
+        batch = self.first_batch().to(self.model.device)
+        learner.eval()
+        backward(learner, batch, self.similar, self.contrast, micro_batch=self.config.micro_batch)
+        unused = [name for name, p in learner.named_parameters() if p.requires_grad and p.grad is None]
+        for name in unused:
+            learner.get_parameter(name).requires_grad_(False)
+        learner.zero_grad(set_to_none=True)
+        learner.train()
+        if unused:
+            logger.info("%d parameters take no part in the loss: %s", len(unused), ", ".join(unused[:5]))
+
+    def identity(self) -> dict[str, Any]:
+        """What makes this run this run; see `run_fingerprint`."""
+        measured = [*self.evaluators, *([] if self.guardrail is None else [self.guardrail.reference])]
+        return run_fingerprint(self.config, self.learner, self.similar, self.pairs, measured)
+
+    # -- measuring
+
+    def evaluate(self) -> dict[str, float]:
+        """All evaluators' metrics and the reference's, of the model as it stands.
+
+        They are rank 0's, on every process: what is decided by them must be decided alike.
+
+        Raises:
+            UsageError: two evaluators give the same key, one gives none, or something that is no number.
+            ClipkitError: a metric is not finite.
+        """
+        metrics: dict[str, float] = {}
+        for evaluator in self.measured():
+            given = {key: _number(key, value) for key, value in evaluator(self.model).items()}
+            if not given:
+                name = getattr(evaluator, "name", type(evaluator).__name__)
+                raise UsageError("an evaluator gives no metric", where=name)
+            if both := metrics.keys() & given.keys():
+                raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
+            metrics |= given
+        return distributed.broadcast_object(metrics)
+
+    def measured(self) -> list[Any]:
+        """The evaluators, the guardrail's reference last: it decides about the best model only if `best` names it."""
+        return [*self.evaluators, *([] if self.guardrail is None else [self.guardrail])]
+
+    def counts(self) -> dict[str, int]:
+        """How many images, texts and classes the metrics rest on."""
+        return {key: count for evaluator in self.measured() for key, count in getattr(evaluator, "n", dict)().items()}
 
 
 def _number(key: str, value: Any) -> float:
@@ -25,19 +240,6 @@ def _number(key: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ClipkitError(f"a metric must be finite, found {number}", where=key, fix="see what the model gives there")
     return number
-
-
-def _check_scores(pairs: Any, similar: Sequence[Similarity]) -> None:
-    for column in {each.score for each in similar} - {None}:
-        scores = number_values(pairs, str(column))
-        bad = ~(scores.isfinite() & (scores >= 0)) if scores.ndim == 1 else torch.ones(1, dtype=torch.bool)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            raise DataError(
-                f"scores are numbers of at least 0; found {pairs[str(column)][row]!r}",
-                where=f"column {column!r}, row {row}",
-                fix="mend the column, or leave out `score`",
-            )
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_two_ranks_and_their_chunks_hold_nothing_twice(tmp_path, pairs):
 
 
 def test_a_changed_column_that_batches_go_by_is_changed_data(tmp_path, pairs, make_model):
-    found = trainer(tmp_path / "run", pairs, make_model, balanced="place")
+    found = trainer(tmp_path / "run", pairs, make_model, balanced="place").setup
     same = found.identity()["data"]
     found.pairs = pairs.map(lambda row, i: {"place": "top" if i == 5 else row["place"]}, with_indices=True)
     assert found.identity()["data"] != same

@@ -179,13 +179,14 @@ def test_kl_is_what_the_loss_lies_above_its_floor(tmp_path):
 def test_models_with_a_bias_take_the_sigmoid_and_a_fresh_bias_its_prior(tmp_path):
     model = tiny.make_model(logit_bias=-10.0)
     trainer = Trainer(model, tiny.make_pairs(), settings(tmp_path / "a"))
-    assert trainer.contrast.loss == "sigmoid"
+    assert trainer.setup.contrast.loss == "sigmoid"
     assert float(model.logit_bias.detach()) == pytest.approx(-math.log(9))
     model = tiny.make_model(logit_bias=-10.0)
     model.fresh = frozenset()  # as after from_pretrained
     Trainer(model, tiny.make_pairs(), settings(tmp_path / "b"))
     assert float(model.logit_bias.detach()) == -10
-    assert Trainer(model, tiny.make_pairs(), settings(tmp_path / "c", loss="info_nce")).contrast.loss == "info_nce"
+    sigmoid_model = Trainer(model, tiny.make_pairs(), settings(tmp_path / "c", loss="info_nce"))
+    assert sigmoid_model.setup.contrast.loss == "info_nce"
     with pytest.raises(UsageError, match="a sigmoid loss needs a model with a bias"):
         Trainer(tiny.make_model(), tiny.make_pairs(), settings(tmp_path / "d", loss="sigmoid"))
 
@@ -204,12 +205,12 @@ def test_simclr_alone_trains_the_image_tower_only(tmp_path):
     head = model.backend.image_head.weight.detach().clone()
     tower = model.backend.vision.embeddings.cls_token.detach().clone()
     trainer = Trainer(model, tiny.make_pairs(), settings(tmp_path / "a"), similar=Views())
-    before = trainer.learner.heads["head0"][0].weight.detach().clone()
+    before = trainer.setup.learner.heads["head0"][0].weight.detach().clone()
     trainer.train()
     assert model.backend.text.embeddings.word_embeddings.weight.equal(words)
     assert model.backend.image_head.weight.equal(head)
     assert not model.backend.vision.embeddings.cls_token.equal(tower)
-    assert not trainer.learner.heads["head0"][0].weight.equal(before)  # it learns, and is not saved
+    assert not trainer.setup.learner.heads["head0"][0].weight.equal(before)  # it learns, and is not saved
     assert not any("head0" in name for name in model.state_dict())
 
 

@@ -17,8 +17,8 @@ from clipkit import distributed
 from clipkit.losses.contrastive import EmbeddedBatch
 from clipkit.losses.similarity import Similarity, target
 from clipkit.training.heads import ModelWithHeads
+from clipkit.training.setup import TrainSetup
 from clipkit.training.step import LossConfig, backward, outputs, side_of
-from clipkit.training.trainer import Trainer
 
 # cosine at least, norm ratio within, relative error of a scalar at most. fp32 in a deep tower is off by some 1e-5;
 # bf16 by some 1e-2, while the mildest known bug (no gradient through the gather) has a cosine of 0.98.
@@ -83,34 +83,34 @@ class GradientCheck:
         return [head, *rows, verdict]
 
 
-def check_gradients(trainer: Trainer) -> GradientCheck:
-    """Compare the first step of a trainer with one process that holds the whole batch; call it on every rank.
+def check_gradients(setup: TrainSetup) -> GradientCheck:
+    """Compare the first step of a training with one process that holds the whole batch; call it on every rank.
 
     The reference shares nothing with the engine but the notions of similarity: every pair in one dense matrix, by
     torch's own functions, the towers in float64 (in fp32 above 200 million parameters), in one graph. Dropout is
     off on both sides, for ranks draw different masks.
 
     Args:
-        trainer: of the user's own model, data and config; its weights stay what they are.
+        setup: of the user's own model, data and config; its weights stay what they are.
     """
-    found = _as_trained(trainer)
-    wanted = _textbook(trainer) if distributed.is_main() else {}
+    found = _as_trained(setup)
+    wanted = _textbook(setup) if distributed.is_main() else {}
     wanted = distributed.broadcast_object(wanted)
-    precision = {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    precision = {"no": "fp32"}.get(setup.accelerator.mixed_precision, setup.accelerator.mixed_precision)
     groups = tuple(_compare(name, found[name], wanted[name], TOLERANCE[precision]) for name in wanted)
-    config = trainer.config
+    config = setup.config
     return GradientCheck(groups, config.batch_size, distributed.world_size(), config.micro_batch, precision)
 
 
-def _as_trained(trainer: Trainer) -> dict[str, Tensor]:
-    learner, accelerator = trainer.learner.to(trainer.accelerator.device), trainer.accelerator
-    trainer.leave_out_unused()
+def _as_trained(setup: TrainSetup) -> dict[str, Tensor]:
+    learner, accelerator = setup.learner.to(setup.accelerator.device), setup.accelerator
+    setup.leave_out_unused()
     rates = torch.optim.SGD(learner.parameters(), lr=0.0)  # Accelerate wants one beside the model
     wrapped, _ = accelerator.prepare(learner, rates)
     wrapped.eval()
-    batch = next(iter(trainer.loader.batches(0, 1))).to(accelerator.device)
-    micro = trainer.config.micro_batch
-    backward(wrapped, batch, trainer.similar, trainer.contrast, micro_batch=micro, send=accelerator.backward)
+    batch = next(iter(setup.loader.batches(0, 1))).to(accelerator.device)
+    micro = setup.config.micro_batch
+    backward(wrapped, batch, setup.similar, setup.contrast, micro_batch=micro, send=accelerator.backward)
     scaler = getattr(accelerator, "scaler", None)
     found = _by_group(learner, 1.0 if scaler is None else 1.0 / scaler.get_scale())
     learner.zero_grad(set_to_none=True)
@@ -118,17 +118,17 @@ def _as_trained(trainer: Trainer) -> dict[str, Tensor]:
     return found
 
 
-def _textbook(trainer: Trainer) -> dict[str, Tensor]:
-    learner = copy.deepcopy(trainer.learner).eval()
+def _textbook(setup: TrainSetup) -> dict[str, Tensor]:
+    learner = copy.deepcopy(setup.learner).eval()
     small = sum(each.numel() for each in learner.parameters()) <= _DOUBLE
-    dtype = torch.float64 if small and trainer.accelerator.device.type != "mps" else torch.float32
+    dtype = torch.float64 if small and setup.accelerator.device.type != "mps" else torch.float32
     learner.to(dtype)
-    steps = replace(trainer.loader.steps, rank=0, world_size=1)
+    steps = replace(setup.loader.steps, rank=0, world_size=1)
     batch = steps[0]
     if isinstance(batch, Exception):
         raise batch
-    batch = batch.to(trainer.accelerator.device)
-    parts = max(1, -(-len(batch) // (trainer.config.micro_batch or trainer.config.batch_size)))
+    batch = batch.to(setup.accelerator.device)
+    parts = max(1, -(-len(batch) // (setup.config.micro_batch or setup.config.batch_size)))
     found: list[dict[str, Tensor]] = []
     for chunk in batch.split(parts):  # one graph, recomputed piece by piece: as much memory as one chunk
         given = {name: each.to(dtype) if each.is_floating_point() else each for name, each in chunk.items()}
@@ -136,9 +136,7 @@ def _textbook(trainer: Trainer) -> dict[str, Tensor]:
     out = {
         name: each if each.ndim == 0 else torch.cat([part[name] for part in found]) for name, each in found[-1].items()
     }
-    loss = sum(
-        each.weight * _dense(i, each, out, batch.rows, trainer.contrast) for i, each in enumerate(trainer.similar)
-    )
+    loss = sum(each.weight * _dense(i, each, out, batch.rows, setup.contrast) for i, each in enumerate(setup.similar))
     assert isinstance(loss, Tensor)  # there is at least one notion
     loss.backward()  # type: ignore[no-untyped-call]
     return _by_group(learner, 1.0)

@@ -15,6 +15,18 @@ from pydantic import ValidationError
 
 from clipkit.errors import ConfigError, option
 from clipkit.paths import did_you_mean
+from clipkit.training.config.model import ModelConfig
+from clipkit.training.config.sections import DataConfig, EvaluateConfig, SimilarConfig
+from clipkit.training.config.train import TrainConfig
+
+# Of a `RunConfig`, in its order.
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "similar": SimilarConfig,
+    "evaluate": EvaluateConfig,
+}
 
 _NEEDED = {
     **dict.fromkeys(("model", "model.name"), ("model.name", "FOLDER")),
@@ -38,7 +50,7 @@ def is_override(text: str) -> bool:
     key, equals, _ = text.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         return False
-    return _fields(_root(), [key.partition(".")[0]]) != [] or not Path(text).exists()
+    return _fields([key.partition(".")[0]]) != [] or not Path(text).exists()
 
 
 def no_config(path: Path) -> ConfigError:
@@ -55,7 +67,7 @@ def no_config(path: Path) -> ConfigError:
         return ConfigError("a folder, where a config was expected", where=path, fix=fix)
     if path.exists():
         return ConfigError("not a regular file, where a config was expected", where=path)
-    if _fields(_root(), [str(path).partition(".")[0]]):
+    if _fields([str(path).partition(".")[0]]):
         return ConfigError("a key without a value", where=path, fix=f"{path}=VALUE")
     fix = did_you_mean(path) or f"give the path of a YAML file, or settings such as {as_setting('data.train', 'FILE')}"
     return ConfigError("no such config file", where=path, fix=fix)
@@ -80,13 +92,12 @@ def as_yaml(name: str, value: object) -> str:
     return f"`{key}` under `{section}:`" if section else f"`{key}`"
 
 
-def config_error(error: ValidationError, root: type, path: str | Path | None, overrides: Sequence[str]) -> ConfigError:
+def config_error(error: ValidationError, path: str | Path | None, overrides: Sequence[str]) -> ConfigError:
     """One error of all that pydantic names, with the first mend: of a wrong key where it stands, of what is missing as
     `option` writes it.
 
     Args:
         error: of the whole config.
-        root: its class.
         path: the file, if there was one.
         overrides: what was typed beside it.
     """
@@ -99,7 +110,7 @@ def config_error(error: ValidationError, root: type, path: str | Path | None, ov
             (each for each in overrides if _about(each, key)), key=lambda each: _distance(each, key), default=None
         )
         places.append(typed or path)
-        message, fix = _said(problem, key, root, typed, in_file=path is not None and typed is None)
+        message, fix = _said(problem, key, typed, in_file=path is not None and typed is None)
         said.setdefault(key, []).append(message)
         fixes += [fix] if fix else []
     where = ", ".join(dict.fromkeys(str(place) for place in places if place is not None)) or None
@@ -134,20 +145,20 @@ def _about(override: str, key: str) -> bool:
     return f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
 
 
-def _said(problem: Any, key: str, root: type, typed: str | None, *, in_file: bool) -> tuple[str, str | None]:
+def _said(problem: Any, key: str, typed: str | None, *, in_file: bool) -> tuple[str, str | None]:
     cause = problem.get("ctx", {}).get("error")
     found = problem["input"]
     if isinstance(cause, ConfigError):
         return cause.message, cause.fix
     if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key `{key}`", _meant(problem["loc"], found, root, typed, in_file=in_file)
+        return f"unknown key `{key}`", _meant(problem["loc"], found, typed, in_file=in_file)
     if problem["type"] == "missing":
         name, example = _NEEDED.get(key, (key, "VALUE"))
         return f"`{key}` is missing", option(name, example)
     if problem["type"] == "tuple_type":
         return f"`{key}` is a list, found {found!r}", None
     if problem["type"].startswith("dataclass_type"):
-        known = _fields(root, problem["loc"])
+        known = _fields(problem["loc"])
         return (
             f"`{key}` is a section, found {found!r}",
             f"known in it: {', '.join(known[:12])}{', …' * (len(known) > 12)}",
@@ -156,12 +167,12 @@ def _said(problem: Any, key: str, root: type, typed: str | None, *, in_file: boo
     return f"`{key}`: {expected[0].lower()}{expected[1:]}, found {found!r}", None
 
 
-def _meant(place: Sequence[Any], value: Any, root: type, typed: str | None, *, in_file: bool) -> str:
+def _meant(place: Sequence[Any], value: Any, typed: str | None, *, in_file: bool) -> str:
     """The key that was probably meant, typed with its value; else the keys that there are."""
     section, leaf = [str(part) for part in place[:-1]], str(place[-1])
-    known = _fields(root, section)
+    known = _fields(section)
     near = _near(leaf, known)
-    meant = ".".join([*section, near]) if near else _elsewhere(leaf, root)
+    meant = ".".join([*section, near]) if near else _elsewhere(leaf)
     if meant is None:
         return f"known here: {', '.join(known)}"
     if in_file:
@@ -178,10 +189,10 @@ def _near(leaf: str, known: Sequence[str]) -> str | None:
     return next((found for rule in _RULES if (found := rule(leaf.lower().replace("-", "_"), known))), None)
 
 
-def _elsewhere(leaf: str, root: type) -> str | None:
+def _elsewhere(leaf: str) -> str | None:
     """The key of any section that a key without its section, or in a wrong one, stands for."""
     word = leaf.lower().replace("-", "_")
-    sections = {name: _fields(root, [name]) for name in ("data", "train", "evaluate", "model")}
+    sections = {name: _fields([name]) for name in ("data", "train", "evaluate", "model")}
     for rule in (lambda word, known: word if word in known else None, *_RULES):
         for name, known in sections.items():
             if found := rule(word, known):
@@ -218,26 +229,23 @@ _RULES = (_initials, _custom, _beginning, _spelling, _part)
 
 def _full(name: str) -> str:
     """A key with its section, where it came without one."""
-    if "." in name or name in _fields(_root(), []):
+    if "." in name or name in _fields([]):
         return name
     order = ("data", "train", "model", "evaluate", "similar")
-    return next((f"{section}.{name}" for section in order if name in _fields(_root(), [section])), f"train.{name}")
+    return next((f"{section}.{name}" for section in order if name in _fields([section])), f"train.{name}")
 
 
-def _root() -> type:
-    from clipkit.training.config.run import RunConfig
-
-    return RunConfig
-
-
-def _fields(kind: Any, place: Sequence[Any]) -> list[str]:
-    """The keys of the section that lies at this place of a config."""
-    for part in place:
+def _fields(place: Sequence[Any]) -> list[str]:
+    """The keys of the section that lies at this place of a config; of an empty place the sections."""
+    if not place:
+        return list(SECTIONS)
+    section: Any = SECTIONS.get(str(place[0]))
+    for part in place[1:]:
         if isinstance(part, int) or str(part).isdecimal():
             continue
-        hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        kind = next(_dataclasses(hints.get(str(part))), None)
-    return [each.name for each in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+        hints = get_type_hints(section) if dataclasses.is_dataclass(section) else {}
+        section = next(_dataclasses(hints.get(str(part))), None)
+    return [key.name for key in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
 
 
 def _dataclasses(hint: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ import tiny
 from command import clipkit
 from step_matrix import sabotage
 
-from clipkit import Graded, Paired, SameGroup, TrainConfig, Trainer, Views
+from clipkit import Graded, Paired, SameGroup, TrainConfig, Views
 from clipkit.losses import contrastive
 from clipkit.training.checks.gradients import GradientCheck, check_gradients
+from clipkit.training.setup import TrainSetup
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -37,7 +39,7 @@ def check(
     config = TrainConfig(str(folder / "run"), batch_size=12, progress=False, **options)
     model = tiny.make_model(dropout=0.1, logit_bias=bias)
     return check_gradients(
-        Trainer(model, tiny.make_pairs() if pairs is None else pairs, config, similar=similar or Paired())
+        TrainSetup(model, tiny.make_pairs() if pairs is None else pairs, config, similar=similar or Paired())
     )
 
 
@@ -101,16 +103,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def documents(text: str) -> list[Any]:
-    """Every JSON document of a text, one after another."""
-    values, decoder, rest = [], json.JSONDecoder(), text.strip()
-    while rest:
-        value, end = decoder.raw_decode(rest)
-        values.append(value)
-        rest = rest[end:].strip()
-    return values
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.full)])
 def test_the_command_under_a_launcher(config: Path, launcher: str) -> None:
@@ -125,7 +117,7 @@ def test_the_command_under_a_launcher(config: Path, launcher: str) -> None:
         text=True,
         timeout=300,
     )
-    right, broken = documents(done.stdout)
+    right, broken = (json.loads(part) for part in re.findall(r"^{.*?^}$", done.stdout, re.DOTALL | re.MULTILINE))
     assert (right["same"], right["ranks"], right["micro_batch"]) == (True, 2, 3), done.stderr[-3000:]
     assert (broken["same"], broken["ranks"]) == (False, 2)
     assert done.returncode != 0

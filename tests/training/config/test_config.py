@@ -1,11 +1,13 @@
 """Configs: what is read is what was meant, or an error that says what to type."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from clipkit import Graded, Paired, SameGroup, Views
 from clipkit.errors import ConfigError
+from clipkit.training.config.errors import SECTIONS
 from clipkit.training.config.run import RunConfig
 from clipkit.training.config.train import TrainConfig
 
@@ -178,3 +180,7 @@ def test_errors_of_a_file_name_it(tmp_path):
         load(tmp_path, "- a list")
     with pytest.raises(ConfigError, match=r"no such config file(?s:.)*nowhere\.yaml"):
         RunConfig.load(tmp_path / "nowhere.yaml")
+
+
+def test_messages_know_every_section():
+    assert list(SECTIONS) == [section.name for section in dataclasses.fields(RunConfig)]

@@ -14,7 +14,9 @@ from models.conftest import LAYERS, _xlm_roberta_tokenizer, write_clip, write_si
 from open_clip.push_to_hf_hub import save_for_hf
 
 from clipkit import DualEncoder
-from clipkit.training.config.run import DataConfig, LoraConfig, ModelConfig, RunConfig
+from clipkit.training.config.model import LoraConfig, ModelConfig
+from clipkit.training.config.run import RunConfig
+from clipkit.training.config.sections import DataConfig
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.config.yaml_file import read_yaml
 

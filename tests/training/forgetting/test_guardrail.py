@@ -14,7 +14,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from clipkit import DualEncoder, RetrievalEvaluator, RunConfig, Trainer, interpolate, run
 from clipkit.errors import ClipkitError, ConfigError, CorruptArtefact, Interrupted, UsageError
-from clipkit.training.config.run import ReferenceConfig
+from clipkit.training.config.sections import ReferenceConfig
 from clipkit.training.forgetting import guardrail as forgetting
 from clipkit.training.forgetting.guardrail import Point, choose
 from clipkit.training.forgetting.similarity_reference import SimilarityReference, kept

@@ -15,7 +15,7 @@ from clipkit.embedding.image_features import with_image_features
 from clipkit.errors import BadImage, ConfigError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import load_image
-from clipkit.training.config.run import LoraConfig, ModelConfig
+from clipkit.training.config.model import LoraConfig, ModelConfig
 from clipkit.training.run import open_model
 
 

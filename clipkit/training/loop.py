@@ -409,7 +409,7 @@ class Loop:
         rejected = self.rejected.values
         lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected, key=int)]
         measured = self.setup.measured()
-        lines += [{"stage": "evaluate", **vars(e)} for each in measured for e in getattr(each, "rejected", [])]
+        lines += [{"stage": "evaluate", **vars(reject)} for evaluator in measured for reject in evaluator.rejected]
         if distributed.is_main():
             write_rejects(self.folder / "rejects.jsonl", lines)
             draw_curves(self.folder / "curves", self.log.lines)

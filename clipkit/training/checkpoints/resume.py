@@ -13,6 +13,7 @@ from typing import Any
 from clipkit import distributed
 from clipkit.data.fingerprint import data_fingerprint, images_identity
 from clipkit.errors import CorruptArtefact, UsageError, option
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.files import write_json
 from clipkit.losses.similarity import Similarity, key_columns
 from clipkit.models.fingerprint.fingerprint import hash_weights
@@ -40,7 +41,11 @@ FREE = frozenset((*_PLACE, "skip_nonfinite", "max_bad", "best"))
 
 
 def run_fingerprint(
-    config: TrainConfig, learner: ModelWithHeads, similar: Sequence[Similarity], pairs: Any, evaluators: Sequence[Any]
+    config: TrainConfig,
+    learner: ModelWithHeads,
+    similar: Sequence[Similarity],
+    pairs: Any,
+    evaluators: Sequence[Evaluator],
 ) -> dict[str, Any]:
     """What decides about every figure of a run, as JSON: equal identities mean equal global batches and one model.
 
@@ -58,7 +63,7 @@ def run_fingerprint(
         "data": data_fingerprint(
             pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()
         ),
-        "evaluators": [_evaluator(each) for each in evaluators],
+        "evaluators": [_evaluator(evaluator) for evaluator in evaluators],
         "model": {
             "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],
             "frozen weights": hash_weights(frozen),
@@ -68,17 +73,12 @@ def run_fingerprint(
     return dict(json.loads(json.dumps(found)))  # as it will be read again: tuples are lists
 
 
-# Of evaluators, what changes a figure.
-_DECIDE = ("texts", "image_of_text", "size", "ks", "groups", "labels", "class_names", "templates")
-
-
-def _evaluator(evaluator: Any) -> dict[str, Any]:
-    name = str(getattr(evaluator, "name", None) or getattr(evaluator, "__name__", type(evaluator).__name__))
-    found = {key: getattr(evaluator, key) for key in _DECIDE if hasattr(evaluator, key)}
-    about = json.dumps(found, default=_listed, sort_keys=True).encode()
-    images = getattr(evaluator, "images", None)
-    about += b"" if images is None else images_identity(images).encode()
-    return {"name": name, "set-up": hashlib.sha256(about).hexdigest()[:16]}
+def _evaluator(evaluator: Evaluator) -> dict[str, Any]:
+    settings = evaluator.identity()
+    images = settings.pop("images", None)
+    content = json.dumps(settings, default=_listed, sort_keys=True).encode()
+    content += b"" if images is None else images_identity(images).encode()
+    return {"name": evaluator.name, "set-up": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def _listed(value: Any) -> Any:

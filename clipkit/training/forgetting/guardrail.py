@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.data.reading.rejects import Reject
 from clipkit.errors import ClipkitError, UsageError, option
+from clipkit.evaluation.evaluator import Evaluator, Measure, as_evaluator
 from clipkit.files import write_json, write_text
 from clipkit.html_report import trade_off_chart
 from clipkit.metrics.ranking import lower_is_better, worth
@@ -28,9 +30,6 @@ from clipkit.training.forgetting.similarity_reference import SimilarityReference
 from clipkit.training.forgetting.wise_ft import WeightInterpolation
 
 logger = logging.getLogger("clipkit")
-
-
-Measure = Callable[[DualEncoder], Mapping[str, float]]
 
 
 PREFIX = "reference/"
@@ -110,7 +109,7 @@ def loss(key: str, before: float, now: float) -> float:
     return worth(key, before) - worth(key, now)
 
 
-class Guardrail:
+class Guardrail(Evaluator):
     """Measures the reference, and walks the line at the end. A part of the run.
 
     Args:
@@ -123,9 +122,11 @@ class Guardrail:
         UsageError: all that is trained began at random, or some of it and there is no reference but the built-in one.
     """
 
+    name = "reference"
+
     def __init__(self, model: DualEncoder, folder: Path, budget: float, reference: Measure | None) -> None:
         self.model, self.folder, self.budget = model, folder, budget
-        self.reference: Any = reference or SimilarityReference()
+        self.reference = SimilarityReference() if reference is None else as_evaluator(reference)
         self.line = WeightInterpolation(model, folder / "start.safetensors")
         self.baseline: dict[str, float] = {}
         if reference is None and self.line.fresh:
@@ -153,20 +154,23 @@ class Guardrail:
 
     def keys(self) -> list[str]:
         """The keys of the metrics, where the reference knows them before it measures."""
-        return [_key(key) for key in getattr(self.reference, "keys", list)()]
+        return list(map(_key, self.reference.keys()))
 
-    def n(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """What the reference rests on."""
-        return {_key(key): count for key, count in getattr(self.reference, "n", dict)().items()}
+        return {_key(key): count for key, count in self.reference.counts().items()}
 
-    def chance(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, dict[str, float]]:
         """What the reference would be by chance, where it knows."""
-        return {_key(key): value for key, value in getattr(self.reference, "chance", dict)().items()}
+        return {
+            baseline: {_key(key): value for key, value in values.items()}
+            for baseline, values in self.reference.baselines().items()
+        }
 
     @property
-    def rejected(self) -> list[Any]:
+    def rejected(self) -> Sequence[Reject]:  # type: ignore[override]
         """Of the reference, what could not be used."""
-        return list(getattr(self.reference, "rejected", []))
+        return self.reference.rejected
 
     def begin(self) -> dict[str, float]:
         """Keep the start and measure it, once in a run: its reference."""
@@ -221,16 +225,14 @@ class Guardrail:
     # -- as a part of the run
 
     def tensors(self) -> dict[str, Tensor]:
-        own: dict[str, Tensor] = getattr(self.reference, "tensors", dict)()
-        return own
+        return self.reference.tensor_state()
 
     def facts(self) -> dict[str, Any]:
         return {"baseline": self.baseline, "start": self.line.sha256}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.baseline, self.line.sha256 = facts["baseline"], facts["start"]
-        if hasattr(self.reference, "restore"):
-            self.reference.restore(tensors)
+        self.reference.load_tensor_state(tensors)
         self.line.check()
 
 

@@ -54,12 +54,12 @@ def run_fingerprint(
     codes, numbers = key_columns(similar)
     planned = [*config.distinct, *filter(None, (config.balanced, config.grouped))]
     model = learner.model
-    trained = [(name, list(each.shape)) for name, each in learner.named_parameters() if each.requires_grad]
-    frozen = {name: each for name, each in learner.named_parameters() if not each.requires_grad}
+    trained = [(name, list(p.shape)) for name, p in learner.named_parameters() if p.requires_grad]
+    frozen = {name: p for name, p in learner.named_parameters() if not p.requires_grad}
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
-    found = {
+    identity = {
         "train": settings,
-        "similar": [str(each) for each in similar],
+        "similar": [str(notion) for notion in similar],
         "data": data_fingerprint(
             pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()
         ),
@@ -70,7 +70,7 @@ def run_fingerprint(
             "processor": model.processor.describe(),
         },
     }
-    return dict(json.loads(json.dumps(found)))  # as it will be read again: tuples are lists
+    return dict(json.loads(json.dumps(identity)))  # as it will be read again: tuples are lists
 
 
 def _evaluator(evaluator: Evaluator) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         return [line for i, (one, other) in pairs for line in differences(one, other, f"{name}[{i}]")]
     if before == now:
         return []
-    one, other = (json.dumps(each, ensure_ascii=False) for each in (before, now))
+    one, other = (json.dumps(value, ensure_ascii=False) for value in (before, now))
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return [f"{name}: {_short(one, same)} before, {_short(other, same)} now"]
 
@@ -144,14 +144,14 @@ def find_checkpoint(folder: Path, checkpoints: Checkpoints, now: Mapping[str, An
         write_json(folder / IDENTITY, now)
         return None
     check_same_run(folder, now)
-    found = checkpoints.newest()
-    if found is None and (damaged := checkpoints.damaged()):
+    newest = checkpoints.newest()
+    if newest is None and (damaged := checkpoints.damaged()):
         raise CorruptArtefact(
             f"none of the run's checkpoints can be used; {len(damaged)} were set aside as damaged",
             where=checkpoints.folder,
             fix="restore one from a copy, or remove the run folder to start again",
         )
-    return found
+    return newest
 
 
 def check_same_on_ranks(now: Mapping[str, Any]) -> None:
@@ -161,8 +161,8 @@ def check_same_on_ranks(now: Mapping[str, Any]) -> None:
         UsageError: names the rank and what differs from rank 0.
     """
     every = distributed.all_gather_object(dict(now))
-    for rank, each in enumerate(every):
-        if changed := differences(every[0], each):
+    for rank, identity in enumerate(every):
+        if changed := differences(every[0], identity):
             lines = "\n  ".join(line.replace(" before, ", " on rank 0, ").replace(" now", "") for line in changed)
             raise UsageError(
                 f"rank {rank} does not run what rank 0 runs:\n  {lines}",

@@ -144,13 +144,13 @@ class Guardrail(Evaluator):
             UsageError: there are none.
             ClipkitError: one is no finite number.
         """
-        found = {_key(key): value for key, value in self.reference(model).items()}
-        if not found:
+        metrics = {_key(key): value for key, value in self.reference(model).items()}
+        if not metrics:
             raise UsageError("the reference gives no metric", where="reference")
-        for key, value in found.items():
+        for key, value in metrics.items():
             if not math.isfinite(value):
                 raise ClipkitError(f"a reference must be a finite number, found {value}", where=key)
-        return found
+        return metrics
 
     def keys(self) -> list[str]:
         """The keys of the metrics, where the reference knows them before it measures."""
@@ -181,43 +181,47 @@ class Guardrail(Evaluator):
             logger.warning("forget_budget=%g allows all of %s, which is %.4f, to be lost", self.budget, key, value)
         return self.baseline
 
-    def settle(
-        self, measure: Callable[[], dict[str, float]], key: str | None, n: Mapping[str, int], heed: Callable[[], None]
+    def walk_back(
+        self,
+        measure: Callable[[], dict[str, float]],
+        key: str | None,
+        n: Mapping[str, int],
+        before_point: Callable[[], None],
     ) -> Forgetting:
-        """Walk from the start to the model as it stands, and make it the one that is chosen; write what was found.
+        """Walk from the start to the model as it stands, and make it the one that is chosen; write what was measured.
 
         Args:
             measure: all metrics of the model as it stands.
             key: of the metric that the domain is judged by.
             n: what the metrics rest on.
-            heed: is called before each point, and may end the run: the next attempt walks again.
+            before_point: is called before each point, and may end the run: the next attempt walks again.
         """
         assert key is not None  # of the evaluations before
         self.line.span()
         points = []
         reference = next(iter(self.baseline))
         for alpha in ALPHAS:
-            heed()
+            before_point()
             self.line.go(alpha)
             metrics = measure()
             points.append(Point(alpha, metrics[key], metrics[reference], metrics))
-        found = choose(key, reference, self.baseline[reference], self.budget, tuple(points))
-        self.line.go(found.alpha)
-        if not found.held and distributed.is_main():
-            logger.warning("%s", found.lines()[0])
-        facts = {"metrics": found.chosen.metrics, "n": dict(n), "forgetting": found.as_dict()}
+        forgetting = choose(key, reference, self.baseline[reference], self.budget, tuple(points))
+        self.line.go(forgetting.alpha)
+        if not forgetting.held and distributed.is_main():
+            logger.warning("%s", forgetting.lines()[0])
+        facts = {"metrics": forgetting.chosen.metrics, "n": dict(n), "forgetting": forgetting.as_dict()}
         self.model.card = self.model.card.updated(facts)
-        self.model.card = distributed.on_main(lambda: self._write(found))
-        return found
+        self.model.card = distributed.on_main(lambda: self._write(forgetting))
+        return forgetting
 
-    def _write(self, found: Forgetting) -> Any:
-        write_json(self.folder / "forgetting.json", found.as_dict())
-        curve = [(p.reference, p.domain) for p in found.points]
-        limit = found.baseline + worth(found.reference, -found.budget)
-        chosen = found.points.index(found.chosen)
-        marks = {"before": 0, f"chosen, alpha {found.alpha:g}": chosen, "fine-tuned": -1}
+    def _write(self, forgetting: Forgetting) -> Any:
+        write_json(self.folder / "forgetting.json", forgetting.as_dict())
+        curve = [(p.reference, p.domain) for p in forgetting.points]
+        limit = forgetting.baseline + worth(forgetting.reference, -forgetting.budget)
+        chosen = forgetting.points.index(forgetting.chosen)
+        marks = {"before": 0, f"chosen, alpha {forgetting.alpha:g}": chosen, "fine-tuned": -1}
         marks = {"before, chosen": 0, "fine-tuned": -1} if chosen == 0 else marks
-        drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
+        drawn = trade_off_chart({"the line": curve}, marks, limit, forgetting.reference, forgetting.domain)
         write_text(self.folder / "curves" / "forgetting.svg", drawn)
         save(self.model, self.folder / "model", overwrite=True)
         return self.model.card

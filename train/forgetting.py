@@ -24,6 +24,7 @@ from clipkit import DualEncoder, EmbeddingStore, TrainConfig, Trainer, interpola
 from clipkit.distributed import is_main, start
 from clipkit.embedding.image_features import with_image_features
 from clipkit.errors import exit_with_message
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.files import write_json, write_text
 from clipkit.metrics.ranking import Relevance, chance, rank
 
@@ -100,7 +101,7 @@ def one_seed(args, photos, emoji, seed, device):
     }
 
 
-class Recall:
+class Recall(Evaluator):
     """Text-to-image recall@10 from cached features of the locked tower; an evaluator for `Trainer`."""
 
     def __init__(self, pairs, name):
@@ -123,6 +124,9 @@ class Recall:
         """(images,) the part of each image's texts that find it."""
         rows, hits = np.asarray(self.image_of_text), self.by_query(model).numpy()
         return np.bincount(rows, hits) / np.bincount(rows)
+
+    def identity(self):
+        return {"texts": self.texts, "image_of_text": self.image_of_text}
 
     def chance(self):
         return chance(self.relevance, K)

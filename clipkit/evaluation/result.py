@@ -12,6 +12,7 @@ from typing import Any
 
 from clipkit import distributed
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.evaluation.evaluator import Measure, as_evaluator
 from clipkit.extras import DISTRIBUTION
 from clipkit.models.dual_encoder import DualEncoder
 
@@ -27,7 +28,7 @@ _PACKAGES = (
 def build_result(
     model: DualEncoder,
     metrics: Mapping[str, float],
-    evaluators: Sequence[Any],
+    evaluators: Sequence[Measure],
     seed: int | None,
     seconds: float,
     **more: Any,
@@ -41,7 +42,7 @@ def build_result(
     Args:
         model: as it was measured.
         metrics: what the evaluators gave.
-        evaluators: those that gave it; of each, ``chance()``, ``majority()`` and ``n()`` are used where it has them.
+        evaluators: those that gave them; see `Evaluator` for what each tells of its figures.
         seed: of the run; None where nothing was drawn.
         seconds: of wall clock.
         more: further keys, added as they are.
@@ -51,14 +52,16 @@ def build_result(
         UsageError: ``more`` has a key that is taken.
     """
     figures: dict[str, dict[str, Any]] = {"metrics": dict(metrics), "chance": {}, "majority": {}, "n": {}}
-    for evaluator in evaluators:
-        for what in ("chance", "majority", "n"):
-            figures[what] |= getattr(evaluator, what, dict)()
+    known = [as_evaluator(measure) for measure in evaluators]
+    for evaluator in known:
+        figures["n"] |= evaluator.counts()
+        for baseline, values in evaluator.baselines().items():
+            figures[baseline] |= values
     for part in figures.values():
         _require_finite(part)
     result = {
         **figures,
-        "warnings": [notice.as_dict() for each in evaluators for notice in getattr(each, "notices", ())],
+        "warnings": [notice.as_dict() for evaluator in known for notice in evaluator.notices],
         "seed": seed,
         "seconds": round(seconds, 3),
         "versions": versions(),

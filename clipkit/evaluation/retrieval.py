@@ -16,6 +16,7 @@ from clipkit.embedding.embed import embed
 from clipkit.embedding.items import EmbedResult, reject
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, DataError, UsageError, option
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.evaluation.small import small_test
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of
@@ -74,7 +75,7 @@ class RetrievalResult:
         return [Confusion(q, int(ranks.top[q, 0]), float(ranks.margin[q])) for q in order if ranks.margin[q] < 0]
 
 
-class RetrievalEvaluator:
+class RetrievalEvaluator(Evaluator):
     """Finds the image for each caption and a caption for each image, among all of a data set.
 
     Every caption is a query and an item of its own, as in the papers (Flickr30k, MS-COCO); recall@k is the share of
@@ -184,11 +185,23 @@ class RetrievalEvaluator:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
         return self._chance(self._image_codes())
 
+    def baselines(self) -> dict[str, dict[str, float]]:
+        return {"chance": self.chance()}
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "texts": self.texts,
+            "image_of_text": self.image_of_text,
+            "ks": self.ks,
+            "groups": self.groups,
+            "images": self.images,
+        }
+
     def _chance(self, images: list[int]) -> dict[str, float]:
         ways = zip(("text_to_image", "image_to_text"), self._relevance(images), strict=True)
         return {f"{self.name}/{way}_recall@{k}": chance(relevant, k) for way, relevant in ways for k in self.ks}
 
-    def n(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """How many images and texts that differ there are, by ``{name}/images``, and how many more are duplicates."""
         return {f"{self.name}/{what}": count for what, count in self._n().items()}
 

@@ -17,10 +17,11 @@ from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.models.dual_encoder import DualEncoder
 
 
-class ValidationLoss:
+class ValidationLoss(Evaluator):
     """Symmetric InfoNCE, or the sigmoid loss of models with a bias, of given pairs; low is good.
 
     The pairs, each image with its first caption, are mixed once by a fixed rule (or a table that is sorted by class
@@ -91,7 +92,10 @@ class ValidationLoss:
         """The key of the metric."""
         return [f"{self.name}/loss"]
 
-    def n(self) -> dict[str, int]:
+    def identity(self) -> dict[str, Any]:
+        return {"texts": self.texts, "size": self.size, "images": self.images}
+
+    def counts(self) -> dict[str, int]:
         """How many pairs there are, and in how many batches."""
         return {f"{self.name}/pairs": self.used, f"{self.name}/batches": self._batches()}
 

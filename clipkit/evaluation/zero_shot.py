@@ -13,6 +13,7 @@ from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError, option
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.evaluation.retrieval import Subset, require_columns
 from clipkit.evaluation.small import small_test
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
@@ -62,7 +63,7 @@ class ZeroShotResult:
         return [(self.class_names[i // c], self.class_names[i % c], int(wrong[i])) for i in order if wrong[i]]
 
 
-class ZeroShotEvaluator:
+class ZeroShotEvaluator(Evaluator):
     """Classifies the images of a labelled data set by class names alone, with `ZeroShotClassifier`.
 
     Args:
@@ -169,7 +170,18 @@ class ZeroShotEvaluator:
             found[f"{self.name}/top5"] = metrics.majority(self.labels, classes, 5)
         return found | {f"{self.name}/mean_per_class": 1 / self._present()}
 
-    def n(self) -> dict[str, int]:
+    def baselines(self) -> dict[str, dict[str, float]]:
+        return {"chance": self.chance(), "majority": self.majority()}
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "labels": self.labels,
+            "class_names": self.class_names,
+            "templates": self.templates,
+            "images": self.images,
+        }
+
+    def counts(self) -> dict[str, int]:
         """How many images, how many classes, and of how many classes there is an image."""
         counts = {"images": len(self.labels), "classes": len(self.class_names), "classes_present": self._present()}
         return {f"{self.name}/{what}": count for what, count in counts.items()}

@@ -26,34 +26,34 @@ class EMA:
     def __init__(self, module: nn.Module, names: Sequence[str], decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.parameters = {name: module.get_parameter(name) for name in names}
-        self.held = {name: _wide(each).clone() for name, each in self.parameters.items()}
+        self.held = {name: _wide(weight).clone() for name, weight in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """After a step that was applied."""
         self.updates += 1
         weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
-        now = [_wide(each) for each in self.parameters.values()]
+        now = [_wide(weight) for weight in self.parameters.values()]
         torch._foreach_lerp_(list(self.held.values()), now, weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The average stands in the module for a while; then the weights themselves, whatever happened."""
-        raw = {name: each.detach().clone() for name, each in self.parameters.items()}
-        self.settle()
+        raw = {name: weight.detach().clone() for name, weight in self.parameters.items()}
+        self.restore_average()
         try:
             yield
         finally:
             self._copy(raw)
 
-    def settle(self) -> None:
+    def restore_average(self) -> None:
         """Put the average into the module for good."""
         self._copy(self.held)
 
     @torch.no_grad()
     def _copy(self, values: Mapping[str, Tensor]) -> None:
-        for name, each in self.parameters.items():
-            each.copy_(values[name])
+        for name, weight in self.parameters.items():
+            weight.copy_(values[name])
 
     def tensors(self) -> dict[str, Tensor]:
         return self.held
@@ -64,8 +64,8 @@ class EMA:
     def restore(self, tensors: Tensors, facts: Mapping[str, Any]) -> None:
         require_names("averaged weights", tensors, self.held)
         self.updates = facts["updates"]
-        for name, each in self.held.items():
-            each.copy_(tensors[name])
+        for name, weight in self.held.items():
+            weight.copy_(tensors[name])
 
 
 def _wide(weight: Tensor) -> Tensor:

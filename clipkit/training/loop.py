@@ -111,12 +111,12 @@ class Loop:
         self.before = self.clock.values["seconds"]
         how = "done"
         try:
-            self._settle()
+            self._warm_up_ddp()
             self.trackers.start(self.model.card.config, self.step)
             with self.log, self._progress(self.total, "training", done=self.step) as progress:
-                self._say_first(progress)
-                self._look_back(progress)
-                self._catch_up(progress)
+                self._report_preflight(progress)
+                self._measure_baseline(progress)
+                self._evaluate_if_due(progress)
                 self._steps(progress)
                 return self._finish(progress)
         except BaseException as error:
@@ -140,10 +140,10 @@ class Loop:
         path = distributed.on_main(lambda: resume.find_checkpoint(self.folder, self.checkpoints, self.identity))
         if path is None:
             return
-        found: list[Snapshot] = []
-        distributed.together(lambda: found.append(read(path)))  # if one cannot read it, all stop
-        found[0].restore(self.parts)
-        self.step = found[0].step
+        snapshots: list[Snapshot] = []
+        distributed.together(lambda: snapshots.append(read(path)))  # if one cannot read it, all stop
+        snapshots[0].restore(self.parts)
+        self.step = snapshots[0].step
         before = self.attempts.last()
         changed = resume.differences(before, dict(self.attempts.topology)) if before else []
         if distributed.is_main():
@@ -155,7 +155,7 @@ class Loop:
                     "; ".join(changed),
                 )
 
-    def _settle(self) -> None:
+    def _warm_up_ddp(self) -> None:
         """Let DDP find its buckets before the first step.
 
         It rebuilds them after the first backward pass, and sums of three or more ranks depend in their last bits on
@@ -173,22 +173,22 @@ class Loop:
         )
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _say_first(self, progress: Progress) -> None:
+    def _report_preflight(self, progress: Progress) -> None:
         """Say what this data at this batch allows, on rank 0; the others wait at the first collective."""
         if not distributed.is_main() or self.step:
             return
         setup = self.setup
         sigmoid = setup.contrast.loss == "sigmoid"
-        found = preflight(
+        report = preflight(
             self.model, setup.pairs, setup.plan, setup.similar, self.config, steps=self.total, sigmoid=sigmoid
         )
-        write_json(self.folder / "preflight.json", {**found.as_dict(), "plan": list(setup.plan.notes)})
+        write_json(self.folder / "preflight.json", {**report.as_dict(), "plan": list(setup.plan.notes)})
         epochs = self.total / setup.plan.steps_per_epoch
         length = f"training: {self.total:,} steps of {self.config.batch_size:,} pairs, {epochs:.3g} epochs"
-        for line in [length, *setup.plan.notes, *found.lines()]:
+        for line in [length, *setup.plan.notes, *report.lines()]:
             progress.note(line)
 
-    def _look_back(self, progress: Progress) -> None:
+    def _measure_baseline(self, progress: Progress) -> None:
         """Keep the start for the guardrail, once in a run; its reference is the line of step 0."""
         if self.guardrail is None or self.guardrail.baseline:
             return
@@ -205,13 +205,13 @@ class Loop:
         with closing(self._batches()) as batches:
             for batch in batches:
                 loss, norm = self._step(batch)
-                self._tell(loss, norm, progress)
-                stop, due = self._agree(self.stop.wanted is not None, self._is_due())
+                self._log_step(loss, norm, progress)
+                stop, due = self._any_rank(self.stop.wanted is not None, self._is_due())
                 if stop or due:
                     self.save()
                 if stop:
                     raise self._interrupted("a checkpoint was saved")
-                self._catch_up(progress)
+                self._evaluate_if_due(progress)
                 if self._over():
                     return
 
@@ -238,14 +238,14 @@ class Loop:
                 batch = next(batches)
             except ClipkitError as own:
                 error = own
-            failed, rejected = self._agree(error is not None, bool(batch and batch.rejected))
+            failed, rejected = self._any_rank(error is not None, bool(batch and batch.rejected))
             if failed:
-                raise next(each for each in [error, *distributed.all_gather_object(error)] if each is not None)
+                raise next(e for e in [error, *distributed.all_gather_object(error)] if e is not None)
             assert batch is not None  # or there was an error
             if rejected:
                 for share in distributed.all_gather_object(batch.rejected):
-                    self.rejected.values |= {str(each["row"]): each for each in share}
-                self._tolerate()
+                    self.rejected.values |= {str(reject["row"]): reject for reject in share}
+                self._check_reject_budget()
             yield batch.to(self.accelerator.device)
 
     def _step(self, batch: Batch) -> tuple[Loss, float]:
@@ -289,17 +289,17 @@ class Loop:
 
     def _clip(self) -> float:
         """The norm of the gradient, clipped if it is finite: a clipped NaN would spread to every parameter."""
-        trained = [each for each in self.learner.parameters() if each.grad is not None]
+        trained = [parameter for parameter in self.learner.parameters() if parameter.grad is not None]
         limit = math.inf if self.config.clip_grad_norm is None else self.config.clip_grad_norm
         if self.accelerator.distributed_type == "FSDP":  # only the wrapper knows all shards
             return float(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), limit))
         self.accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
         if limit < math.inf and bool(norm.isfinite()):
             torch.nn.utils.clip_grads_with_norm_(trained, limit, norm)
         return float(norm)
 
-    def _tell(self, loss: Loss, norm: float, progress: Progress) -> None:
+    def _log_step(self, loss: Loss, norm: float, progress: Progress) -> None:
         """Show every step, and log those that `log_every` asks for, the first and the last."""
         step, scale = self.step, float(self.model.logit_scale.detach().exp())
         progress.show(step, loss=float(loss.loss), scale=scale)
@@ -321,18 +321,18 @@ class Loop:
         self.log.write({"step": step, **values})
         self.trackers.log(values, step)
 
-    def _agree(self, *flags: bool) -> list[bool]:
+    def _any_rank(self, *flags: bool) -> list[bool]:
         """Which of these hold on any rank."""
         if distributed.world_size() == 1:
             return list(flags)
         mine = torch.tensor(flags, dtype=torch.int32, device=self.accelerator.device)
-        return [bool(each) for each in distributed.max_over_ranks(mine).tolist()]
+        return [bool(flag) for flag in distributed.max_over_ranks(mine).tolist()]
 
-    def _tolerate(self) -> None:
-        limit, found, rows = self.config.max_bad, len(self.rejected.values), len(self.setup.plan.captions)
-        if found > (limit if isinstance(limit, int) else limit * rows):
+    def _check_reject_budget(self) -> None:
+        limit, bad, rows = self.config.max_bad, len(self.rejected.values), len(self.setup.plan.captions)
+        if bad > (limit if isinstance(limit, int) else limit * rows):
             raise TooManyRejected(
-                f"{found} of {rows} images cannot be used, more than max_bad={limit} allows",
+                f"{bad} of {rows} images cannot be used, more than max_bad={limit} allows",
                 where=self.folder,
                 fix=f"`clipkit check data` lists them; mend them, or raise {option('max_bad')}",
             )
@@ -361,7 +361,7 @@ class Loop:
         path = distributed.on_main(lambda: self.checkpoints.save(self.step, self.parts, **options))
         took, self.saved = time.monotonic() - begin, time.monotonic()
         if distributed.is_main():
-            size = sum(each.stat().st_size for each in path.iterdir())
+            size = sum(file.stat().st_size for file in path.iterdir())
             share = took / (60 * self.config.save_minutes)
             advice = "" if share < 0.02 else f"; save_minutes={math.ceil(took / 1.2)} would make it 2 %"
             logger.info(
@@ -371,7 +371,7 @@ class Loop:
     def _seconds(self) -> float:
         return float(self.before + time.monotonic() - self.start)
 
-    def _catch_up(self, progress: Progress) -> None:
+    def _evaluate_if_due(self, progress: Progress) -> None:
         """The evaluation that is due after this step, unless it is done."""
         if not self.step or not self._is_measured() or self.clock.values["evaluated"]:
             return
@@ -381,10 +381,10 @@ class Loop:
         with nullcontext() if self.average is None else self.average.applied():
             metrics = self.setup.evaluate()
             self._record(self.step, metrics)
-            self.best.offer(self.step, metrics, self.setup.counts(), progress)
+            self.best.update(self.step, metrics, self.setup.counts(), progress)
         self.clock.values["evaluated"] = True
         self.evaluation = time.monotonic() - begin
-        (late,) = self._agree(self._is_late())
+        (late,) = self._any_rank(self._is_late())
         if late and not self._over():
             self.save()
         self.wrapped.train()
@@ -403,19 +403,19 @@ class Loop:
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
         if self.average is not None and not self.best.weights:
-            self.average.settle()
-        metrics, step = self.best.settle(self.step)
-        found = self._guard(progress)
-        metrics = metrics if found is None else found.chosen.metrics
+            self.average.restore_average()
+        metrics, step = self.best.restore_best(self.step)
+        forgetting = self._guard(progress)
+        metrics = metrics if forgetting is None else forgetting.chosen.metrics
         self.model.name = str(self.folder / "model")  # from where it can be opened again, for indexes and results
         rejected = self.rejected.values
         lines = [{"stage": "train", **rejected[row]} for row in sorted(rejected, key=int)]
         measured = self.setup.measured()
-        lines += [{"stage": "evaluate", **vars(e)} for each in measured for e in getattr(each, "rejected", [])]
+        lines += [{"stage": "evaluate", **vars(reject)} for evaluator in measured for reject in evaluator.rejected]
         if distributed.is_main():
             write_rejects(self.folder / "rejects.jsonl", lines)
             draw_curves(self.folder / "curves", self.log.lines)
-        return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines, early, found)
+        return TrainResult(metrics, step, self.step, seconds, self.log.lines, lines, early, forgetting)
 
     def _guard(self, progress: Progress) -> Forgetting | None:
         """Walk back as far as the budget asks; a walk that is interrupted is done again by the next attempt."""
@@ -424,18 +424,18 @@ class Loop:
         with self._progress(len(ALPHAS), "walking back to the start", unit="point") as walk:
             done = count()
 
-            def heed() -> None:
-                self._heed()
+            def next_point() -> None:
+                self._stop_if_asked()
                 walk.show(next(done))
 
-            found = self.guardrail.settle(self.setup.evaluate, self.best.key, self.setup.counts(), heed)
-        for line in found.lines():
+            forgetting = self.guardrail.walk_back(self.setup.evaluate, self.best.key, self.setup.counts(), next_point)
+        for line in forgetting.lines():
             progress.note(line)
-        return found
+        return forgetting
 
-    def _heed(self) -> None:
+    def _stop_if_asked(self) -> None:
         """Where a signal came after the last step, end: the last checkpoint holds all that training gave."""
-        (stop,) = self._agree(self.stop.wanted is not None)
+        (stop,) = self._any_rank(self.stop.wanted is not None)
         if stop:
             raise self._interrupted("all steps are taken, and the last checkpoint holds them")
 

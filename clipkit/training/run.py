@@ -19,6 +19,7 @@ from clipkit.data.split import split_pairs
 from clipkit.embedding.image_features import with_image_features
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import UsageError, option, within
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.evaluation.result import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.validation_loss import ValidationLoss
@@ -33,7 +34,7 @@ from clipkit.training.config.sections import DataConfig, EvaluateConfig, Referen
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.loop import TrainResult
 from clipkit.training.run_folder.ownership import claim_folder, locked, what_stands
-from clipkit.training.setup import Evaluator, TrainSetup
+from clipkit.training.setup import TrainSetup
 from clipkit.training.trainer import Trainer
 
 logger = logging.getLogger("clipkit")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.batches.loader import Loader
 from clipkit.data.dataset import as_dataset
 from clipkit.errors import ClipkitError, UsageError, option
+from clipkit.evaluation.evaluator import Evaluator, Measure, as_evaluator
 from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similarity import Paired, Similarity, key_columns
 from clipkit.models.dual_encoder import DualEncoder
@@ -35,8 +36,6 @@ from clipkit.training.step import LossConfig, backward
 from clipkit.training.trackers import check_trackers
 
 logger = logging.getLogger("clipkit")
-
-Evaluator = Callable[[DualEncoder], Mapping[str, float]]
 
 
 class TrainSetup:
@@ -63,14 +62,14 @@ class TrainSetup:
         config: TrainConfig,
         *,
         similar: Similarity | Sequence[Similarity] = Paired(),
-        evaluators: Sequence[Evaluator] = (),
-        reference: Evaluator | None = None,
+        evaluators: Sequence[Measure] = (),
+        reference: Measure | None = None,
     ) -> None:
         distributed.start()
         refuse_name(pairs)
         self.model, self.pairs, self.config = model, as_dataset(pairs), config
         self.similar: list[Similarity] = list(similar) if isinstance(similar, Sequence) else [similar]
-        self.evaluators = evaluators
+        self.evaluators = [as_evaluator(measure) for measure in evaluators]
         self.folder = claim_folder(Path(config.output_dir), may_resume=config.resume == "auto")
         check_arguments(config, self.similar, measures=bool(evaluators))
         sampling = ("batch_size", "seed", "distinct", "balanced", "grouped", "group_size")
@@ -117,7 +116,7 @@ class TrainSetup:
                 raise UsageError(f"embeddings have {self.model.dim} dimensions; found matryoshka={config.matryoshka}")
         return LossConfig(loss, config.label_smoothing, config.matryoshka, config.tile)
 
-    def _guardrail(self, reference: Evaluator | None) -> Guardrail | None:
+    def _guardrail(self, reference: Measure | None) -> Guardrail | None:
         budget = self.config.forget_budget
         if budget is None:
             if reference is not None:
@@ -135,7 +134,7 @@ class TrainSetup:
     def _check_best(self) -> None:
         """Refuse a metric that no evaluator gives, if all of them know what they give before they measure."""
         best = self.config.best
-        known: list[list[str]] = [getattr(evaluator, "keys", list)() for evaluator in self.measured()]
+        known = [evaluator.keys() for evaluator in self.measured()]
         keys = [key for some in known for key in some]
         if best is not None and all(known) and best not in keys:
             raise UsageError(
@@ -216,20 +215,19 @@ class TrainSetup:
         for evaluator in self.measured():
             given = {key: _number(key, value) for key, value in evaluator(self.model).items()}
             if not given:
-                name = getattr(evaluator, "name", type(evaluator).__name__)
-                raise UsageError("an evaluator gives no metric", where=name)
+                raise UsageError("an evaluator gives no metric", where=evaluator.name)
             if both := metrics.keys() & given.keys():
                 raise UsageError(f"two evaluators give the metric {min(both)!r}", fix="give one of them another name")
             metrics |= given
         return distributed.broadcast_object(metrics)
 
-    def measured(self) -> list[Any]:
+    def measured(self) -> list[Evaluator]:
         """The evaluators, the guardrail's reference last: it decides about the best model only if `best` names it."""
         return [*self.evaluators, *([] if self.guardrail is None else [self.guardrail])]
 
     def counts(self) -> dict[str, int]:
         """How many images, texts and classes the metrics rest on."""
-        return {key: count for evaluator in self.measured() for key, count in getattr(evaluator, "n", dict)().items()}
+        return {key: count for evaluator in self.measured() for key, count in evaluator.counts().items()}
 
 
 def _number(key: str, value: Any) -> float:

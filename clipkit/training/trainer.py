@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipkit import distributed
+from clipkit.evaluation.evaluator import Evaluator, Measure
 from clipkit.losses.similarity import Paired, Similarity
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.checkpoints.signals import StopSignal
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.loop import Loop, TrainResult
 from clipkit.training.run_folder.ownership import locked
-from clipkit.training.setup import Evaluator, TrainSetup
+from clipkit.training.setup import TrainSetup
 
 
 class Trainer:
@@ -32,7 +33,8 @@ class Trainer:
             locked tower (see `with_image_features`).
         config: the loop.
         similar: what counts as alike; several are added by their weights.
-        evaluators: each called on every rank with the model; give metrics by key.
+        evaluators: each called on every rank with the model; give metrics by key. A function will do; an `Evaluator`
+            says more about its metrics.
         reference: an evaluator of what the model is not to forget, for ``config.forget_budget``: its first metric is
             what the budget is of, and all are logged as ``reference/…``. None: `SimilarityReference`, on data that
             ship with clipkit. With a budget the first evaluator (or ``config.best``) judges the domain, the model
@@ -52,8 +54,8 @@ class Trainer:
         config: TrainConfig,
         *,
         similar: Similarity | Sequence[Similarity] = Paired(),
-        evaluators: Sequence[Evaluator] = (),
-        reference: Evaluator | None = None,
+        evaluators: Sequence[Measure] = (),
+        reference: Measure | None = None,
     ) -> None:
         self.setup = TrainSetup(model, pairs, config, similar=similar, evaluators=evaluators, reference=reference)
         self.model, self.config, self.folder = self.setup.model, self.setup.config, self.setup.folder
@@ -70,6 +72,6 @@ class Trainer:
         with locked(self.folder), distributed.lost_processes(), StopSignal() as stop:
             return Loop(self.setup, stop).run()
 
-    def measured(self) -> list[Any]:
+    def measured(self) -> list[Evaluator]:
         """All that is measured at an evaluation: the evaluators, and the guardrail's reference last."""
         return self.setup.measured()

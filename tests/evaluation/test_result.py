@@ -5,19 +5,23 @@ import math
 
 import pytest
 
+from clipkit import DualEncoder
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.evaluation.result import build_result, environment
 from clipkit.files import dump_json
 
 
-class Fixed:
-    def chance(self) -> dict[str, float]:
-        return {"z/top1": 0.1}
+class Fixed(Evaluator):
+    name = "z"
 
-    def majority(self) -> dict[str, float]:
-        return {"z/top1": 0.4}
+    def __call__(self, model: DualEncoder) -> dict[str, float]:
+        return {"z/top1": 0.5}
 
-    def n(self) -> dict[str, int]:
+    def baselines(self) -> dict[str, dict[str, float]]:
+        return {"chance": {"z/top1": 0.1}, "majority": {"z/top1": 0.4}}
+
+    def counts(self) -> dict[str, int]:
         return {"z/images": 7}
 
 

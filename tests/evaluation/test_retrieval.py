@@ -48,7 +48,7 @@ def test_equals_brute_force(model, images) -> None:
         ranks = [1 + (row > row[ok].max()).sum() for row, ok in zip(s, g, strict=True)]
         assert found[f"unseen/retrieval/{way}_median_rank"] == np.median(ranks)
     assert len(found) == 8
-    assert evaluator.n() == {
+    assert evaluator.counts() == {
         "unseen/retrieval/images": 13,
         "unseen/retrieval/texts": 19,
         "unseen/retrieval/duplicate_images": 0,
@@ -112,7 +112,7 @@ def test_class_folders_have_as_many_captions_as_classes(model, tiny, tmp_path: P
     for number, name in enumerate(["cat", "dog", "sea_lion"]):
         tiny.write_pictures(tmp_path / name, range(5 * number, 5 * number + 5))
     evaluator = RetrievalEvaluator(load_pairs(tmp_path))
-    found, chance, n = evaluator(model), evaluator.chance(), evaluator.n()
+    found, chance, n = evaluator(model), evaluator.chance(), evaluator.counts()
     assert found["retrieval/image_to_text_recall@5"] == chance["retrieval/image_to_text_recall@5"] == 1.0
     assert chance["retrieval/image_to_text_recall@1"] == pytest.approx(1 / 3)
     assert chance["retrieval/text_to_image_recall@5"] == pytest.approx(1 - hypergeom.pmf(0, 15, 5, 5))
@@ -181,7 +181,7 @@ def test_copies_equal_brute_force(model, tiny, tmp_path: Path, group: str | None
             lucky = [1 - hypergeom.pmf(0, g.shape[1], int(row.sum()), min(k, g.shape[1])) for row in g]
             assert chance[f"retrieval/{way}_recall@{k}"] == pytest.approx(np.mean(lucky))
     total = sum(map(len, texts))
-    assert list(evaluator.n().values()) == [21, len(every), 3, total - len(every)]
+    assert list(evaluator.counts().values()) == [21, len(every), 3, total - len(every)]
     assert evaluator.last is not None
     for row, text in zip(evaluator.last.image_of_text, evaluator.last.texts, strict=True):
         assert text in [
@@ -201,7 +201,7 @@ def test_bad_images(model, images) -> None:
         found = evaluator(model)
         assert found == RetrievalEvaluator(pairs.select(left), group=group)(model)
         assert sorted((r.row, r.code) for r in evaluator.rejected) == [(4, "TRUNCATED"), (7, "MISSING")]
-        assert evaluator.n()["retrieval/images"] == 11
+        assert evaluator.counts()["retrieval/images"] == 11
         assert evaluator(model) == found
         assert len(evaluator.rejected) == 2
 

@@ -27,7 +27,7 @@ def test_it_is_the_loss_of_clip(pairs):
     found = ValidationLoss(pairs)
     wanted = open_clip.loss.ClipLoss()(images, texts, model.logit_scale.exp())
     assert found(model) == {"validation/loss": pytest.approx(float(wanted.detach()), rel=1e-5)}
-    assert found.n() == {"validation/pairs": 32, "validation/batches": 1}
+    assert found.counts() == {"validation/pairs": 32, "validation/batches": 1}
 
 
 def test_it_is_the_loss_of_siglip(pairs):
@@ -43,7 +43,7 @@ def test_batches_are_fixed_and_of_nearly_one_size(pairs):
     model = make_model()
     found = ValidationLoss(pairs, size=12, batch_size=5)
     assert found(model) == ValidationLoss(pairs, size=12, batch_size=64)(model)
-    assert found.n()["validation/batches"] == 3
+    assert found.counts()["validation/batches"] == 3
     images, texts = model.encode_images(pairs["image"]), model.encode_texts([each[0] for each in pairs["texts"]])
     order = sorted(range(32), key=lambda row: hash64(0, row))
     logits = model.logit_scale.detach().exp() * images[order] @ texts[order].T
@@ -68,7 +68,7 @@ def test_broken_images_are_left_out_where_that_is_asked_for(pairs):
     found = ValidationLoss(broken, on_bad="skip")
     found(make_model())
     assert [each.row for each in found.rejected] == [3]
-    assert found.n()["validation/pairs"] == 31
+    assert found.counts()["validation/pairs"] == 31
 
 
 def test_sorted_tables_are_mixed(pairs):

@@ -53,7 +53,7 @@ def test_baselines_and_counts(images) -> None:
     evaluator = ZeroShotEvaluator(labelled(images, LABELS, NAMES), name="z")
     assert evaluator.chance() == pytest.approx({"z/top1": 1 / 7, "z/top5": 5 / 7, "z/mean_per_class": 1 / 7})
     assert evaluator.majority() == pytest.approx({"z/top1": 4 / 11, "z/top5": 10 / 11, "z/mean_per_class": 1 / 6})
-    assert evaluator.n() == {"z/images": 11, "z/classes": 7, "z/classes_present": 6}
+    assert evaluator.counts() == {"z/images": 11, "z/classes": 7, "z/classes_present": 6}
 
 
 def test_top5_only_with_more_than_five_classes(model, images) -> None:
@@ -119,4 +119,4 @@ def test_bad_images(model, images) -> None:
     assert found == ZeroShotEvaluator(data.select([i for i in range(11) if i != 2]))(model)
     assert [(r.row, r.code) for r in evaluator.rejected] == [(2, "EMPTY")]
     assert evaluator(model) == found
-    assert evaluator.n()["zero_shot/images"] == 10
+    assert evaluator.counts()["zero_shot/images"] == 10

@@ -13,6 +13,7 @@ from typing import Any
 from clipkit import distributed
 from clipkit.data.fingerprint import data_fingerprint, images_identity
 from clipkit.errors import CorruptArtefact, UsageError, option
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.files import write_json
 from clipkit.losses.similarity import Similarity, key_columns
 from clipkit.models.fingerprint.fingerprint import hash_weights, measure_processor
@@ -40,7 +41,11 @@ FREE = frozenset((*_PLACE, "skip_nonfinite", "max_bad", "best"))
 
 
 def run_fingerprint(
-    config: TrainConfig, learner: ModelWithHeads, similar: Sequence[Similarity], pairs: Any, evaluators: Sequence[Any]
+    config: TrainConfig,
+    learner: ModelWithHeads,
+    similar: Sequence[Similarity],
+    pairs: Any,
+    evaluators: Sequence[Evaluator],
 ) -> dict[str, Any]:
     """What decides about every figure of a run, as JSON: equal identities mean equal global batches and one model.
 
@@ -49,36 +54,31 @@ def run_fingerprint(
     codes, numbers = key_columns(similar)
     planned = [*config.distinct, *filter(None, (config.balanced, config.grouped))]
     model = learner.model
-    trained = [(name, list(each.shape)) for name, each in learner.named_parameters() if each.requires_grad]
-    frozen = {name: each for name, each in learner.named_parameters() if not each.requires_grad}
+    trained = [(name, list(p.shape)) for name, p in learner.named_parameters() if p.requires_grad]
+    frozen = {name: p for name, p in learner.named_parameters() if not p.requires_grad}
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
-    found = {
+    identity = {
         "train": settings,
-        "similar": [str(each) for each in similar],
+        "similar": [str(notion) for notion in similar],
         "data": data_fingerprint(
             pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()
         ),
-        "evaluators": [_evaluator(each) for each in evaluators],
+        "evaluators": [_evaluator(evaluator) for evaluator in evaluators],
         "model": {
             "trained parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest()[:16],
             "frozen weights": hash_weights(frozen),
             "processor": measure_processor(model.processor),
         },
     }
-    return dict(json.loads(json.dumps(found)))  # as it will be read again: tuples are lists
+    return dict(json.loads(json.dumps(identity)))  # as it will be read again: tuples are lists
 
 
-# Of evaluators, what changes a figure.
-_DECIDE = ("texts", "image_of_text", "size", "ks", "groups", "labels", "class_names", "templates")
-
-
-def _evaluator(evaluator: Any) -> dict[str, Any]:
-    name = str(getattr(evaluator, "name", None) or getattr(evaluator, "__name__", type(evaluator).__name__))
-    found = {key: getattr(evaluator, key) for key in _DECIDE if hasattr(evaluator, key)}
-    about = json.dumps(found, default=_listed, sort_keys=True).encode()
-    images = getattr(evaluator, "images", None)
-    about += b"" if images is None else images_identity(images).encode()
-    return {"name": name, "set-up": hashlib.sha256(about).hexdigest()[:16]}
+def _evaluator(evaluator: Evaluator) -> dict[str, Any]:
+    settings = evaluator.identity()
+    images = settings.pop("images", None)
+    content = json.dumps(settings, default=_listed, sort_keys=True).encode()
+    content += b"" if images is None else images_identity(images).encode()
+    return {"name": evaluator.name, "set-up": hashlib.sha256(content).hexdigest()[:16]}
 
 
 def _listed(value: Any) -> Any:
@@ -101,7 +101,7 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         return [line for i, (one, other) in pairs for line in differences(one, other, f"{name}[{i}]")]
     if before == now:
         return []
-    one, other = (json.dumps(each, ensure_ascii=False) for each in (before, now))
+    one, other = (json.dumps(value, ensure_ascii=False) for value in (before, now))
     same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return [f"{name}: {_short(one, same)} before, {_short(other, same)} now"]
 
@@ -144,14 +144,14 @@ def find_checkpoint(folder: Path, checkpoints: Checkpoints, now: Mapping[str, An
         write_json(folder / IDENTITY, now)
         return None
     check_same_run(folder, now)
-    found = checkpoints.newest()
-    if found is None and (damaged := checkpoints.damaged()):
+    newest = checkpoints.newest()
+    if newest is None and (damaged := checkpoints.damaged()):
         raise CorruptArtefact(
             f"none of the run's checkpoints can be used; {len(damaged)} were set aside as damaged",
             where=checkpoints.folder,
             fix="restore one from a copy, or remove the run folder to start again",
         )
-    return found
+    return newest
 
 
 def check_same_on_ranks(now: Mapping[str, Any]) -> None:
@@ -161,8 +161,8 @@ def check_same_on_ranks(now: Mapping[str, Any]) -> None:
         UsageError: names the rank and what differs from rank 0.
     """
     every = distributed.all_gather_object(dict(now))
-    for rank, each in enumerate(every):
-        if changed := differences(every[0], each):
+    for rank, identity in enumerate(every):
+        if changed := differences(every[0], identity):
             lines = "\n  ".join(line.replace(" before, ", " on rank 0, ").replace(" now", "") for line in changed)
             raise UsageError(
                 f"rank {rank} does not run what rank 0 runs:\n  {lines}",

@@ -60,12 +60,12 @@ class GradientCheck:
     @property
     def same(self) -> bool:
         """Whether all groups have the gradient of the big batch."""
-        return all(each.same for each in self.groups)
+        return all(group.same for group in self.groups)
 
     def as_dict(self) -> dict[str, Any]:
-        groups = [asdict(each) for each in self.groups]
-        for each in groups:  # JSON knows no nan
-            each["cosine"] = None if math.isnan(each["cosine"]) else each["cosine"]
+        groups = [asdict(group) for group in self.groups]
+        for group in groups:  # JSON has no nan
+            group["cosine"] = None if math.isnan(group["cosine"]) else group["cosine"]
         return {**asdict(self), "groups": groups, "same": self.same}
 
     def lines(self) -> list[str]:
@@ -73,10 +73,10 @@ class GradientCheck:
         cached = f", micro_batch {self.micro_batch}" if self.micro_batch else ""
         head = f"global batch of {self.batch_size} on {self.ranks} ranks, {self.precision}{cached}; dropout off"
         rows = [f"{'':14}{'parameters':>12}{'ratio':>10}{'cosine':>10}"]
-        for each in self.groups:
-            cosine = "" if math.isnan(each.cosine) else f"{each.cosine:.6f}"
-            mark = "" if each.same else "   NOT the big batch"
-            rows.append(f"{each.name:14}{each.parameters:12,}{each.ratio:10.5f}{cosine:>10}{mark}")
+        for group in self.groups:
+            cosine = "" if math.isnan(group.cosine) else f"{group.cosine:.6f}"
+            mark = "" if group.same else "   NOT the big batch"
+            rows.append(f"{group.name:14}{group.parameters:12,}{group.ratio:10.5f}{cosine:>10}{mark}")
         verdict = (
             "these are the gradients of the big batch" if self.same else "these are NOT the gradients of the big batch"
         )
@@ -93,11 +93,11 @@ def check_gradients(setup: TrainSetup) -> GradientCheck:
     Args:
         setup: of the user's own model, data and config; its weights stay what they are.
     """
-    found = _as_trained(setup)
-    wanted = _textbook(setup) if distributed.is_main() else {}
-    wanted = distributed.broadcast_object(wanted)
+    launched = _as_trained(setup)
+    reference = _textbook(setup) if distributed.is_main() else {}
+    reference = distributed.broadcast_object(reference)
     precision = {"no": "fp32"}.get(setup.accelerator.mixed_precision, setup.accelerator.mixed_precision)
-    groups = tuple(_compare(name, found[name], wanted[name], TOLERANCE[precision]) for name in wanted)
+    groups = tuple(_compare(name, launched[name], reference[name], TOLERANCE[precision]) for name in reference)
     config = setup.config
     return GradientCheck(groups, config.batch_size, distributed.world_size(), config.micro_batch, precision)
 
@@ -112,15 +112,15 @@ def _as_trained(setup: TrainSetup) -> dict[str, Tensor]:
     micro = setup.config.micro_batch
     backward(wrapped, batch, setup.similar, setup.contrast, micro_batch=micro, send=accelerator.backward)
     scaler = getattr(accelerator, "scaler", None)
-    found = _by_group(learner, 1.0 if scaler is None else 1.0 / scaler.get_scale())
+    gradients = _by_group(learner, 1.0 if scaler is None else 1.0 / scaler.get_scale())
     learner.zero_grad(set_to_none=True)
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    return found
+    return gradients
 
 
 def _textbook(setup: TrainSetup) -> dict[str, Tensor]:
     learner = copy.deepcopy(setup.learner).eval()
-    small = sum(each.numel() for each in learner.parameters()) <= _DOUBLE
+    small = sum(parameter.numel() for parameter in learner.parameters()) <= _DOUBLE
     dtype = torch.float64 if small and setup.accelerator.device.type != "mps" else torch.float32
     learner.to(dtype)
     steps = replace(setup.loader.steps, rank=0, world_size=1)
@@ -129,14 +129,14 @@ def _textbook(setup: TrainSetup) -> dict[str, Tensor]:
         raise batch
     batch = batch.to(setup.accelerator.device)
     parts = max(1, -(-len(batch) // (setup.config.micro_batch or setup.config.batch_size)))
-    found: list[dict[str, Tensor]] = []
+    embedded: list[dict[str, Tensor]] = []
     for chunk in batch.split(parts):  # one graph, recomputed piece by piece: as much memory as one chunk
-        given = {name: each.to(dtype) if each.is_floating_point() else each for name, each in chunk.items()}
-        found.append(outputs(checkpoint(_call, learner, given, use_reentrant=False)))
-    out = {
-        name: each if each.ndim == 0 else torch.cat([part[name] for part in found]) for name, each in found[-1].items()
-    }
-    loss = sum(each.weight * _dense(i, each, out, batch.rows, setup.contrast) for i, each in enumerate(setup.similar))
+        given = {name: x.to(dtype) if x.is_floating_point() else x for name, x in chunk.items()}
+        embedded.append(outputs(checkpoint(_call, learner, given, use_reentrant=False)))
+    out = {name: x if x.ndim == 0 else torch.cat([part[name] for part in embedded]) for name, x in embedded[-1].items()}
+    loss = sum(
+        notion.weight * _dense(i, notion, out, batch.rows, setup.contrast) for i, notion in enumerate(setup.similar)
+    )
     assert isinstance(loss, Tensor)  # there is at least one notion
     loss.backward()  # type: ignore[no-untyped-call]
     return _by_group(learner, 1.0)
@@ -144,7 +144,7 @@ def _textbook(setup: TrainSetup) -> dict[str, Tensor]:
 
 def _call(learner: ModelWithHeads, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     out: dict[str, Tensor] = learner(**given)
-    return {name: each.double() if each.is_floating_point() else each for name, each in out.items()}
+    return {name: x.double() if x.is_floating_point() else x for name, x in out.items()}
 
 
 def _dense(i: int, similar: Similarity, out: Mapping[str, Tensor], rows: Any, contrast: LossConfig) -> Tensor:
@@ -158,17 +158,17 @@ def _dense(i: int, similar: Similarity, out: Mapping[str, Tensor], rows: Any, co
 def _dense_cut(
     similar: Similarity, a: EmbeddedBatch, b: EmbeddedBatch, dim: int, out: Mapping[str, Tensor], contrast: LossConfig
 ) -> Tensor:
-    left, right = (F.normalize(each.emb[:, :dim].double(), dim=1) for each in (a, b))
+    left, right = (F.normalize(side.emb[:, :dim].double(), dim=1) for side in (a, b))
     learnt = similar.temperature is None
     scale = out["scale"] if similar.temperature is None else 1 / similar.temperature
     sigmoid = contrast.loss == "sigmoid" and learnt
     logits = scale * left @ right.T + (out["bias"] if sigmoid else 0.0)
-    anchors = [_anchors(each) for each in (a, b)]
+    anchors = [_anchors(side) for side in (a, b)]
     hard = ~(anchors[0][:, None] & anchors[1])
     affinity = target(similar, a.keys, b.keys, hard if bool(hard.any()) else None).double()
     if similar.alone:
         affinity = affinity.masked_fill(torch.eye(len(affinity), dtype=torch.bool, device=affinity.device), -1)
-    weights = [_weights(each, similar, known) for each, known in zip((a, b), anchors, strict=True)]
+    weights = [_weights(side, similar, known) for side, known in zip((a, b), anchors, strict=True)]
     if sigmoid:
         return _sigmoid(logits, affinity, weights, anchors, contrast.label_smoothing)
     forth = _softmax(logits, affinity, weights[0], contrast.label_smoothing)
@@ -194,18 +194,18 @@ def _softmax(logits: Tensor, affinity: Tensor, weight: Tensor, smoothing: float)
     wanted = positive[kept] / positive[kept].sum(1, keepdim=True)
     spread = compared[kept].double() / compared[kept].sum(1, keepdim=True)
     logs = logits.masked_fill(~compared, -torch.inf)[kept].log_softmax(1).masked_fill(~compared[kept], 0.0)
-    each = -(((1 - smoothing) * wanted + smoothing * spread) * logs).sum(1)
-    return (weight[kept] * each).sum() / weight[kept].sum()
+    losses = -(((1 - smoothing) * wanted + smoothing * spread) * logs).sum(1)
+    return (weight[kept] * losses).sum() / weight[kept].sum()
 
 
 def _sigmoid(
     logits: Tensor, affinity: Tensor, weights: Sequence[Tensor], anchors: Sequence[Tensor], smoothing: float
 ) -> Tensor:
     label = affinity.clamp(min=0) * (1 - smoothing) + smoothing / 2
-    each = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
+    losses = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
     known = anchors[0][:, None].double() + anchors[1].double()
     weight = (weights[0][:, None] + weights[1]) / known.clamp(min=1) * (affinity >= 0)
-    return (weight * each).sum() / ((weights[0].sum() + weights[1].sum()) / 2)
+    return (weight * losses).sum() / ((weights[0].sum() + weights[1].sum()) / 2)
 
 
 def _by_group(learner: ModelWithHeads, factor: float) -> dict[str, Tensor]:
@@ -234,10 +234,10 @@ def _group(name: str, parameter: nn.Parameter, model: Any) -> str:
     return "training heads"
 
 
-def _compare(name: str, found: Tensor, wanted: Tensor, tolerance: tuple[float, float, float]) -> Compared:
-    ratio = float(found.norm() / wanted.norm())
-    if len(wanted) == 1:
-        off = abs(float(found / wanted) - 1)
-        return Compared(name, 1, float(found / wanted), math.nan, off <= tolerance[2])
-    cosine = float(F.cosine_similarity(found, wanted, dim=0))
-    return Compared(name, len(wanted), ratio, cosine, cosine >= tolerance[0] and abs(ratio - 1) <= tolerance[1])
+def _compare(name: str, launched: Tensor, reference: Tensor, tolerance: tuple[float, float, float]) -> Compared:
+    ratio = float(launched.norm() / reference.norm())
+    if len(reference) == 1:
+        off = abs(float(launched / reference) - 1)
+        return Compared(name, 1, float(launched / reference), math.nan, off <= tolerance[2])
+    cosine = float(F.cosine_similarity(launched, reference, dim=0))
+    return Compared(name, len(reference), ratio, cosine, cosine >= tolerance[0] and abs(ratio - 1) <= tolerance[1])

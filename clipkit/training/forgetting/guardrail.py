@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.data.reading.rejects import Reject
 from clipkit.errors import ClipkitError, UsageError, option
+from clipkit.evaluation.evaluator import Evaluator, Measure, as_evaluator
 from clipkit.files import write_json, write_text
 from clipkit.html_report import trade_off_chart
 from clipkit.metrics.ranking import lower_is_better, worth
@@ -27,9 +29,6 @@ from clipkit.training.forgetting.similarity_reference import SimilarityReference
 from clipkit.training.forgetting.wise_ft import WeightInterpolation
 
 logger = logging.getLogger("clipkit")
-
-
-Measure = Callable[[DualEncoder], Mapping[str, float]]
 
 
 PREFIX = "reference/"
@@ -109,7 +108,7 @@ def loss(key: str, before: float, now: float) -> float:
     return worth(key, before) - worth(key, now)
 
 
-class Guardrail:
+class Guardrail(Evaluator):
     """Measures the reference, and walks the line at the end. A part of the run.
 
     Args:
@@ -122,9 +121,11 @@ class Guardrail:
         UsageError: all that is trained began at random, or some of it and there is no reference but the built-in one.
     """
 
+    name = "reference"
+
     def __init__(self, model: DualEncoder, folder: Path, budget: float, reference: Measure | None) -> None:
         self.model, self.folder, self.budget = model, folder, budget
-        self.reference: Any = reference or SimilarityReference()
+        self.reference = SimilarityReference() if reference is None else as_evaluator(reference)
         self.line = WeightInterpolation(model, folder / "start.safetensors")
         self.baseline: dict[str, float] = {}
         if reference is None and self.line.fresh:
@@ -142,30 +143,33 @@ class Guardrail:
             UsageError: there are none.
             ClipkitError: one is no finite number.
         """
-        found = {_key(key): value for key, value in self.reference(model).items()}
-        if not found:
+        metrics = {_key(key): value for key, value in self.reference(model).items()}
+        if not metrics:
             raise UsageError("the reference gives no metric", where="reference")
-        for key, value in found.items():
+        for key, value in metrics.items():
             if not math.isfinite(value):
                 raise ClipkitError(f"a reference must be a finite number, found {value}", where=key)
-        return found
+        return metrics
 
     def keys(self) -> list[str]:
         """The keys of the metrics, where the reference knows them before it measures."""
-        return [_key(key) for key in getattr(self.reference, "keys", list)()]
+        return list(map(_key, self.reference.keys()))
 
-    def n(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """What the reference rests on."""
-        return {_key(key): count for key, count in getattr(self.reference, "n", dict)().items()}
+        return {_key(key): count for key, count in self.reference.counts().items()}
 
-    def chance(self) -> dict[str, float]:
+    def baselines(self) -> dict[str, dict[str, float]]:
         """What the reference would be by chance, where it knows."""
-        return {_key(key): value for key, value in getattr(self.reference, "chance", dict)().items()}
+        return {
+            baseline: {_key(key): value for key, value in values.items()}
+            for baseline, values in self.reference.baselines().items()
+        }
 
     @property
-    def rejected(self) -> list[Any]:
+    def rejected(self) -> Sequence[Reject]:  # type: ignore[override]
         """Of the reference, what could not be used."""
-        return list(getattr(self.reference, "rejected", []))
+        return self.reference.rejected
 
     def begin(self) -> dict[str, float]:
         """Keep the start and measure it, once in a run: its reference."""
@@ -176,43 +180,47 @@ class Guardrail:
             logger.warning("forget_budget=%g allows all of %s, which is %.4f, to be lost", self.budget, key, value)
         return self.baseline
 
-    def settle(
-        self, measure: Callable[[], dict[str, float]], key: str | None, n: Mapping[str, int], heed: Callable[[], None]
+    def walk_back(
+        self,
+        measure: Callable[[], dict[str, float]],
+        key: str | None,
+        n: Mapping[str, int],
+        before_point: Callable[[], None],
     ) -> Forgetting:
-        """Walk from the start to the model as it stands, and make it the one that is chosen; write what was found.
+        """Walk from the start to the model as it stands, and make it the one that is chosen; write what was measured.
 
         Args:
             measure: all metrics of the model as it stands.
             key: of the metric that the domain is judged by.
             n: what the metrics rest on.
-            heed: is called before each point, and may end the run: the next attempt walks again.
+            before_point: is called before each point, and may end the run: the next attempt walks again.
         """
         assert key is not None  # of the evaluations before
         self.line.span()
         points = []
         reference = next(iter(self.baseline))
         for alpha in ALPHAS:
-            heed()
+            before_point()
             self.line.go(alpha)
             metrics = measure()
             points.append(Point(alpha, metrics[key], metrics[reference], metrics))
-        found = choose(key, reference, self.baseline[reference], self.budget, tuple(points))
-        self.line.go(found.alpha)
-        if not found.held and distributed.is_main():
-            logger.warning("%s", found.lines()[0])
-        facts = {"metrics": found.chosen.metrics, "n": dict(n), "forgetting": found.as_dict()}
+        forgetting = choose(key, reference, self.baseline[reference], self.budget, tuple(points))
+        self.line.go(forgetting.alpha)
+        if not forgetting.held and distributed.is_main():
+            logger.warning("%s", forgetting.lines()[0])
+        facts = {"metrics": forgetting.chosen.metrics, "n": dict(n), "forgetting": forgetting.as_dict()}
         self.model.card = self.model.card.updated(facts)
-        self.model.card = distributed.on_main(lambda: self._write(found))
-        return found
+        self.model.card = distributed.on_main(lambda: self._write(forgetting))
+        return forgetting
 
-    def _write(self, found: Forgetting) -> Any:
-        write_json(self.folder / "forgetting.json", found.as_dict())
-        curve = [(p.reference, p.domain) for p in found.points]
-        limit = found.baseline + worth(found.reference, -found.budget)
-        chosen = found.points.index(found.chosen)
-        marks = {"before": 0, f"chosen, alpha {found.alpha:g}": chosen, "fine-tuned": -1}
+    def _write(self, forgetting: Forgetting) -> Any:
+        write_json(self.folder / "forgetting.json", forgetting.as_dict())
+        curve = [(p.reference, p.domain) for p in forgetting.points]
+        limit = forgetting.baseline + worth(forgetting.reference, -forgetting.budget)
+        chosen = forgetting.points.index(forgetting.chosen)
+        marks = {"before": 0, f"chosen, alpha {forgetting.alpha:g}": chosen, "fine-tuned": -1}
         marks = {"before, chosen": 0, "fine-tuned": -1} if chosen == 0 else marks
-        drawn = trade_off_chart({"the line": curve}, marks, limit, found.reference, found.domain)
+        drawn = trade_off_chart({"the line": curve}, marks, limit, forgetting.reference, forgetting.domain)
         write_text(self.folder / "curves" / "forgetting.svg", drawn)
         self.model.save_pretrained(self.folder / "model", overwrite=True)
         return self.model.card
@@ -220,16 +228,14 @@ class Guardrail:
     # -- as a part of the run
 
     def tensors(self) -> dict[str, Tensor]:
-        own: dict[str, Tensor] = getattr(self.reference, "tensors", dict)()
-        return own
+        return self.reference.tensor_state()
 
     def facts(self) -> dict[str, Any]:
         return {"baseline": self.baseline, "start": self.line.sha256}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self.baseline, self.line.sha256 = facts["baseline"], facts["start"]
-        if hasattr(self.reference, "restore"):
-            self.reference.restore(tensors)
+        self.reference.load_tensor_state(tensors)
         self.line.check()
 
 

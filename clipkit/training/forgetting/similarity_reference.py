@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipkit.embedding.embed import embed
 from clipkit.errors import ModelError
+from clipkit.evaluation.evaluator import Evaluator
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.training.forgetting.sample import captions, pictures
 
@@ -21,7 +23,7 @@ _SAME = 1e-6  # cosines that are closer than this are one; the last bits depend 
 _WAYS = (("text", "image"), ("image", "text"), ("image", "image"), ("text", "text"))
 
 
-class SimilarityReference:
+class SimilarityReference(Evaluator):
     """How much of a model's own ranking of a fixed sample is left, from 1.0 (all) down to chance.
 
     The sample (`sample.py` beside this file) ships with clipkit: captions, pictures. For every item the nearest other
@@ -70,15 +72,21 @@ class SimilarityReference:
         ways = {f"similarity_{a}_to_{b}": K / (sizes[b] - (a == b)) for a, b in _WAYS}
         return {"similarity": sum(ways.values()) / len(ways), **ways}
 
-    def n(self) -> dict[str, int]:
+    def baselines(self) -> dict[str, dict[str, float]]:
+        return {"chance": self.chance()}
+
+    def identity(self) -> dict[str, Any]:
+        return {"texts": self.texts, "images": self.images}
+
+    def counts(self) -> dict[str, int]:
         """How many items it rests on."""
         return {"images": len(self.images), "texts": len(self.texts)}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensor_state(self) -> dict[str, Tensor]:
         """The embeddings before training, for a checkpoint."""
         return self.before
 
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_tensor_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Compare with these embeddings."""
         self.before = dict(tensors)
 

@@ -24,7 +24,7 @@ class BestModel:
     """Keeps the weights of the best evaluation, in memory and in output_dir/model. A part of the run.
 
     The first folder is opened again at once, so that a model that cannot be saved is known early; those that
-    replace it hold other weights in the same form, and only the last of them is opened, in `settle`.
+    replace it hold other weights in the same form, and only the last of them is opened, in `restore_best`.
     """
 
     def __init__(self, model: DualEncoder, folder: Path, key: str | None) -> None:
@@ -33,14 +33,14 @@ class BestModel:
         self.value, self.step = -math.inf, 0
         self.since = 0  # evaluations since the best one
         self.card = model.card
-        self.trained = {name for name, each in model.named_parameters() if each.requires_grad}
+        self.trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         self.saved: Saved | None = None
         self.unopened = False
         self.metrics: dict[str, float] = {}
         self.n: dict[str, int] = {}
         self.weights: dict[str, Tensor] = {}
 
-    def offer(self, step: int, metrics: dict[str, float], n: Mapping[str, int], progress: Progress) -> None:
+    def update(self, step: int, metrics: dict[str, float], n: Mapping[str, int], progress: Progress) -> None:
         """Metrics of the model as it stands after `step`; `n` is what they rest on."""
         self.key = self.key or next(iter(metrics))
         if self.key not in metrics:
@@ -55,17 +55,17 @@ class BestModel:
         if value > self.value:
             self.since = 0
             self.value, self.step, self.metrics, self.n = value, step, metrics, dict(n)
-            self.weights = {name: each.detach().clone() for name, each in self._state()}
+            self.weights = {name: weight.detach().clone() for name, weight in self._state()}
             self._save()
 
-    def settle(self, total: int) -> tuple[dict[str, float], int]:
+    def restore_best(self, total: int) -> tuple[dict[str, float], int]:
         """Put the best weights into the model and its folder; their metrics, and the step after which they stood."""
         if not self.weights:  # nothing was measured: the last weights are all there is
             self._save()
             return {}, total
         with torch.no_grad():
-            for name, each in self._state():
-                each.copy_(self.weights[name])
+            for name, weight in self._state():
+                weight.copy_(self.weights[name])
         if self.saved is None:  # the folder is an earlier attempt's: of another step, perhaps
             self._save()
         self.model.card = self.card
@@ -78,8 +78,8 @@ class BestModel:
 
     def facts(self) -> dict[str, Any]:
         value = self.value if self.weights else None
-        found = {"key": self.key, "value": value, "step": self.step, "since": self.since}
-        return {**found, "metrics": self.metrics, "n": self.n}
+        best = {"key": self.key, "value": value, "step": self.step, "since": self.since}
+        return {**best, "metrics": self.metrics, "n": self.n}
 
     def restore(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         if facts["value"] is not None:

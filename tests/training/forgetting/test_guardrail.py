@@ -278,7 +278,7 @@ def test_the_built_in_reference_is_1_before_and_falls():
     assert values == sorted(values, reverse=True)
     assert values[-1] < values[0] < 1
     again = SimilarityReference()  # as a resumed run has it
-    again.restore(reference.tensors())
+    again.load_tensor_state(reference.tensor_state())
     assert again(shaken(model, 0.1)) == reference(shaken(model, 0.1))
     assert reference.chance()["similarity"] == pytest.approx(0.0787, abs=1e-4)
 

@@ -69,7 +69,7 @@ def test_they_are_shell():
         subprocess.run(["bash", "-n", FOLDER / name], check=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_torchrun_on_two_processes(world, tmp_path):
     done = launch("torchrun.sh", world, tmp_path / "run", "train.max_steps=2", GPUS="2")
     assert done.returncode == 0, done.stderr[-3000:]

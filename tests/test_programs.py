@@ -61,7 +61,7 @@ def test_finetune(world, tmp_path, launcher):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("python", marks=pytest.mark.full), "torchrun"])
 def test_locked_image(world, tmp_path, launcher):
     settings = [
         "--epochs",

@@ -1,18 +1,20 @@
 """Out of memory: what the step needed, and what would fit."""
 
 import ctypes
+import os
 import re
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import runs
 import tiny
 import torch
 
 from clipkit import TrainConfig, Trainer
-from clipkit.errors import ResourceError
+from clipkit.errors import ResourceError, exit_with_message
 from clipkit.training import loop
 from clipkit.training.checks.memory import MemoryEstimate, advice
 
@@ -55,36 +57,37 @@ def wide_trainer(folder, batch_size=32, **changes):
     return Trainer(model, pairs, TrainConfig(str(folder), batch_size=batch_size, **settings))
 
 
-def every_large_tensor_counts():
-    """Make malloc ask the system for each, and never for a heap of 64 MiB a thread.
+def train_within(limit: int, folder: str, **changes):
+    """Train with so many bytes of address space beyond what the process holds when training begins.
 
-    Else what the tests before this one have freed adds to the limit, and the heaps that threads get when they meet in
-    malloc, as on a busy machine, take from it.
+    Only in a fresh process: malloc fills what earlier work has freed before it asks the system, so in a process that
+    has run other tests a step would fit into any limit.
     """
     max_arenas, mmap_threshold = -8, -3  # malloc.h
     libc = ctypes.CDLL(None)
-    assert libc.mallopt(max_arenas, 1)
+    assert libc.mallopt(max_arenas, 1)  # not a heap of 64 MiB for each thread that meets another one in malloc
     assert libc.mallopt(mmap_threshold, 2**18)
+    trainer = wide_trainer(folder, batch_size=16, **changes)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + limit, held + limit))
+    exit_with_message(trainer.train)
+
+
+def run_with_limit(folder, **changes):
+    program = f"import test_memory; test_memory.train_within(150 * 2**20, {str(folder)!r}, **{changes!r})"
+    paths = [str(Path(__file__).parent), *sys.path]  # the step needs 270 MiB
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_a_real_limit_is_told_and_the_advice_fits(tmp_path):
-    limit = 150 * 2**20  # the step needs 270
-
-    def work(**changes):
-        every_large_tensor_counts()
-        trainer = wide_trainer(tmp_path / f"run{len(changes)}", batch_size=16, **changes)
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + limit, held + limit))
-        trainer.train()
-
-    log = tmp_path / "log"
-    assert runs.wait(runs.fork(work, log), seconds=600) == 5, log.read_text()
-    said = log.read_text()
-    assert "the training step ran out of memory: beside" in said
-    found = re.search(r"micro_batch=(\d+): about", said)
-    assert found, said
-    again = tmp_path / "again"
-    assert runs.wait(runs.fork(lambda: work(micro_batch=int(found[1])), again), seconds=600) == 0, again.read_text()
+    failed = run_with_limit(tmp_path / "whole")
+    assert failed.returncode == 5, failed.stdout + failed.stderr
+    assert "the training step ran out of memory: beside" in failed.stderr
+    advised = re.search(r"micro_batch=(\d+): about", failed.stderr)
+    assert advised, failed.stderr
+    fits = run_with_limit(tmp_path / "micro", micro_batch=int(advised[1]))
+    assert fits.returncode == 0, fits.stdout + fits.stderr
 
 
 def test_any_other_error_stays_what_it_is(tmp_path, make_model, pairs, monkeypatch):

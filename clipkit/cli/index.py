@@ -35,10 +35,10 @@ def index(
 ) -> None:
     """Embed a folder of images for search, or update its index."""
     from clipkit import distributed
+    from clipkit.search.existing import open_existing
     from clipkit.search.index import EmbeddingIndex
-    from clipkit.search.standing import index_of_folder
 
-    standing = None if overwrite else index_of_folder(to, folder)
+    standing = None if overwrite else open_existing(to, folder)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": not as_json}
     options |= {"on_bad": on_bad, "max_bad": max_bad, "rejects": rejects}
     changes = None
@@ -73,13 +73,13 @@ def search(
     """Find images by text or by image."""
     from clipkit.models.text_notices import text_notices
     from clipkit.search.index import EmbeddingIndex
-    from clipkit.search.query import kind_of
+    from clipkit.search.query import query_type
 
-    kind_of(query)  # what cannot be asked is told before anything is opened
+    query_type(query)  # what cannot be asked is told before anything is opened
     opened = EmbeddingIndex.open(index, model=model, root=root)
     hits = opened.search(query, k=k, missing=missing)
     if as_json:
-        notices = text_notices(opened.model.processor, [query]) if kind_of(query) == "text" else []
+        notices = text_notices(opened.model.processor, [query]) if query_type(query) == "text" else []
         warnings = [notice.as_dict() for notice in notices]
         print_json(
             [{"path": hit.path, "score": hit.score, "missing": hit.missing, "warnings": warnings} for hit in hits]

@@ -88,7 +88,7 @@ def label(
         paths, items = load_images(images, image=image, split=split, ledger=ledger, **form, **policy)
     else:
         listing = list_images(images, on_bad=on_bad)
-        paths, items, ledger = list(map(str, listing.files)), list(listing.files), listing.ledger()
+        paths, items, ledger = list(map(str, listing.files)), list(listing.files), listing.load_report()
     classify = ZeroShotClassifier(
         open_model(model), names, templates=template or DEFAULT_TEMPLATE, progress=not as_json
     )

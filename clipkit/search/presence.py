@@ -15,63 +15,67 @@ from clipkit.search.index_file import Catalogue
 log = logging.getLogger("clipkit")
 
 
-class Present:
-    """Which rows of an index have their file; each is looked up once, and only if it is asked for.
+class FilePresence:
+    """Which rows of an index have their file; each is looked up once, and only on request.
 
     Args:
         paths: one a row.
         root: the folder that was indexed.
         index: the index file, for messages.
-        needed: whether files that are gone are to be left out.
+        required: whether missing files are to be left out.
 
     Raises:
-        DataError: files are needed, and there is no such folder.
+        DataError: files are required, and the folder does not exist.
     """
 
-    def __init__(self, paths: Sequence[Path], root: Path | None, index: Path | None, *, needed: bool) -> None:
-        self.paths, self.needed = paths, needed
+    def __init__(self, paths: Sequence[Path], root: Path | None, index: Path | None, *, required: bool) -> None:
+        self.paths, self.required = paths, required
         self._known: dict[int, bool] = {}
-        if needed:
+        if required:
             require_root(root, index)
 
-    def __getitem__(self, row: int) -> bool:
+    def exists(self, row: int) -> bool:
+        """Whether the file of a row exists."""
         if row not in self._known:
             self._known[row] = os.path.exists(self.paths[row])  # noqa: PTH110 (raises nothing)
         return self._known[row]
 
-    def tell(self) -> None:
-        """Says what was left out."""
-        gone = [row for row, there in self._known.items() if not there]
-        if self.needed and gone:
-            asked = option("missing", python="missing=True")
+    def log_missing(self) -> None:
+        """Log how many files were left out."""
+        missing = [row for row, exists in self._known.items() if not exists]
+        if self.required and missing:
             log.warning(
                 "left out: %d files that are no longer there, such as %s (update the index; %s shows them)",
-                len(gone), show(self.paths[gone[0]]), asked,
+                len(missing), show(self.paths[missing[0]]), option("missing", python="missing=True"),
             )  # fmt: skip
 
 
 def require_root(root: Path | None, index: Path | None) -> None:
-    """Refuses a folder that is not there: it moved, or its disk is not mounted.
+    """Refuse a folder that does not exist: it moved, or its disk is not mounted.
+
+    Args:
+        root: the folder that was indexed; None for a list of files, which is not refused.
+        index: the index file, for the message.
 
     Raises:
-        DataError: so it is.
+        DataError: the folder does not exist.
     """
     if root is None or root.is_dir():
         return
-    now = option("root", "FOLDER", python="EmbeddingIndex.open(path, root=FOLDER)")
+    new_root = option("root", "FOLDER", python="EmbeddingIndex.open(path, root=FOLDER)")
     raise DataError(
         f"the folder that was indexed is not there: {show(root)}",
         where=None if index is None else show(index),
-        fix=f"mount it; or, if it moved, say where it is now: {now}",
+        fix=f"mount it; or, if it moved, say where it is now: {new_root}",
     )
 
 
-def moved_to(catalogue: Catalogue, root: Path, index: Path) -> Catalogue:
-    """The same index, of the same files below another folder.
+def relocated(catalogue: Catalogue, root: Path, index: Path) -> Catalogue:
+    """Return the same catalogue, with its files below another folder.
 
     Raises:
         UsageError: it is an index of a list of files, which have no common folder.
-        DataError: none of its files is there.
+        DataError: none of its files is below `root`.
     """
     if catalogue.root is None:
         fix = "leave the folder out, or index the folder"

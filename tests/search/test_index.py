@@ -15,9 +15,9 @@ from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, CorruptArtefact, DataError, ModelMismatch, UsageError
 from clipkit.search import index as module
 from clipkit.search.changes import Changes
+from clipkit.search.existing import open_existing
 from clipkit.search.index import EmbeddingIndex
 from clipkit.search.index_file import Catalogue, Entry
-from clipkit.search.standing import index_of_folder
 
 
 @pytest.fixture(scope="session")
@@ -357,25 +357,25 @@ def test_a_folder_that_moved(named, tiny, photos: Path, tmp_path: Path, monkeypa
 
 
 def test_the_index_that_stands_there(named, photos: Path, tmp_path: Path, monkeypatch) -> None:
-    assert index_of_folder(tmp_path / "i", photos) is None
+    assert open_existing(tmp_path / "i", photos) is None
     EmbeddingIndex.build(named, photos, tmp_path / "i")
     monkeypatch.chdir(tmp_path)
     for same in (photos, Path("photos"), photos / "more" / ".."):
-        found = index_of_folder(tmp_path / "i", same)
+        found = open_existing(tmp_path / "i", same)
         assert found is not None
         assert found.root == photos
     with pytest.raises(UsageError, match=r"another folder: .*photos[\s\S]*overwrite=True"):
-        index_of_folder(tmp_path / "i", photos / "more")
+        open_existing(tmp_path / "i", photos / "more")
     (tmp_path / "other").mkdir()
     photos.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="another folder"):
-        index_of_folder(tmp_path / "i", tmp_path / "other")
-    found = index_of_folder(tmp_path / "i", tmp_path / "moved")
+        open_existing(tmp_path / "i", tmp_path / "other")
+    found = open_existing(tmp_path / "i", tmp_path / "moved")
     assert found is not None
     assert found.root == tmp_path / "moved"
     EmbeddingIndex.build(named, [tmp_path / "moved" / "000.png"], tmp_path / "list")
     with pytest.raises(UsageError, match="a list of files"):
-        index_of_folder(tmp_path / "list", tmp_path / "moved")
+        open_existing(tmp_path / "list", tmp_path / "moved")
 
 
 def test_what_lies_in_a_folder_that_cannot_be_listed(named, tiny, photos: Path, tmp_path: Path, monkeypatch) -> None:

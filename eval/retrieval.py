@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 from clipkit import DualEncoder, RetrievalEvaluator, load_pairs
-from clipkit.cli.shell import as_option
 from clipkit.distributed import is_main, start
-from clipkit.errors import exit_with_message, speaking
+from clipkit.errors import as_option, exit_with_message, speaking
 from clipkit.evaluation.result import build_result
 from clipkit.files import write_json
 

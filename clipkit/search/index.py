@@ -45,10 +45,12 @@ class EmbeddingIndex:
         self._set_header(header)
 
     def _set_header(self, header: Header) -> None:
-        try:
-            self._matrix = load_matrix(self.path, header)
-        except ChangedError:  # between the two, another process updated the index
-            return self._set_header(replace(open_index(self.path), root=header.root))
+        while True:
+            try:
+                self._matrix = load_matrix(self.path, header)
+                break
+            except ChangedError:  # another process updated the index after the header was read
+                header = replace(open_index(self.path), root=header.root)
         self._header = header
         self.model_name = header.model
         self.fingerprint = header.fingerprint

@@ -15,6 +15,7 @@ atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    "CLIPKIT_CACHE": _home + "/clipkit",
     "HF_HOME": _home,  # a test that passes only because of what is cached here fails elsewhere
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",

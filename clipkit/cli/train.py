@@ -14,7 +14,7 @@ from clipkit.cli.output import print_json, print_metrics, tell
 from clipkit.cli.shell import Verb
 
 if TYPE_CHECKING:
-    from clipkit.training.loop import TrainResult
+    from clipkit.training.result import TrainResult
 
 
 @app.command(

@@ -32,7 +32,7 @@ from clipkit.training.config.model import ModelConfig
 from clipkit.training.config.run import RunConfig
 from clipkit.training.config.sections import DataConfig, EvaluateConfig, ReferenceConfig
 from clipkit.training.config.train import TrainConfig
-from clipkit.training.loop import TrainResult
+from clipkit.training.result import TrainResult
 from clipkit.training.run_folder.ownership import claim_folder, locked, what_stands
 from clipkit.training.setup import TrainSetup
 from clipkit.training.trainer import Trainer

@@ -18,7 +18,7 @@ def test_the_formula():
         average.update()
         d = min(0.5, (1 + step) / (10 + step))
         wanted = d * wanted + (1 - d) * value
-        assert average.held["weight"].item() == pytest.approx(wanted, rel=1e-6)
+        assert average.averages["weight"].item() == pytest.approx(wanted, rel=1e-6)
     seen = []
 
     def fail():

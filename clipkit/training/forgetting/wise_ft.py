@@ -29,7 +29,7 @@ class WeightInterpolation:
       is the line between the merged models.
 
     Args:
-        model: without a wrapper of DDP; its start is kept by `keep`.
+        model: without a wrapper of DDP; its start is kept by `save_start`.
         path: the file for the start, in the run's folder; it stands there once, and not in every checkpoint.
 
     Raises:
@@ -52,7 +52,7 @@ class WeightInterpolation:
         self.names += sorted(name for name, each in model.named_buffers() if each.is_floating_point())
         self.ends: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
-    def keep(self) -> None:
+    def save_start(self) -> None:
         """Write the start, bit for bit, before the first step.
 
         Raises:
@@ -74,14 +74,14 @@ class WeightInterpolation:
         self.sha256 = distributed.on_main(write)
 
     def check(self) -> None:
-        """See that the start is still what `keep` wrote, on rank 0.
+        """See that the start is still what `save_start` wrote, on rank 0.
 
         Raises:
             CorruptArtefact: it is not, or it is gone.
         """
         distributed.on_main(self._check)
 
-    def span(self) -> None:
+    def load_ends(self) -> None:
         """Take the start from its file and the model as it stands as the two ends."""
         self.check()
         start: list[Mapping[str, Tensor]] = []
@@ -90,7 +90,7 @@ class WeightInterpolation:
         moved = [name for name, each in tuned.items() if not each.equal(start[0][name])]
         self.ends = {name: start[0][name] for name in moved}, {name: tuned[name] for name in moved}
 
-    def go(self, alpha: float) -> None:
+    def set_alpha(self, alpha: float) -> None:
         """Make the model the one at `alpha`: from 0, the start, to 1, the tuned one; at both ends to the bit."""
         assert self.ends is not None
         start, tuned = self.ends

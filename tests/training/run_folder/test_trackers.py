@@ -13,8 +13,8 @@ import tiny
 
 from clipkit import TrainConfig, Trainer
 from clipkit.errors import UsageError
-from clipkit.training import trackers
-from clipkit.training.trackers import LOGGER_TYPE_TO_CLASS, Trackers
+from clipkit.training.run_folder import trackers
+from clipkit.training.run_folder.trackers import LOGGER_TYPE_TO_CLASS, Trackers
 
 LOGGED = {"loss", "kl", "epoch", "logit_scale", "gradient_norm", "learning_rate"}
 RECALL = "retrieval/text_to_image_recall@1"

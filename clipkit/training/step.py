@@ -37,7 +37,7 @@ class LossConfig:
         loss: ``info_nce``, or ``sigmoid`` for models with a bias. Notions with a temperature of their own always
             take InfoNCE, for the bias belongs to the learnt scale.
         label_smoothing: see `info_nce` and `sigmoid_loss`.
-        matryoshka: numbers of dimensions that each have to serve on their own; empty: all dimensions alone.
+        matryoshka: numbers of first dimensions that also have to work on their own; empty: only all dimensions.
         tile: rows and columns that the loss looks at together; None: all.
     """
 

@@ -114,7 +114,7 @@ def test_without_resume_a_run_is_not_touched(tmp_path, cut):
 
 def test_a_folder_of_something_else_is_not_resumed(tmp_path):
     (tmp_path / "run/model").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"holds 'model', and is no run that could go on(?s:.)*choose another"):
+    with pytest.raises(UsageError, match=r"holds 'model', but not a run that could be resumed(?s:.)*choose another"):
         runs.train(tmp_path / "run")
 
 

@@ -73,9 +73,9 @@ def sabotage(bug):
     if bug == "1/W":
         return patch.object(softmax, "distributed", _One())
     if bug == "scale x K":
-        cut = step._cut
+        cut = step._split_gradients
         return patch.object(
-            step, "_cut", lambda leaves, seen: [e | step._scalar_grads(leaves) for e in cut(leaves, seen)]
+            step, "_split_gradients", lambda leaves, seen: [e | step._scalar_grads(leaves) for e in cut(leaves, seen)]
         )
     if bug == "gather without gradient":
         return patch.object(distributed, "gather_rows", partial(_own_slot_only, distributed.gather_rows))

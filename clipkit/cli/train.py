@@ -11,7 +11,7 @@ from clipkit.cli.options import Json, load_config
 from clipkit.cli.output import print_json, print_metrics, tell
 
 if TYPE_CHECKING:
-    from clipkit.training.loop import TrainResult
+    from clipkit.training.result import TrainResult
 
 
 def train(

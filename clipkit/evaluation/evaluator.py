@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from clipkit.data.reading.rejects import Reject
+from clipkit.metrics import ranking
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.text_notices import Notice
 
@@ -36,6 +37,10 @@ class Evaluator(ABC):
     def keys(self) -> list[str]:
         """The keys of the metrics, in their order; empty where they are not known before the first call."""
         return []
+
+    def greater_is_better(self, key: str) -> bool:
+        """Whether a higher value of this metric is the better one: not for keys that end in ``loss`` or ``_rank``."""
+        return ranking.greater_is_better(key)
 
     def counts(self) -> dict[str, int]:
         """How many images, texts and so on the metrics rest on."""

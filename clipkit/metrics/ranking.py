@@ -283,11 +283,6 @@ def _mean(x: Tensor) -> Tensor:
     return x.mean()
 
 
-def lower_is_better(key: str) -> bool:
-    """Whether a metric is the better the lower it is: keys that end in ``loss`` or ``_rank``."""
-    return key.endswith(("loss", "_rank"))
-
-
-def worth(key: str, value: float) -> float:
-    """A metric's value with the sign that makes the higher one the better one."""
-    return -value if lower_is_better(key) else value
+def greater_is_better(key: str) -> bool:
+    """Whether a higher value of a metric is better, by its key: False for keys that end in ``loss`` or ``_rank``."""
+    return not key.endswith(("loss", "_rank"))

@@ -14,7 +14,7 @@ from clipkit.images.load import load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.quickstart.glyphs import Glyphs
 from clipkit.training.config.train import TrainConfig
-from clipkit.training.loop import TrainResult
+from clipkit.training.result import TrainResult
 
 MAIN = [f"{test}/retrieval/text_to_image_recall@{k}" for test in ("unseen_characters", "unseen_face") for k in (1, 5)]
 

@@ -1,4 +1,4 @@
-"""What Accelerate is asked for, and whether it did it."""
+"""Set up Accelerate, and check that it did what the launcher asked for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger("clipkit")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Accelerate, with the precision of a config, on the devices that are there.
+    """Return an Accelerator with the precision of a config, on the available devices.
 
     Raises:
-        UsageError: a precision that is not to be had; FSDP or DeepSpeed was asked for and is not active.
+        UsageError: the precision is not available; FSDP or DeepSpeed was asked for and is not active.
     """
     cpu = not torch.accelerator.is_available()
     precision = config.precision
@@ -35,7 +35,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _check_sharding(accelerator: Accelerator) -> None:
-    """Accelerate goes on with plain DDP, or one process, where it cannot do what its config asked for."""
+    """Refuse a fallback: Accelerate goes on with DDP, or one process, where it cannot shard as its config asks."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
             continue

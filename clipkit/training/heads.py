@@ -1,4 +1,4 @@
-"""A model with what stands beside it only while it learns: the heads of notions that have their own."""
+"""A model with the heads that it has only while it trains: those of the notions of similarity."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ HEAD_DIM = 128  # Chen et al. 2020, section 2.1
 
 
 class ModelWithHeads(nn.Module):
-    """What the training step calls; embeddings of every kind come out by name.
+    """The module that the training step calls; it returns all embeddings by name.
 
     Args:
         model: the dual encoder, trained in place.
-        similar: notions; for each with a `head`, one projection of the image tower's features is made, with fresh
-            weights from torch's random state: unit vectors of 128 dimensions, called ``head{place in similar}``.
+        similar: notions of similarity. Each one with a `head` gets a projection of the image tower's features, with
+            random weights from torch's random state; its output is called ``head{place in similar}``: unit vectors of
+            128 dimensions.
     """
 
     def __init__(self, model: DualEncoder, similar: Sequence[Similarity]) -> None:
         super().__init__()
         self.model = model
-        wanted = {f"head{i}": each.head for i, each in enumerate(similar) if each.head}
-        width = _width(model) if wanted else 0
-        heads = {name: _head(head, width).to(model.device) for name, head in wanted.items()}
-        self.heads = nn.ModuleDict(heads)
+        kinds = {f"head{i}": similarity.head for i, similarity in enumerate(similar) if similarity.head}
+        width = _feature_width(model) if kinds else 0
+        self.heads = nn.ModuleDict({name: _head(kind, width).to(model.device) for name, kind in kinds.items()})
 
     def forward(
         self, *, pixel_values: Tensor | None = None, image_features: Tensor | None = None, **text: Tensor
     ) -> dict[str, Tensor]:
-        """As `DualEncoder.forward`: "image", "text", "scale", "bias", as far as there are such, and the heads'."""
+        """Return the outputs of `DualEncoder.forward` that are not None, and those of the heads."""
         if self.heads and pixel_values is not None:
             image_features, pixel_values = self.model.vision_features(pixel_values), None
         out = self.model(pixel_values=pixel_values, image_features=image_features, **text)
-        found = {name: each for name, each in out._asdict().items() if each is not None}
+        outputs = {name: output for name, output in out._asdict().items() if output is not None}
         if image_features is not None:
             for name, head in self.heads.items():
                 projected = head(image_features.to(next(head.parameters()).dtype))
-                found[name] = F.normalize(projected if projected.dtype is torch.float64 else projected.float(), dim=-1)
-        return found
+                if projected.dtype is not torch.float64:
+                    projected = projected.float()
+                outputs[name] = F.normalize(projected, dim=-1)
+        return outputs
 
 
 def _head(kind: Head, width: int) -> nn.Module:
@@ -55,12 +57,12 @@ def _head(kind: Head, width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, HEAD_DIM))
 
 
-def _width(model: DualEncoder) -> int:
-    """Of the image tower's features: what one grey image gives."""
+def _feature_width(model: DualEncoder) -> int:
+    """Return the width of the image tower's features, measured on one grey image."""
     pixels = model.processor.images([Image.fromarray(np.full((32, 32, 3), 128, np.uint8))])
-    mode = model.training
+    was_training = model.training
     model.eval()
     with torch.no_grad():
         width = model.vision_features(pixels.to(model.device)).shape[1]
-    model.train(mode)
+    model.train(was_training)
     return width

@@ -32,7 +32,7 @@ from clipkit.training.config.model import ModelConfig
 from clipkit.training.config.run import RunConfig
 from clipkit.training.config.sections import DataConfig, EvaluateConfig, ReferenceConfig
 from clipkit.training.config.train import TrainConfig
-from clipkit.training.loop import TrainResult
+from clipkit.training.result import TrainResult
 from clipkit.training.run_folder.ownership import claim_folder, locked, what_stands
 from clipkit.training.setup import TrainSetup
 from clipkit.training.trainer import Trainer
@@ -42,7 +42,7 @@ logger = logging.getLogger("clipkit")
 
 @dataclass(frozen=True)
 class Run:
-    """What `run` gives: the trained model, what training gave, and the folder that holds both."""
+    """The trained model, the result of the training, and the folder of the run."""
 
     model: DualEncoder
     result: TrainResult
@@ -50,14 +50,14 @@ class Run:
 
 
 def run(config: RunConfig) -> Run:
-    """Carry out a whole run; every process of a launcher calls this.
+    """Carry out a run from start to end; every process of a launcher calls this.
 
     Writes into ``train.output_dir``: `config.yaml`, `metrics.jsonl`, `model/` (the best weights), `result.json`,
     `checkpoints/`, `attempts.jsonl`, `curves/`, and `rejects.jsonl` where rows were left out; with a forget_budget
-    `last/` (the fine-tuned weights as they are), `start.safetensors` and `forgetting.json`.
+    `last/` (the fine-tuned weights), `start.safetensors` and `forgetting.json`.
 
     Raises:
-        ClipkitError: whatever is wrong, before the first step wherever that can be known.
+        ClipkitError: anything that is wrong, before the first step if it can be known by then.
     """
     distributed.start()
     torch.manual_seed(config.train.seed)  # fresh heads start alike on every rank
@@ -78,7 +78,7 @@ def _run(config: RunConfig, folder: Path) -> Run:
             model,
             train,
             config.train,
-            similar=[each.build() for each in config.similar],
+            similar=[section.build() for section in config.similar],
             evaluators=evaluators(config.evaluate, test, config.train, features),
             reference=reference(config.evaluate, config.train, folder),
         )
@@ -89,25 +89,27 @@ def _run(config: RunConfig, folder: Path) -> Run:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Write config.yaml, word for word; a run that goes on must have the one that it had.
+    """Write config.yaml, word for word; a run that is resumed must have the config that it had.
 
     Raises:
         UsageError: they differ, in more than what may change between attempts; lists how.
     """
     path = folder / "config.yaml"
     if what_stands(folder) and path.is_file():
-        before, now = ({**asdict(each), "train": _fixed(each.train)} for each in (RunConfig.load(path), config))
-        if changed := differences(before, now):
+        changed = differences(_fixed_settings(RunConfig.load(path)), _fixed_settings(config))
+        if changed:
             raise UsageError(
-                "this is not the config of the run that the folder holds:\n  " + "\n  ".join(changed),
+                "this is not the config of the run in the folder:\n  " + "\n  ".join(changed),
                 where=path,
                 fix=f"undo these changes to go on with it, or choose another {option('output_dir')}",
             )
     write_text(path, config.dump())
 
 
-def _fixed(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in asdict(config).items() if key not in FREE}
+def _fixed_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that must be equal for all attempts of a run."""
+    train = {key: value for key, value in asdict(config.train).items() if key not in FREE}
+    return {**asdict(config), "train": train}
 
 
 def check_run_gradients(config: RunConfig) -> GradientCheck:
@@ -116,16 +118,18 @@ def check_run_gradients(config: RunConfig) -> GradientCheck:
     torch.manual_seed(config.train.seed)
     model = open_model(config.model)
     train, _ = open_data(config.data, config.train, claim_folder(Path(config.train.output_dir)))
-    return check_gradients(TrainSetup(model, train, config.train, similar=[each.build() for each in config.similar]))
+    return check_gradients(
+        TrainSetup(model, train, config.train, similar=[section.build() for section in config.similar])
+    )
 
 
 def open_model(config: ModelConfig) -> DualEncoder:
-    """The model that a config names, changed as it says."""
+    """Return the model that a config names, frozen and adapted as it says."""
     if config.name is not None:
         opener = DualEncoder.from_config if config.scratch else DualEncoder.from_pretrained
         logger.info("model: opening %s", config.name)
         model = opener(config.name)
-        _say_thawed(model, config)
+        _warn_if_unfrozen(model, config)
     else:
         assert config.vision is not None  # ModelConfig checked both
         assert config.text is not None
@@ -137,24 +141,26 @@ def open_model(config: ModelConfig) -> DualEncoder:
     return model
 
 
-def _say_thawed(model: DualEncoder, config: ModelConfig) -> None:
-    """A saved model is opened with nothing frozen, however it was trained."""
+def _warn_if_unfrozen(model: DualEncoder, config: ModelConfig) -> None:
+    """Warn about a tower that was frozen in the model's own training and now is not: freezing is not saved."""
     before = model.card.config.get("model")
-    for part in before.get("freeze", ()) if isinstance(before, Mapping) else ():
-        adapted = config.lora is not None and config.lora.part in (part, "both")
-        if part not in config.freeze and part not in config.freeze_blocks and not adapted and distributed.is_main():
-            words = "%s was trained with a frozen %s tower, which is trained now: model.freeze=%s freezes it again"
-            logger.warning(words, config.name, part, part)
+    if not isinstance(before, Mapping) or not distributed.is_main():
+        return
+    for tower in before.get("freeze", ()):
+        adapted = config.lora is not None and config.lora.part in (tower, "both")
+        if tower not in config.freeze and tower not in config.freeze_blocks and not adapted:
+            message = "%s was trained with a frozen %s tower, which is trained now: model.freeze=%s freezes it again"
+            logger.warning(message, config.name, tower, tower)
 
 
 def change_model(model: DualEncoder, config: ModelConfig) -> None:
-    """Resize, freeze and adapt a model in place, in the order in which these things build on each other."""
+    """Resize, freeze and adapt a model in place, in an order in which no step undoes another."""
     if config.image_size is not None or config.context_length is not None:
         model.resize(image_size=config.image_size, context_length=config.context_length)
-    for part in config.freeze:
-        model.freeze(part)
-    for part, first in config.freeze_blocks.items():
-        model.freeze(part, blocks=first)
+    for tower in config.freeze:
+        model.freeze(tower)
+    for tower, first in config.freeze_blocks.items():
+        model.freeze(tower, blocks=first)
     if config.lora is not None:
         model.add_lora(**vars(config.lora))
     if config.gradient_checkpointing:
@@ -164,15 +170,15 @@ def change_model(model: DualEncoder, config: ModelConfig) -> None:
 
 
 def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any, Any]:
-    """Training and test pairs; what was left out is listed in `folder`, in rejects.jsonl and test_rejects.jsonl."""
-
+    """Return training and test pairs; the rows left out are listed in `folder`, in (test_)rejects.jsonl."""
     train = _load(config.train, config, loop, folder / "rejects.jsonl")
     require_texts(train)
     if config.test == 0:
         return train, None
     if isinstance(config.test, str):
         test = _load(config.test, config, loop, folder / "test_rejects.jsonl")
-        if distributed.is_main() and (shared := str(overlap(train, test))):
+        shared = str(overlap(train, test)) if distributed.is_main() else ""
+        if shared:
             logger.warning("data.test: %s", shared)
     else:
         size = int(config.test) if config.test >= 1 else config.test
@@ -182,6 +188,7 @@ def open_data(config: DataConfig, loop: TrainConfig, folder: Path) -> tuple[Any,
 
 
 def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig, rejects: Path) -> Any:
+    """Return the pairs of a source; rank 0 reads them first, so that the others find the cache."""
     with distributed.main_first():
         return load_pairs(
             source,
@@ -200,7 +207,7 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
 
 
 def keep_features(model: DualEncoder, train: Any, store: EmbeddingStore, draws: int, loop: TrainConfig) -> Any:
-    """The training pairs with what the locked image tower makes of them, as far as `store` has it not yet."""
+    """Return the training pairs with the features of the frozen image tower; compute those that `store` lacks."""
     model.to(distributed.start())
     return with_image_features(
         model,
@@ -217,32 +224,32 @@ def keep_features(model: DualEncoder, train: Any, store: EmbeddingStore, draws: 
 def evaluators(
     config: EvaluateConfig, test: Any, loop: TrainConfig, features: EmbeddingStore | None = None
 ) -> list[Evaluator]:
-    """What a config asks to be measured on the held-out pairs; nothing where none are held out."""
+    """Return the evaluators that a config asks for on the held-out pairs; none if no pairs are held out."""
     if test is None:
         return []
-    wanted: list[Evaluator] = []
+    chosen: list[Evaluator] = []
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "progress": loop.progress}
     options["features"] = features
     if config.retrieval and not has_texts(test):
         logger.info("the held-out images have labels, but no texts: retrieval is not measured")
     elif config.retrieval:
-        wanted.append(RetrievalEvaluator(test, group=config.group, **options))
+        chosen.append(RetrievalEvaluator(test, group=config.group, **options))
     if config.loss:
-        wanted.append(ValidationLoss(test, **options))
+        chosen.append(ValidationLoss(test, **options))
     if config.zero_shot:
-        wanted.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=config.templates, **options))
-    if not wanted:
-        more = "evaluate.retrieval=true or evaluate.loss=true" if has_texts(test) else "evaluate.zero_shot=label"
-        fix = f"set {more}; data.test=0 holds nothing out"
+        chosen.append(ZeroShotEvaluator(test, label=config.zero_shot, templates=config.templates, **options))
+    if not chosen:
+        setting = "evaluate.retrieval=true or evaluate.loss=true" if has_texts(test) else "evaluate.zero_shot=label"
+        fix = f"set {setting}; data.test=0 holds nothing out"
         raise UsageError("nothing would be measured", where="evaluate", fix=fix)
-    return wanted
+    return chosen
 
 
 def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evaluator | None:
-    """The evaluator of what must not be forgotten; None for the built-in one, and where there is no guardrail."""
+    """Return the evaluator of what must not be forgotten; None for the built-in one, or without a guardrail."""
     if config.reference is None:
         return None
-    with within("evaluate.reference", [each.name for each in fields(ReferenceConfig)]):
+    with within("evaluate.reference", [field.name for field in fields(ReferenceConfig)]):
         pairs = _load(config.reference.data, config.reference, loop, folder / "reference_rejects.jsonl")
         require_texts(pairs)
     options: dict[str, Any] = {"on_bad": loop.on_bad, "workers": loop.workers, "progress": loop.progress}
@@ -250,12 +257,16 @@ def reference(config: EvaluateConfig, loop: TrainConfig, folder: Path) -> Evalua
 
 
 def save_result(
-    folder: Path, model: DualEncoder, result: TrainResult, measured: Sequence[Evaluator], seed: int
+    folder: Path, model: DualEncoder, result: TrainResult, evaluators: Sequence[Evaluator], seed: int
 ) -> None:
-    """Write result.json: the metrics of the weights that were kept, and what they are to be compared with."""
+    """Write result.json: the metrics of the weights that were kept, and the baselines to compare them with."""
     if distributed.is_main():
-        early = result.stopped_early
-        alpha = None if result.forgetting is None else result.forgetting.alpha
-        more = {"step": result.step, "steps": result.steps, "stopped_early": early, "alpha": alpha}
-        write_json(folder / "result.json", build_result(model, result.metrics, measured, seed, result.seconds, **more))
+        training = {
+            "step": result.step,
+            "steps": result.steps,
+            "stopped_early": result.stopped_early,
+            "alpha": None if result.forgetting is None else result.forgetting.alpha,
+        }
+        content = build_result(model, result.metrics, evaluators, seed, result.seconds, **training)
+        write_json(folder / "result.json", content)
         logger.info("%s: step %d of %d was best", folder, result.step, result.steps)

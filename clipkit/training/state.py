@@ -14,41 +14,41 @@ Tensors = Mapping[str, Tensor]
 
 
 class Stateful(Protocol):
-    """One thing that a run remembers. Equal on all ranks, so that rank 0 can speak for them."""
+    """A part of a run that a checkpoint holds. It is equal on all ranks, so that rank 0 can save it for them."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """By name; on any device."""
+    def tensor_state(self) -> dict[str, Tensor]:
+        """Return the tensors by name; on any device."""
         ...
 
-    def facts(self) -> dict[str, Any]:
-        """What goes into JSON."""
+    def json_state(self) -> dict[str, Any]:
+        """Return everything else, as JSON can hold it."""
         ...
 
-    def restore(self, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-        """Become what `tensors` and `facts` gave."""
+    def restore(self, tensors: Tensors, values: Mapping[str, Any]) -> None:
+        """Take back what `tensor_state` and `json_state` returned."""
         ...
 
 
 class Weights:
-    """The trained parameters and the buffers of a module; frozen parameters are where the model came from."""
+    """The trained parameters and the buffers of a module. Frozen parameters come from the model's own source."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.names = [name for name, each in module.named_parameters() if each.requires_grad]
+        self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensor_state(self) -> dict[str, Tensor]:
         trained = {name: self.module.get_parameter(name).detach() for name in self.names}
         return trained | dict(self.module.named_buffers())
 
-    def facts(self) -> dict[str, Any]:
+    def json_state(self) -> dict[str, Any]:
         return {}
 
-    def restore(self, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-        own = self.tensors()
-        require_names("weights", tensors, own)
+    def restore(self, tensors: Tensors, values: Mapping[str, Any]) -> None:
+        weights = self.tensor_state()
+        require_names("weights", tensors, weights)
         with torch.no_grad():
-            for name, each in own.items():
-                each.copy_(tensors[name])
+            for name, weight in weights.items():
+                weight.copy_(tensors[name])
 
 
 class Adam:
@@ -56,70 +56,76 @@ class Adam:
 
     def __init__(self, optimizer: torch.optim.Optimizer, module: nn.Module, scaler: Any = None) -> None:
         self.optimizer, self.scaler = optimizer, scaler
-        known = {id(each) for group in optimizer.param_groups for each in group["params"]}
-        self.parameters = {name: each for name, each in module.named_parameters() if id(each) in known}
-
-    def tensors(self) -> dict[str, Tensor]:
-        state = self.optimizer.state
-        return {
-            f"{name}|{key}": value
-            for name, each in self.parameters.items()
-            for key, value in state.get(each, {}).items()
+        optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.parameters = {
+            name: parameter for name, parameter in module.named_parameters() if id(parameter) in optimized
         }
 
-    def facts(self) -> dict[str, Any]:
+    def tensor_state(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}|{key}"] = value
+        return tensors
+
+    def json_state(self) -> dict[str, Any]:
         return {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
 
-    def restore(self, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Tensors, values: Mapping[str, Any]) -> None:
         states: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            parameter, _, key = name.rpartition("|")
-            states.setdefault(parameter, {})[key] = value
+        for tensor_name, value in tensors.items():
+            name, _, key = tensor_name.rpartition("|")
+            states.setdefault(name, {})[key] = value
         if unknown := states.keys() - self.parameters.keys():
             raise CorruptArtefact(f"the optimizer's state is of a parameter {min(unknown)!r} that is not trained here")
         self.optimizer.state.clear()
         for name, state in states.items():
-            each = self.parameters[name]
-            self.optimizer.state[each] = {key: _like(value, each) for key, value in state.items()}
-        if self.scaler is not None and "scaler" in facts:
-            self.scaler.load_state_dict(dict(facts["scaler"]))
+            parameter = self.parameters[name]
+            self.optimizer.state[parameter] = {key: _like(value, parameter) for key, value in state.items()}
+        if self.scaler is not None and "scaler" in values:
+            self.scaler.load_state_dict(dict(values["scaler"]))
 
 
 class Facts:
-    """A plain dictionary as a part: what it holds goes into JSON."""
+    """A plain dictionary that goes into JSON, as a part of a run."""
 
     def __init__(self, **values: Any) -> None:
         self.values = values
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensor_state(self) -> dict[str, Tensor]:
         return {}
 
-    def facts(self) -> dict[str, Any]:
+    def json_state(self) -> dict[str, Any]:
         return dict(self.values)
 
-    def restore(self, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+    def restore(self, tensors: Tensors, values: Mapping[str, Any]) -> None:
         self.values.clear()
-        self.values.update(facts)
+        self.values.update(values)
 
 
-def require_names(what: str, found: Tensors, wanted: Tensors) -> None:
-    """Refuse tensors that are not those of this model.
+def require_names(content: str, saved: Tensors, expected: Tensors) -> None:
+    """Refuse tensors of a checkpoint that are not those of this model.
+
+    Args:
+        content: what the tensors are, for the message: ``weights``.
+        saved: by name, from the checkpoint.
+        expected: by name, from the model.
 
     Raises:
         CorruptArtefact: a name or a shape differs.
     """
-    if found.keys() != wanted.keys():
-        odd = min(found.keys() ^ wanted.keys())
-        where = "checkpoint" if odd in found else "model"
-        raise CorruptArtefact(f"the {what} of the checkpoint are of another model: {odd!r} is in the {where} alone")
-    for name, each in wanted.items():
-        if found[name].shape != each.shape:
-            shapes = f"{tuple(found[name].shape)} and {tuple(each.shape)}"
-            raise CorruptArtefact(f"the {what} of the checkpoint are of another model: {name!r} has shapes {shapes}")
+    if saved.keys() != expected.keys():
+        name = min(saved.keys() ^ expected.keys())
+        owner = "checkpoint" if name in saved else "model"
+        raise CorruptArtefact(f"the {content} of the checkpoint are of another model: only the {owner} has {name!r}")
+    for name, tensor in expected.items():
+        if saved[name].shape != tensor.shape:
+            shapes = f"{tuple(saved[name].shape)} and {tuple(tensor.shape)}"
+            raise CorruptArtefact(f"the {content} of the checkpoint are of another model: {name!r} has shapes {shapes}")
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """On the parameter's device, and with its memory layout where it is of its shape."""
+    """Return a copy on the parameter's device, in its memory layout where the shapes are equal."""
     if value.shape != parameter.shape:
         return value.to(parameter.device)
     return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

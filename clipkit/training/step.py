@@ -7,6 +7,7 @@ that gradient through it. The last chunk keeps its graph from the first time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipkit import distributed
 from clipkit.data.batches.batch import Batch, RowKeys
 from clipkit.errors import UsageError, option
 from clipkit.losses.contrastive import TILE, EmbeddedBatch, Loss, info_nce, matryoshka, sigmoid_loss
@@ -35,7 +37,7 @@ class LossConfig:
         loss: ``info_nce``, or ``sigmoid`` for models with a bias. Notions with a temperature of their own always
             take InfoNCE, for the bias belongs to the learnt scale.
         label_smoothing: see `info_nce` and `sigmoid_loss`.
-        matryoshka: numbers of dimensions that each have to serve on their own; empty: all dimensions alone.
+        matryoshka: numbers of first dimensions that also have to work on their own; empty: only all dimensions.
         tile: rows and columns that the loss looks at together; None: all.
     """
 
@@ -46,33 +48,37 @@ class LossConfig:
 
 
 def objective(
-    out: Outputs, rows: Mapping[Modality, RowKeys], similar: Sequence[Similarity], contrast: LossConfig
+    out: Outputs, rows: Mapping[Modality, RowKeys], similar: Sequence[Similarity], loss_config: LossConfig
 ) -> Loss:
-    """The weighted sum of the losses of each notion of similarity: this rank's share.
+    """Return this rank's share of the loss: the weighted sum over the notions of similarity.
 
     Args:
-        out: what the model gave for this rank's rows. A notion with a head of its own, at place i of `similar`, reads
+        out: outputs of the model for this rank's rows. A notion with a head of its own, at place i of `similar`, reads
             ``head{i}`` in place of ``image``.
-        rows: side -> what is known of its rows.
-        similar: notions.
-        contrast: how they are compared.
+        rows: for each modality the keys of its rows.
+        similar: notions of similarity.
+        loss_config: how embeddings are compared.
 
     Raises:
         UsageError: a sigmoid loss for a model without a bias.
     """
-    found = [_one(i, each, out, rows, contrast) for i, each in enumerate(similar)]
-    weights = [each.weight for each in similar]
-    losses, kls = ([w * part[i] for w, part in zip(weights, found, strict=True)] for i in (0, 1))
+    losses, kls = [], []
+    for index, similarity in enumerate(similar):
+        part = _similarity_loss(index, similarity, out, rows, loss_config)
+        losses.append(similarity.weight * part.loss)
+        kls.append(similarity.weight * part.kl)
     return Loss(torch.stack(losses).sum(), torch.stack(kls).sum())
 
 
-def _one(i: int, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowKeys], contrast: LossConfig) -> Loss:
-    a, b = (side_of(side, f"head{i}" if similar.head else side, similar, out, rows) for side in similar.between)
-    options: dict[str, Any] = {"label_smoothing": contrast.label_smoothing, "tile": contrast.tile}
+def _similarity_loss(
+    index: int, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowKeys], loss_config: LossConfig
+) -> Loss:
+    a, b = both_sides(index, similar, out, rows)
+    options: dict[str, Any] = {"label_smoothing": loss_config.label_smoothing, "tile": loss_config.tile}
     scale, bias = out["scale"], out.get("bias")
     if similar.temperature is not None:
         scale = torch.full_like(scale.detach(), 1 / similar.temperature)
-    elif contrast.loss == "sigmoid" and bias is None:
+    elif loss_config.loss == "sigmoid" and bias is None:
         raise UsageError(
             "a sigmoid loss needs a model with a bias",
             where="loss",
@@ -80,33 +86,52 @@ def _one(i: int, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowK
         )
 
     def loss(a: EmbeddedBatch, b: EmbeddedBatch) -> Loss:
-        if contrast.loss == "sigmoid" and similar.temperature is None and bias is not None:
+        if loss_config.loss == "sigmoid" and similar.temperature is None and bias is not None:
             return sigmoid_loss(a, b, similar, scale, bias, **options)
         return info_nce(a, b, similar, scale, **options)
 
-    return matryoshka(loss, a, b, contrast.matryoshka) if contrast.matryoshka and not similar.head else loss(a, b)
+    if loss_config.matryoshka and not similar.head:
+        return matryoshka(loss, a, b, loss_config.matryoshka)
+    return loss(a, b)
 
 
-def side_of(
-    side: Modality, name: str, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowKeys]
+def both_sides(
+    index: int, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowKeys]
+) -> tuple[EmbeddedBatch, EmbeddedBatch]:
+    """Return the two sides that a notion of similarity compares.
+
+    Args:
+        index: place of the notion; with a head of its own it reads the output ``head{index}``.
+        similar: the notion.
+        out: outputs of the model.
+        rows: for each modality the keys of its rows.
+    """
+    first, second = similar.between
+    return _side(index, first, similar, out, rows), _side(index, second, similar, out, rows)
+
+
+def _side(
+    index: int, side: Modality, similar: Similarity, out: Outputs, rows: Mapping[Modality, RowKeys]
 ) -> EmbeddedBatch:
-    """The rows of a side that a notion compares: `name` of what the model gave, the images or their views."""
+    """Return the rows of one side: texts, or of the images either the views or the images themselves."""
+    name = f"head{index}" if similar.head else side
     if out.get(name) is None:
-        raise UsageError(f"{type(similar).__name__} compares {side}s, and the batch has none of them", where="similar")
-    emb, known = out[name], rows[side]
-    if side == "text" or VIEW not in known.keys:
-        return EmbeddedBatch(emb, known.keys, known.anchor)
-    view = known.keys[VIEW]
+        raise UsageError(f"{type(similar).__name__} compares {side}s, and the batch has no {side}s", where="similar")
+    emb, row_keys = out[name], rows[side]
+    if side == "text" or VIEW not in row_keys.keys:
+        return EmbeddedBatch(emb, row_keys.keys, row_keys.anchor)
+    view = row_keys.keys[VIEW]
     chosen = view > 0 if similar.views else view == 0
-    keys = {column: values[chosen] for column, values in known.keys.items()}
-    return EmbeddedBatch(emb[chosen], keys, None if known.anchor is None else known.anchor[chosen])
+    keys = {column: values[chosen] for column, values in row_keys.keys.items()}
+    anchor = None if row_keys.anchor is None else row_keys.anchor[chosen]
+    return EmbeddedBatch(emb[chosen], keys, anchor)
 
 
 def backward(
     module: nn.Module,
     batch: Batch,
     similar: Sequence[Similarity],
-    contrast: LossConfig = LossConfig(),
+    loss_config: LossConfig = LossConfig(),
     *,
     micro_batch: int | None = None,
     send: Callable[[Tensor], None] = torch.autograd.backward,
@@ -116,93 +141,104 @@ def backward(
     Args:
         module: a `DualEncoder` or a `ModelWithHeads`, or one of them in DDP.
         batch: this rank's rows, on the module's device. Ranks may hold different numbers.
-        similar, contrast: the loss.
+        similar, loss_config: the loss.
         micro_batch: samples that are embedded at once, each with all its views and hard negatives; None: all.
         send: the backward pass of a loss, such as `Accelerator.backward`.
 
     Returns:
         The loss, detached: this rank's share.
     """
-    count = 1 if micro_batch is None else -(-len(batch) // micro_batch)
+    count = 1 if micro_batch is None else math.ceil(len(batch) / micro_batch)
     if count <= 1:
-        found = objective(outputs(module(**batch.inputs)), batch.rows, similar, contrast)
-        send(found.loss)
-        return Loss(found.loss.detach(), found.kl)
-    return _cached(module, batch, similar, contrast, count, send)
+        total = objective(outputs(module(**batch.inputs)), batch.rows, similar, loss_config)
+        send(total.loss)
+        return Loss(total.loss.detach(), total.kl)
+    return _cached(module, batch, similar, loss_config, count, send)
 
 
 def _cached(
     module: nn.Module,
     batch: Batch,
     similar: Sequence[Similarity],
-    contrast: LossConfig,
+    loss_config: LossConfig,
     count: int,
     send: Callable[[Tensor], None],
 ) -> Loss:
     chunks = batch.split(count)
     bare = module.module if isinstance(module, DistributedDataParallel) else module
     device = next(module.parameters()).device
-    before, seen = [], []
+
+    # 1. embed every chunk, the last one with its graph
+    random_states = []
+    embedded: list[dict[str, Tensor]] = []
     for chunk in chunks[:-1]:  # without DDP: ranks may have different numbers of chunks, and it synchronises buffers
-        before.append(_random_state(device))
+        random_states.append(_random_state(device))
         with torch.no_grad():
-            seen.append(outputs(bare(**chunk)))
+            embedded.append(outputs(bare(**chunk)))
     torch.clear_autocast_cache()  # or weights that were cast without a graph would be used again
     with _unsynced(module):
         last = outputs(module(**chunks[-1]))
-    seen.append({name: each.detach() for name, each in last.items()})
-    after = _random_state(device)
+    embedded.append({name: output.detach() for name, output in last.items()})
+    final_random_state = _random_state(device)
 
-    leaves = {name: each.requires_grad_() for name, each in _joined(seen).items()}
-    found = objective(leaves, batch.rows, similar, contrast)
-    torch.autograd.backward(found.loss)
-    grads = _cut(leaves, seen)
+    # 2. the gradient of the whole batch's loss with respect to the embeddings
+    leaves = {name: output.requires_grad_() for name, output in _joined(embedded).items()}
+    total = objective(leaves, batch.rows, similar, loss_config)
+    torch.autograd.backward(total.loss)
+    grads = _split_gradients(leaves, embedded)
 
+    # 3. back through the model, chunk by chunk; DDP synchronises with the one that comes last
     with _unsynced(module):
         send(_surrogate(last, grads[-1]))
     del last
     for i, chunk in enumerate(chunks[:-1]):
-        final = i == count - 2
-        _set_random_state(device, before[i])
-        with nullcontext() if final else _unsynced(module):
+        is_final = i == count - 2
+        _set_random_state(device, random_states[i])
+        with nullcontext() if is_final else _unsynced(module):
             out = outputs(module(**chunk))
-            send(_surrogate(out, grads[i] | _scalar_grads(leaves) if final else grads[i]))
-    _set_random_state(device, after)
-    return Loss(found.loss.detach(), found.kl)
+            chunk_grads = grads[i] | _scalar_grads(leaves) if is_final else grads[i]
+            send(_surrogate(out, chunk_grads))
+    _set_random_state(device, final_random_state)
+    return Loss(total.loss.detach(), total.kl)
 
 
-def outputs(found: Any) -> dict[str, Tensor]:
-    """What a module gave, by name, without the sides that are not there."""
-    named = found._asdict() if hasattr(found, "_asdict") else found
-    return {name: each for name, each in named.items() if each is not None}
+def outputs(module_output: Any) -> dict[str, Tensor]:
+    """Return the outputs of a module by name, without those that are None."""
+    named = module_output._asdict() if hasattr(module_output, "_asdict") else module_output
+    return {name: output for name, output in named.items() if output is not None}
 
 
-def _joined(seen: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The outputs of all chunks as those of one batch; the scalars stand in each."""
-    return {
-        name: each if name in _SCALARS else torch.cat([one[name] for one in seen]) for name, each in seen[-1].items()
-    }
+def _joined(chunks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the outputs of all chunks as those of one batch. The scalars are the same in every chunk."""
+    joined = {}
+    for name, output in chunks[-1].items():
+        joined[name] = output if name in _SCALARS else torch.cat([chunk[name] for chunk in chunks])
+    return joined
 
 
-def _cut(leaves: Mapping[str, Tensor], seen: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The gradient of each chunk's rows, by name."""
-    found: list[dict[str, Tensor]] = [{} for _ in seen]
+def _split_gradients(leaves: Mapping[str, Tensor], embedded: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Return for each chunk the gradient of its rows, by name."""
+    gradients: list[dict[str, Tensor]] = [{} for _ in embedded]
     for name, leaf in leaves.items():
         if name not in _SCALARS and leaf.grad is not None:
-            parts = torch.split(leaf.grad, [len(each[name]) for each in seen])
-            for one, part in zip(found, parts, strict=True):
-                one[name] = part
-    return found
+            parts = torch.split(leaf.grad, [len(chunk[name]) for chunk in embedded])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient[name] = part
+    return gradients
 
 
 def _scalar_grads(leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of scale and bias: sent once, with the last chunk, for the loss was computed once."""
-    found = {name: leaves[name].grad for name in _SCALARS if name in leaves}
-    return {name: grad for name, grad in found.items() if grad is not None}
+    """Return the gradients of scale and bias. They are sent once, with the last chunk: the loss was computed once."""
+    grads = {}
+    for name in _SCALARS:
+        grad = leaves[name].grad if name in leaves else None
+        if grad is not None:
+            grads[name] = grad
+    return grads
 
 
 def _surrogate(out: Outputs, grads: Mapping[str, Tensor]) -> Tensor:
-    """0-dim: something whose gradient with respect to `out` is `grads`."""
+    """Return a scalar. Its gradient with respect to `out` is `grads`."""
     return torch.stack([(out[name] * grad).sum() for name, grad in grads.items() if out[name].requires_grad]).sum()
 
 
@@ -211,11 +247,19 @@ def _unsynced(module: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    own = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), own
+    """Return the states of the CPU's generator and of the device's own, where it has one."""
+    if device.type == "cpu":
+        return torch.get_rng_state(), None
+    return torch.get_rng_state(), torch.get_device_module(device).get_rng_state(device)
 
 
 def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.get_device_module(device).set_rng_state(state[1], device)
+
+
+def mean_over_ranks(loss: Loss) -> Loss:
+    """Return the mean of all ranks' losses; it is not finite where that of one rank is not."""
+    row = torch.stack(loss).detach().float().reshape(1, 2)
+    return Loss(*distributed.gather_rows(row, [1] * distributed.world_size()).mean(dim=0))

@@ -10,21 +10,22 @@ import tiny
 import torch
 
 from clipkit import RetrievalEvaluator, SameGroup, TrainConfig, Trainer
-from clipkit.training.loop import Loop
+from clipkit.training import update
 
 torch.set_num_threads(1)
 
 
 def first_gradients():
     """Filled at the first step that this process takes: the gradients, by name, before they are clipped."""
-    clip, seen = Loop._clip, {}
+    clip, seen = update.clip_gradients, {}
 
-    def remember(loop):
+    def remember(accelerator, wrapped, module, limit):
         if not seen:
-            seen.update((n, each.grad.clone()) for n, each in loop.learner.named_parameters() if each.grad is not None)
-        return clip(loop)
+            trained = ((name, weight) for name, weight in module.named_parameters() if weight.grad is not None)
+            seen.update((name, weight.grad.clone()) for name, weight in trained)
+        return clip(accelerator, wrapped, module, limit)
 
-    Loop._clip = remember
+    update.clip_gradients = remember
     return seen
 
 

@@ -62,13 +62,13 @@ def test_two_ranks_and_their_chunks_hold_nothing_twice(tmp_path, pairs):
 
 def test_a_changed_column_that_batches_go_by_is_changed_data(tmp_path, pairs, make_model):
     found = trainer(tmp_path / "run", pairs, make_model, balanced="place").setup
-    same = found.identity()["data"]
+    same = found.fingerprint()["data"]
     found.pairs = pairs.map(lambda row, i: {"place": "top" if i == 5 else row["place"]}, with_indices=True)
-    assert found.identity()["data"] != same
+    assert found.fingerprint()["data"] != same
     found.config = dataclasses.replace(found.config, balanced=None)
-    unread = found.identity()["data"]
+    unread = found.fingerprint()["data"]
     found.pairs = pairs
-    assert found.identity()["data"] == unread
+    assert found.fingerprint()["data"] == unread
 
 
 def test_the_options_are_read_from_yaml_and_checked():

@@ -7,7 +7,8 @@ import tiny
 
 from clipkit import DualEncoder, TrainConfig, Trainer
 from clipkit.errors import ConfigError, UsageError
-from clipkit.metrics.ranking import lower_is_better, worth
+from clipkit.evaluation.evaluator import Evaluator
+from clipkit.metrics.ranking import greater_is_better
 from clipkit.training.checkpoints.checkpoint import Checkpoints, read
 
 
@@ -117,12 +118,21 @@ def test_of_a_loss_the_lowest_is_the_best(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "low"),
-    [("validation/loss", True), ("x/median_rank", True), ("retrieval/recall@1", False), ("zero_shot/top1", False)],
+    ("key", "greater"),
+    [("validation/loss", False), ("x/median_rank", False), ("retrieval/recall@1", True), ("zero_shot/top1", True)],
 )
-def test_direction(key, low):
-    assert lower_is_better(key) is low
-    assert worth(key, 2.0) == (-2.0 if low else 2.0)
+def test_direction(key, greater):
+    assert greater_is_better(key) is greater
+
+
+def test_an_evaluator_says_which_direction_is_better(tmp_path):
+    class Error(Scripted, Evaluator):
+        def greater_is_better(self, key):
+            return False
+
+    evaluator = Error([3.0, 2.0, 2.5, 2.1, 9.0], key="validation/error")
+    _, result = train(tmp_path / "run", evaluator)
+    assert (result.stopped_early, result.step, result.metrics) == (True, 2, {"validation/error": 2.0})
 
 
 def test_patience_needs_something_that_is_measured(tmp_path):

@@ -115,7 +115,7 @@ def test_a_tower_that_trains_has_no_features_to_keep(pairs, tmp_path):
     with pytest.raises(ConfigError, match=r"of a frozen image tower(?s:.)*model.freeze=image"):
         RunConfig.load(None, basic)
     RunConfig.load(None, [*basic, "model.freeze=[image]"])
-    with pytest.raises(ConfigError, match="num_augmentations must be at least 1, found 0"):
+    with pytest.raises(ConfigError, match="num_augmentations`: input should be greater than 0, found 0"):
         RunConfig.load(None, [*basic, "model.freeze=[image]", "data.num_augmentations=0"])
 
 

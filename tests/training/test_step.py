@@ -145,7 +145,7 @@ def test_a_sigmoid_loss_needs_a_bias_and_views_take_info_nce():
 def test_a_side_that_is_not_there_is_named():
     model = step_cases.learner("paired", "info_nce")
     batch = Batch({"pixel_values": torch.zeros(3, 3, 16, 16)}, {"image": RowKeys({"row": torch.arange(3)})}, 3)
-    with pytest.raises(UsageError, match="Paired compares texts, and the batch has none"):
+    with pytest.raises(UsageError, match="Paired compares texts, and the batch has no texts"):
         backward(model, batch, [Paired()])
 
 
@@ -179,14 +179,14 @@ def test_kl_is_what_the_loss_lies_above_its_floor(tmp_path):
 def test_models_with_a_bias_take_the_sigmoid_and_a_fresh_bias_its_prior(tmp_path):
     model = tiny.make_model(logit_bias=-10.0)
     trainer = Trainer(model, tiny.make_pairs(), settings(tmp_path / "a"))
-    assert trainer.setup.contrast.loss == "sigmoid"
+    assert trainer.setup.loss_config.loss == "sigmoid"
     assert float(model.logit_bias.detach()) == pytest.approx(-math.log(9))
     model = tiny.make_model(logit_bias=-10.0)
     model.fresh = frozenset()  # as after from_pretrained
     Trainer(model, tiny.make_pairs(), settings(tmp_path / "b"))
     assert float(model.logit_bias.detach()) == -10
     sigmoid_model = Trainer(model, tiny.make_pairs(), settings(tmp_path / "c", loss="info_nce"))
-    assert sigmoid_model.setup.contrast.loss == "info_nce"
+    assert sigmoid_model.setup.loss_config.loss == "info_nce"
     with pytest.raises(UsageError, match="a sigmoid loss needs a model with a bias"):
         Trainer(tiny.make_model(), tiny.make_pairs(), settings(tmp_path / "d", loss="sigmoid"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import UsageError
-from clipkit.metrics.ranking import worth
+from clipkit.metrics.ranking import greater_is_better
 from clipkit.models.fingerprint.fingerprint import Fingerprint, measure_processor
 from clipkit.models.processor import Processor
 from clipkit.models.saving import standalone as plain_torch
@@ -264,7 +264,8 @@ def forgetting_lines(found: Mapping[str, Any]) -> list[str]:
 
     Args:
         found: `domain` and `reference` (metric keys), `baseline`, `budget`, `points` (each with `alpha`, `domain`,
-            `reference`), `chosen` (its alpha), `held` (whether any point is within the budget).
+            `reference`), `chosen` (its alpha), `held` (whether any point is within the budget), `greater_is_better`
+            (whether higher values of the reference are better).
     """
     lines = [_verdict(found), ""]
     lines += [f"| alpha | {found['domain']} | {found['reference']} | lost | |", "|---|---|---|---|---|"]
@@ -284,8 +285,9 @@ def _nothing_kept(found: Mapping[str, Any]) -> str:
 
 
 def _lost(found: Mapping[str, Any], point: Mapping[str, Any]) -> float:
-    key = str(found["reference"])
-    return worth(key, float(found["baseline"])) - worth(key, float(point["reference"]))
+    lost = float(found["baseline"]) - float(point["reference"])
+    greater = found.get("greater_is_better", greater_is_better(found["reference"]))  # earlier versions did not write it
+    return lost if greater else -lost
 
 
 def _verdict(found: Mapping[str, Any]) -> str:

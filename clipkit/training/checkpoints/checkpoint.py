@@ -156,16 +156,16 @@ class Checkpoints:
 
 def size_of(parts: Mapping[str, Stateful]) -> int:
     """Bytes of the tensors."""
-    return sum(each.numel() * each.element_size() for part in parts.values() for each in part.tensors().values())
+    return sum(each.numel() * each.element_size() for part in parts.values() for each in part.tensor_state().values())
 
 
 def _write(folder: Path, step: int, parts: Mapping[str, Stateful]) -> None:
     folder.mkdir()
     for name, part in parts.items():
-        tensors = {key: each.detach().cpu().contiguous() for key, each in part.tensors().items()}
+        tensors = {key: each.detach().cpu().contiguous() for key, each in part.tensor_state().items()}
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors")
-    facts = {name: part.facts() for name, part in parts.items()}
+    facts = {name: part.json_state() for name, part in parts.items()}
     (folder / STATE).write_text(dump_json({"step": step, "parts": facts}), encoding="utf-8")
     files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(dump_json({"schema": SCHEMA, "files": files}), encoding="utf-8")

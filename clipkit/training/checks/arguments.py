@@ -1,4 +1,4 @@
-"""What cannot be trained as it is given; all of it is refused before the first step."""
+"""Checks that refuse, before the first step, what cannot be trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipkit.training.config.train import TrainConfig
 
 
 def refuse_name(pairs: Any) -> None:
-    """Refuse the name of data in place of the data themselves."""
+    """Refuse the name of a data set in place of the data set."""
     if isinstance(pairs, str | Path):
         raise UsageError(
             f"expected pairs, found the name {str(pairs)!r}",
@@ -33,6 +33,9 @@ def check_arguments(config: TrainConfig, similar: Sequence[Similarity], *, measu
         config: of the loop.
         similar: the notions of similarity.
         measures: whether there is an evaluator.
+
+    Raises:
+        UsageError: a setting that needs another one, a batch smaller than the number of processes.
     """
     if config.patience is not None and not measures:
         message = "patience counts evaluations, and nothing is measured"
@@ -52,21 +55,24 @@ def check_arguments(config: TrainConfig, similar: Sequence[Similarity], *, measu
 
 
 def check_scores(pairs: Any, similar: Sequence[Similarity]) -> None:
-    """Refuse scores that are not weights."""
-    for column in {notion.score for notion in similar} - {None}:
-        scores = number_values(pairs, str(column))
-        bad = ~(scores.isfinite() & (scores >= 0)) if scores.ndim == 1 else torch.ones(1, dtype=torch.bool)
+    """Refuse scores that are not finite or are below 0."""
+    columns = {similarity.score for similarity in similar if similarity.score is not None}
+    for column in columns:
+        scores = number_values(pairs, column)
+        bad = ~(scores.isfinite() & (scores >= 0))
+        if scores.ndim != 1:  # a list in each row
+            bad = torch.ones(1, dtype=torch.bool)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise DataError(
-                f"scores are numbers of at least 0; found {pairs[str(column)][row]!r}",
+                f"scores are numbers of at least 0; found {pairs[column][row]!r}",
                 where=f"column {column!r}, row {row}",
-                fix="mend the column, or leave out `score`",
+                fix="fix the column, or leave out `score`",
             )
 
 
 def refuse_batch_norm(model: DualEncoder, config: TrainConfig) -> None:
-    """Refuse BatchNorm that would see a part of the batch; the model is in training mode."""
+    """Refuse BatchNorm that would see only a part of the batch; the model is in training mode."""
     several = distributed.world_size() > 1
     chunked = config.micro_batch is not None and config.micro_batch < config.batch_size
     for name, module in model.named_modules():
@@ -74,22 +80,22 @@ def refuse_batch_norm(model: DualEncoder, config: TrainConfig) -> None:
             continue
         if several:
             raise UsageError(
-                "BatchNorm of a trained tower mixes samples within each rank, so that several ranks would not "
-                "train what one does",
+                "BatchNorm of a trained tower mixes samples within each rank, so that several ranks would train "
+                "differently from one",
                 where=name,
                 fix=f"freeze the tower ({_frozen()}), choose one without BatchNorm, or use one process",
             )
         if chunked:
             raise UsageError(
-                "BatchNorm of a trained tower mixes samples within each micro-batch, so that chunks would not "
-                "train what the whole batch does",
+                "BatchNorm of a trained tower mixes samples within each micro-batch, so that micro-batches would train "
+                "differently from the whole batch",
                 where=name,
                 fix=f"freeze the tower ({_frozen()}), take one without it, or leave out {option('micro_batch')}",
             )
 
 
 def held_out() -> str:
-    """How to hold pairs out, as it is typed where the user is."""
+    """Return how the user holds pairs out, as a shell option or in Python."""
     return option("data.test", 0.1, python="evaluators=[RetrievalEvaluator(test)]")
 
 

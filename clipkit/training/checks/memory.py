@@ -1,13 +1,14 @@
-"""What a training step needs, and what to change where it does not fit: said, never done silently."""
+"""The memory that a training step needs, and advice if it does not fit; no setting is changed silently."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import resource
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from clipkit.training.config.train import TrainConfig
 from clipkit.training.heads import ModelWithHeads
 from clipkit.training.step import outputs
 
-_PROBED = (2, 4)  # samples: what they differ by is what two of them need
+_FEW, _MORE = 2, 4  # samples of the two measurements; their difference is what one more sample needs
 
 
 @dataclass(frozen=True)
@@ -30,40 +31,44 @@ class MemoryEstimate:
 
     Attributes:
         weights: of the model, with buffers.
-        training: gradients and AdamW's two moments of what is trained.
-        held: what of `training` was there when memory ran out.
+        training: gradients and AdamW's two moments of the trained weights.
+        allocated: the part of `training` that was already allocated when memory ran out.
         sample: activations of one sample with all its views and captions, kept for the backward pass.
-        checkpointed: the same with gradient checkpointing; None where the model cannot or does already.
-        free: there is without the step's activations and gradients; None where the system does not tell.
-        lora: whether the model is adapted already.
+        checkpointed: the same with gradient checkpointing; None if the model does not support it or uses it already.
+        free: free memory without the step's activations and gradients; None if the system does not tell.
+        lora: whether the model has LoRA already.
     """
 
     weights: int
     training: int
-    held: int
+    allocated: int
     sample: float
     checkpointed: float | None
     free: int | None
     lora: bool = False
 
     def chunk(self, sample: float) -> int:
-        """The largest power of two of samples that would fit; 0: none."""
-        # a tenth for what no one counts
-        room = 0 if self.free is None else 0.9 * self.free - (self.training - self.held)
-        return 0 if room < sample else 1 << (int(room / sample).bit_length() - 1)
+        """Return the largest power of two of samples that would fit, of so many bytes each; 0: none."""
+        if self.free is None:
+            return 0
+        # a tenth is left for what the estimate does not count
+        room = 0.9 * self.free - (self.training - self.allocated)
+        if room < sample:
+            return 0
+        return 1 << (int(room / sample).bit_length() - 1)
 
 
 @contextmanager
 def explain_out_of_memory(
     learner: ModelWithHeads, batch: Batch, config: TrainConfig, optimizer: torch.optim.Optimizer
 ) -> Iterator[None]:
-    """Turns running out of memory into a ResourceError that says what the step needed and what would fit.
+    """Turn an out-of-memory error into a ResourceError that says what the step needed and what would fit.
 
     Args:
-        learner: that is trained.
+        learner: the model that is trained.
         batch: of the step.
         config: of the loop.
-        optimizer: of the run; holds its moments after the first step.
+        optimizer: of the run; it has its moments from the first step on.
     """
     try:
         yield
@@ -80,14 +85,21 @@ def explain_out_of_memory(
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory: torch has no one class for it."""
+    """Whether an error says that memory ran out: torch has several classes for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in ("out of memory", "can't allocate memory", "not enough memory"))
 
 
 def advice(needs: MemoryEstimate | None, rows: int, config: TrainConfig, cause: str) -> ResourceError:
-    """The error, with the ways out that would fit; the global batch is not one of them."""
+    """Return the error with settings that would fit; a smaller global batch is never among them.
+
+    Args:
+        needs: the estimate; None if there was no memory to make one.
+        rows: of this rank's part of the batch.
+        config: of the loop.
+        cause: message of the original error.
+    """
     chunk = rows if config.micro_batch is None else min(rows, config.micro_batch)
     same = f"the gradients, and the {config.batch_size} pairs of the global batch, stay what they are"
     if needs is None:
@@ -99,91 +111,117 @@ def advice(needs: MemoryEstimate | None, rows: int, config: TrainConfig, cause: 
         f"the training step ran out of memory: beside {_gb(needs.weights)} of weights it needs about {_gb(total)} "
         f"({_gb(needs.training)} of gradients and optimizer, {chunk} samples of {_gb(needs.sample)}){free}"
     )
-    return ResourceError(message, where=cause, fix=_ways(needs, chunk, same, config.precision))
+    return ResourceError(message, where=cause, fix=_advised_settings(needs, chunk, same, config.precision))
 
 
-def _ways(needs: MemoryEstimate, chunk: int, same: str, precision: str) -> str:
-    ways = []
+def _advised_settings(needs: MemoryEstimate, chunk: int, same: str, precision: str) -> str:
+    settings = []
     fits = min(needs.chunk(needs.sample), chunk // 2)
     if fits:
-        about = _gb(needs.training + fits * needs.sample)
-        ways.append(f"{option('micro_batch', fits)}: about {about}, for one more forward pass; {same}")
+        total = _gb(needs.training + fits * needs.sample)
+        settings.append(f"{option('micro_batch', fits)}: about {total}, for one more forward pass; {same}")
     if needs.checkpointed is not None:
-        total = needs.training + chunk * needs.checkpointed
-        fits = min(needs.chunk(needs.checkpointed), chunk)
-        small = (
-            ""
-            if fits >= chunk
-            else f", and fits with {option('micro_batch', fits)}"
-            if fits
-            else ", which is still too much"
+        settings.append(_advise_checkpointing(needs, needs.checkpointed, chunk))
+    if not needs.lora:
+        # LoRA needs hardly any gradients and moments; the memory of those that are allocated becomes free
+        with_lora = replace(
+            needs,
+            training=needs.training // 100,
+            allocated=needs.allocated // 100,
+            free=(needs.free or 0) + needs.allocated,
         )
-        way = option("model.gradient_checkpointing", True, python="model.gradient_checkpointing()")
-        ways.append(f"gradient checkpointing ({way}): about {_gb(total)}{small}")
-    lean = replace(needs, training=needs.training // 100, held=needs.held // 100, free=(needs.free or 0) + needs.held)
-    if not needs.lora and (fits := min(lean.chunk(needs.sample), chunk)):
-        with_chunk = "" if fits >= chunk else f" with {option('micro_batch', fits)}"
-        way = option("model.lora", "{}", python="model.add_lora()")
-        ways.append(f"LoRA ({way}): hardly any gradients and moments, fits{with_chunk}")
+        fits = min(with_lora.chunk(needs.sample), chunk)
+        if fits:
+            with_chunk = "" if fits >= chunk else f" with {option('micro_batch', fits)}"
+            setting = option("model.lora", "{}", python="model.add_lora()")
+            settings.append(f"LoRA ({setting}): hardly any gradients and moments, fits{with_chunk}")
     if precision == "fp32":
-        ways.append(f"{option('precision', 'bf16')} on a device that has it: about half of the activations")
-    return "; ".join(ways) or "nothing of micro_batch, gradient checkpointing and LoRA is enough: take a smaller model"
+        settings.append(f"{option('precision', 'bf16')} on a device that has it: about half of the activations")
+    if not settings:
+        return "micro_batch, gradient checkpointing and LoRA are not enough: take a smaller model"
+    return "; ".join(settings)
+
+
+def _advise_checkpointing(needs: MemoryEstimate, sample: float, chunk: int) -> str:
+    fits = min(needs.chunk(sample), chunk)
+    if fits >= chunk:
+        limit = ""
+    elif fits:
+        limit = f", and fits with {option('micro_batch', fits)}"
+    else:
+        limit = ", which is still too much"
+    setting = option("model.gradient_checkpointing", True, python="model.gradient_checkpointing()")
+    return f"gradient checkpointing ({setting}): about {_gb(needs.training + chunk * sample)}{limit}"
 
 
 def _measured(learner: ModelWithHeads, batch: Batch, optimizer: torch.optim.Optimizer) -> MemoryEstimate | None:
-    """None where there is not even room to measure."""
-    weights = sum(each.numel() * each.element_size() for each in [*learner.parameters(), *learner.buffers()])
-    trained = sum(each.numel() * each.element_size() for each in learner.parameters() if each.requires_grad)
-    moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    held = sum(each.numel() * each.element_size() for each in moments)
+    """Return the estimate; None if there is not even the memory to measure."""
+    parameters = list(learner.parameters())
+    weights = _bytes([*parameters, *learner.buffers()])
+    trained = _bytes([parameter for parameter in parameters if parameter.requires_grad])
+    state_values = [value for state in optimizer.state.values() for value in state.values()]
+    allocated = _bytes([value for value in state_values if isinstance(value, Tensor)])
     free = _free(learner.model.device)
-    with contextlib.suppress(Exception):  # this is advice: whatever fails in it must not hide what it is about
-        sample, checkpointed = _sample(learner, batch), None
-        with contextlib.suppress(Exception):
-            other = copy.deepcopy(learner)
-            other.model.gradient_checkpointing()
-            found = _sample(other, batch)
-            checkpointed = found if found < 0.9 * sample else None
-        return MemoryEstimate(weights, 3 * trained, held, sample, checkpointed, free, learner.model.lora is not None)
+    with contextlib.suppress(Exception):  # an error in the advice must not hide the error that it is about
+        sample = _sample(learner, batch)
+        checkpointed = _checkpointed_sample(learner, batch, sample)
+        has_lora = learner.model.lora is not None
+        return MemoryEstimate(weights, 3 * trained, allocated, sample, checkpointed, free, has_lora)
     return None
 
 
+def _checkpointed_sample(learner: ModelWithHeads, batch: Batch, sample: float) -> float | None:
+    """Return the bytes of one sample with gradient checkpointing; None if it cannot be used or saves little."""
+    with contextlib.suppress(Exception):
+        checkpointing = copy.deepcopy(learner)
+        checkpointing.model.gradient_checkpointing()
+        checkpointed = _sample(checkpointing, batch)
+        return checkpointed if checkpointed < 0.9 * sample else None
+    return None
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _sample(learner: ModelWithHeads, batch: Batch) -> float:
-    """Bytes that the backward pass of one more sample keeps."""
-    few, more = (_kept(learner, batch, count) for count in _PROBED)
-    return max(1.0, (more - few) / (_PROBED[1] - _PROBED[0]))
+    """Return the bytes that one more sample keeps for the backward pass."""
+    few, more = _kept(learner, batch, _FEW), _kept(learner, batch, _MORE)
+    return max(1.0, (more - few) / (_MORE - _FEW))
 
 
 def _kept(learner: ModelWithHeads, batch: Batch, count: int) -> int:
-    seen: dict[int, int] = {}
-    own = {each.untyped_storage().data_ptr() for each in learner.parameters()}
+    """Return the bytes that `count` samples keep for the backward pass, weights excluded."""
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in learner.parameters()}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    part = {name: each[: -(-len(each) * count // len(batch))] for name, each in batch.inputs.items()}
+    part = {name: rows[: math.ceil(len(rows) * count / len(batch))] for name, rows in batch.inputs.items()}
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        found = outputs(learner(**part))
-    return sum(seen.values()) if found else 0
+        graph = outputs(learner(**part))  # its storages must live until they are counted, or addresses come twice
+    return sum(kept.values()) if graph else 0
 
 
 def _free(device: torch.device) -> int | None:
-    """Bytes that this process may still take."""
+    """Return the bytes that this process may still allocate; None if the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable"):
+                limits.append(1024 * int(line.split()[1]))
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError):
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            found.append(limit - pages * os.sysconf("SC_PAGE_SIZE"))
-    return max(0, min(found)) if found else None
+            limits.append(limit - pages * os.sysconf("SC_PAGE_SIZE"))
+    return max(0, min(limits)) if limits else None
 
 
 def _gb(count: float) -> str:

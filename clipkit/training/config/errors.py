@@ -1,4 +1,4 @@
-"""What is wrong in a config, and its mend as it is typed there: `train.epochs=3` in a shell, `epochs: 3` in YAML."""
+"""Errors in a config, with a fix as the user types it: `train.epochs=3` in a shell, `epochs: 3` in YAML."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clipkit.training.config.model import ModelConfig
 from clipkit.training.config.sections import DataConfig, EvaluateConfig, SimilarConfig
 from clipkit.training.config.train import TrainConfig
 
-# Of a `RunConfig`, in its order.
+# The sections of a `RunConfig`, in its order.
 SECTIONS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -28,14 +28,14 @@ SECTIONS = {
     "evaluate": EvaluateConfig,
 }
 
-_NEEDED = {
+# Required keys: the key that a fix names, and an example of its value.
+_REQUIRED = {
     **dict.fromkeys(("model", "model.name"), ("model.name", "FOLDER")),
     **dict.fromkeys(("data", "data.train"), ("data.train", "FILE")),
     **dict.fromkeys(("train", "train.output_dir"), ("train.output_dir", "runs/NAME")),
 }
 
-
-# What other programs call it, where the spelling does not tell.
+# Names that other programs use, where the spelling gives no hint.
 _ALIASES = {
     **dict.fromkeys(("report_to", "logger", "log_with"), "trackers"),
     **dict.fromkeys(("amp", "fp16", "bf16", "dtype"), "precision"),
@@ -46,7 +46,7 @@ _ALIASES = {
 
 
 def is_override(text: str) -> bool:
-    """Whether what was typed is `key.sub=value` rather than the path of a file, whose name may hold a `=`, too."""
+    """Whether the user typed `key.sub=value` and not the path of a file, since a file name may contain a `=`."""
     key, equals, _ = text.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         return False
@@ -54,7 +54,7 @@ def is_override(text: str) -> bool:
 
 
 def no_config(path: Path) -> ConfigError:
-    """Of something that is no YAML file: what it is instead, and what to type."""
+    """Return the error for a path that is not a YAML file: what it is instead, and what to type."""
     from clipkit.data.reading.tables import TABLE_SUFFIXES
 
     if path.suffix.lower() in TABLE_SUFFIXES and path.exists():
@@ -74,7 +74,7 @@ def no_config(path: Path) -> ConfigError:
 
 
 def as_setting(name: str, value: object) -> str:
-    """As an override, quoted for the shell: ``train.on_bad=skip``."""
+    """Return a setting as an override, quoted for the shell: ``train.on_bad=skip``."""
     name = _full(name)
     if value is None:
         return name
@@ -83,7 +83,7 @@ def as_setting(name: str, value: object) -> str:
 
 
 def as_yaml(name: str, value: object) -> str:
-    """As a line of a file, and its section: ``on_bad: skip`` (under `train:`)."""
+    """Return a setting as a line of YAML, with its section: ``on_bad: skip`` (under `train:`)."""
     section, _, key = _full(name).rpartition(".")
     if value is not None:
         value = list(value) if isinstance(value, tuple) else value
@@ -93,150 +93,177 @@ def as_yaml(name: str, value: object) -> str:
 
 
 def config_error(error: ValidationError, path: str | Path | None, overrides: Sequence[str]) -> ConfigError:
-    """One error of all that pydantic names, with the first mend: of a wrong key where it stands, of what is missing as
-    `option` writes it.
+    """Return one error for all problems that pydantic names, with the first fix.
+
+    The fix for a wrong key is written where the key is: as an override or as YAML. The fix for a missing key is
+    written by `option`.
 
     Args:
         error: of the whole config.
         path: the file, if there was one.
-        overrides: what was typed beside it.
+        overrides: typed in addition to the file.
     """
     fixes: list[str] = []
     places: list[object] = []
-    said: dict[str, list[str]] = {}
+    messages: dict[str, list[str]] = {}
     for problem in error.errors():
         key = _key(problem["loc"])
-        typed = min(
-            (each for each in overrides if _about(each, key)), key=lambda each: _distance(each, key), default=None
-        )
-        places.append(typed or path)
-        message, fix = _said(problem, key, typed, in_file=path is not None and typed is None)
-        said.setdefault(key, []).append(message)
-        fixes += [fix] if fix else []
+        override = _closest_override(key, overrides)
+        places.append(override or path)
+        message, fix = _describe(problem, key, override, in_file=path is not None and override is None)
+        messages.setdefault(key, []).append(message)
+        if fix:
+            fixes.append(fix)
     where = ", ".join(dict.fromkeys(str(place) for place in places if place is not None)) or None
-    message = "; ".join(_joined(messages) for messages in said.values())
+    message = "; ".join(_joined(messages_of_key) for messages_of_key in messages.values())
     return ConfigError(message, where=where, fix=fixes[0] if fixes else None)
 
 
 def _key(place: Sequence[Any]) -> str:
-    """The dotted key, without the member of a union that pydantic tried."""
+    """Return the dotted key, without the member of a union that pydantic tried."""
     parts = [str(part) for part in place]
     while len(parts) > 1 and (parts[-1] in ("int", "float", "str", "bool") or "[" in parts[-1]):
         parts.pop()
     return ".".join(parts)
 
 
-def _distance(override: str, key: str) -> int:
-    return abs(override.partition("=")[0].count(".") - key.count("."))
+def _closest_override(key: str, overrides: Sequence[str]) -> str | None:
+    """Return the override that sets this key, a part of it, or a section that contains it; None if none does."""
+    closest, least = None, 0
+    for override in overrides:
+        name = override.partition("=")[0]
+        if not (f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")):
+            continue
+        distance = abs(name.count(".") - key.count("."))
+        if closest is None or distance < least:
+            closest, least = override, distance
+    return closest
 
 
 def _joined(messages: Sequence[str]) -> str:
-    """What pydantic says of each member of a union, as one."""
+    """Return pydantic's messages about one key, which has one for each member of a union, as one message."""
     parts = [message.partition(": ")[2].rpartition(", found ") for message in messages]
-    if len(messages) == 1 or not all(found for _, found, _ in parts):
+    if len(messages) == 1 or not all(separator for _, separator, _ in parts):
         return "; ".join(dict.fromkeys(messages))
-    expected = " or ".join(dict.fromkeys(said.removeprefix("input should be ") for said, _, _ in parts))
+    expected = " or ".join(dict.fromkeys(text.removeprefix("input should be ") for text, _, _ in parts))
     return f"{messages[0].partition(': ')[0]}: input should be {expected}, found {parts[0][2]}"
 
 
-def _about(override: str, key: str) -> bool:
-    """Whether an override sets this key, a part of it, or what it is a part of."""
-    name = override.partition("=")[0]
-    return f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
-
-
-def _said(problem: Any, key: str, typed: str | None, *, in_file: bool) -> tuple[str, str | None]:
+def _describe(problem: Any, key: str, override: str | None, *, in_file: bool) -> tuple[str, str | None]:
+    """Return the message about one problem, and its fix if there is one."""
     cause = problem.get("ctx", {}).get("error")
-    found = problem["input"]
+    value = problem["input"]
     if isinstance(cause, ConfigError):
         return cause.message, cause.fix
     if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key `{key}`", _meant(problem["loc"], found, typed, in_file=in_file)
+        return f"unknown key `{key}`", _suggest_key(problem["loc"], value, override, in_file=in_file)
     if problem["type"] == "missing":
-        name, example = _NEEDED.get(key, (key, "VALUE"))
+        name, example = _REQUIRED.get(key, (key, "VALUE"))
         return f"`{key}` is missing", option(name, example)
     if problem["type"] == "tuple_type":
-        return f"`{key}` is a list, found {found!r}", None
+        return f"`{key}` is a list, found {value!r}", None
     if problem["type"].startswith("dataclass_type"):
         known = _fields(problem["loc"])
-        return (
-            f"`{key}` is a section, found {found!r}",
-            f"known in it: {', '.join(known[:12])}{', …' * (len(known) > 12)}",
-        )
+        more = ", …" if len(known) > 12 else ""
+        return f"`{key}` is a section, found {value!r}", f"known in it: {', '.join(known[:12])}{more}"
     expected = problem["msg"].partition(", unable to parse")[0]
-    return f"`{key}`: {expected[0].lower()}{expected[1:]}, found {found!r}", None
+    return f"`{key}`: {expected[0].lower()}{expected[1:]}, found {value!r}", None
 
 
-def _meant(place: Sequence[Any], value: Any, typed: str | None, *, in_file: bool) -> str:
-    """The key that was probably meant, typed with its value; else the keys that there are."""
+def _suggest_key(place: Sequence[Any], value: Any, override: str | None, *, in_file: bool) -> str:
+    """Return the key that the user probably meant, with its value; else all keys of the section."""
     section, leaf = [str(part) for part in place[:-1]], str(place[-1])
     known = _fields(section)
     near = _near(leaf, known)
     meant = ".".join([*section, near]) if near else _elsewhere(leaf)
     if meant is None:
         return f"known here: {', '.join(known)}"
+    suggested_value = None if isinstance(value, dict) else value
     if in_file:
-        return f"did you mean {as_yaml(meant, None if isinstance(value, dict) else value)}?"
-    key, _, text = (typed or "").partition("=")
+        return f"did you mean {as_yaml(meant, suggested_value)}?"
+    key, _, text = (override or "").partition("=")
     wrong = ".".join([*section, leaf])
     if f"{key}.".startswith(f"{wrong}."):
         return f"did you mean {as_setting(meant + key.removeprefix(wrong), text)}?"
-    return f"did you mean {as_setting(meant, None if isinstance(value, dict) else value)}?"
+    return f"did you mean {as_setting(meant, suggested_value)}?"
 
 
 def _near(leaf: str, known: Sequence[str]) -> str | None:
-    """The known key that a wrong one stands for."""
-    return next((found for rule in _RULES if (found := rule(leaf.lower().replace("-", "_"), known))), None)
+    """Return the known key that a wrong one probably means."""
+    word = leaf.lower().replace("-", "_")
+    for rule in _RULES:
+        name = rule(word, known)
+        if name:
+            return name
+    return None
 
 
 def _elsewhere(leaf: str) -> str | None:
-    """The key of any section that a key without its section, or in a wrong one, stands for."""
+    """Return the key of any section that a key without its section, or in a wrong one, probably means."""
     word = leaf.lower().replace("-", "_")
     sections = {name: _fields([name]) for name in ("data", "train", "evaluate", "model")}
-    for rule in (lambda word, known: word if word in known else None, *_RULES):
-        for name, known in sections.items():
-            if found := rule(word, known):
-                return f"{name}.{found}"
+    for rule in (_same, *_RULES):
+        for section, known in sections.items():
+            name = rule(word, known)
+            if name:
+                return f"{section}.{name}"
     return None
+
+
+def _same(word: str, known: Sequence[str]) -> str | None:
+    return word if word in known else None
 
 
 def _initials(word: str, known: Sequence[str]) -> str | None:
     """lr: learning_rate"""
-    return next((name for name in known if "_" in name and "".join(part[0] for part in name.split("_")) == word), None)
+    for name in known:
+        parts = name.split("_")
+        if len(parts) > 1 and word == "".join(part[0] for part in parts):
+            return name
+    return None
 
 
-def _custom(word: str, known: Sequence[str]) -> str | None:
-    found = _ALIASES.get(word)
-    return found if found in known else None
+def _alias(word: str, known: Sequence[str]) -> str | None:
+    """accum_freq: micro_batch"""
+    name = _ALIASES.get(word)
+    return name if name in known else None
 
 
 def _beginning(word: str, known: Sequence[str]) -> str | None:
-    found = [name for name in known if name.startswith(word)]
-    return found[0] if len(found) == 1 else None
+    """aug: augmentation"""
+    names = [name for name in known if name.startswith(word)]
+    return names[0] if len(names) == 1 else None
 
 
 def _spelling(word: str, known: Sequence[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(word, known, n=1) if len(word) > 2 else []), None)
+    """lerning_rate: learning_rate"""
+    matches = difflib.get_close_matches(word, known, n=1) if len(word) > 2 else []
+    return matches[0] if matches else None
 
 
 def _part(word: str, known: Sequence[str]) -> str | None:
     """steps: max_steps, num_train_epochs: epochs"""
-    return next((name for name in known if word in name.split("_") or (len(name) > 3 and name in word)), None)
+    for name in known:
+        if word in name.split("_") or (len(name) > 3 and name in word):
+            return name
+    return None
 
 
-_RULES = (_initials, _custom, _beginning, _spelling, _part)
+_RULES = (_initials, _alias, _beginning, _spelling, _part)
 
 
 def _full(name: str) -> str:
-    """A key with its section, where it came without one."""
+    """Return a key with its section, also if it came without one."""
     if "." in name or name in _fields([]):
         return name
-    order = ("data", "train", "model", "evaluate", "similar")
-    return next((f"{section}.{name}" for section in order if name in _fields([section])), f"train.{name}")
+    for section in ("data", "train", "model", "evaluate", "similar"):
+        if name in _fields([section]):
+            return f"{section}.{name}"
+    return f"train.{name}"
 
 
 def _fields(place: Sequence[Any]) -> list[str]:
-    """The keys of the section that lies at this place of a config; of an empty place the sections."""
+    """Return the keys of the section at this place of a config; of an empty place the sections."""
     if not place:
         return list(SECTIONS)
     section: Any = SECTIONS.get(str(place[0]))
@@ -245,11 +272,12 @@ def _fields(place: Sequence[Any]) -> list[str]:
             continue
         hints = get_type_hints(section) if dataclasses.is_dataclass(section) else {}
         section = next(_dataclasses(hints.get(str(part))), None)
-    return [key.name for key in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
+    return [field.name for field in dataclasses.fields(section)] if dataclasses.is_dataclass(section) else []
 
 
 def _dataclasses(hint: Any) -> Iterator[Any]:
+    """Yield the dataclasses within a type."""
     if dataclasses.is_dataclass(hint):
         yield hint
-    for part in get_args(hint):
-        yield from _dataclasses(part)
+    for argument in get_args(hint):
+        yield from _dataclasses(argument)

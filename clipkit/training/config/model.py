@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import PositiveFloat, PositiveInt
+
 from clipkit.errors import ConfigError, option
-from clipkit.training.config.train import _STRICT, _as_lists, _as_paths
+from clipkit.modality import MODALITIES, Modality
+from clipkit.training.config.fields import STRICT, FractionBelow1, as_lists, as_paths, check_fields
 
 
 @dataclass(frozen=True)
@@ -16,25 +19,21 @@ class LoraConfig:
     Attributes:
         part: which tower: ``image``, ``text``, ``both``.
         rank, alpha: the update is alpha / rank * B A.
-        dropout: of what A is given.
+        dropout: of the input of A, in [0, 1).
         targets: names of layers; None: the linear layers of attention and MLP.
     """
 
     part: Literal["image", "text", "both"] = "both"
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: PositiveInt = 8
+    alpha: PositiveFloat = 16.0
+    dropout: FractionBelow1 = 0.0
     targets: tuple[str, ...] | None = None
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _as_lists(self, "targets")
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
-            found = f"{self.rank}, {self.alpha}, {self.dropout}"
-            raise ConfigError(
-                f"rank is at least 1, alpha above 0, dropout in [0, 1); found {found}", where="model.lora"
-            )
+        as_lists(self, "targets")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -43,18 +42,18 @@ class ModelConfig:
 
     Attributes:
         name: a folder, ``org/name``, ``open_clip:ARCH/TAG`` or ``open_clip:FOLDER``.
-        scratch: whether the weights are drawn at random: of `name` (also ``open_clip:ARCH``) only the architecture,
-            the transform and the tokenizer are taken.
+        scratch: whether the weights begin at random: `name` (also ``open_clip:ARCH``) gives only the architecture,
+            the transform and the tokenizer.
         vision, text: two towers to join, folders or names of transformers models.
         tokenizer: of the text tower; None: from `text`.
-        dim: of the shared space, where towers are joined.
-        head: what joins them.
-        freeze: towers that stand still: ``image`` (LiT, Zhai et al. 2022), ``text``.
-        freeze_blocks: how many first blocks of a tower stand still, with what lies before them:
+        dim: of the shared space of joined towers.
+        head: the projections that join them.
+        freeze: towers that are frozen: ``image`` (LiT, Zhai et al. 2022), ``text``.
+        freeze_blocks: how many first blocks of a tower are frozen, with the embeddings before them:
             ``{image: 6}``; negative: all but the last so many.
-        lora: small matrices in place of whole weights; None: none.
+        lora: train small matrices in place of the weights; None: no.
         gradient_checkpointing: less memory for about a third more time.
-        patch_dropout: part of the patches that training leaves out (FLIP, Li et al. 2023).
+        patch_dropout: part of the patches that training leaves out, in [0, 1) (FLIP, Li et al. 2023).
         image_size, context_length: pixels and tokens to resize the model to; None: its own.
     """
 
@@ -65,22 +64,23 @@ class ModelConfig:
     tokenizer: str | None = None
     dim: int = 512
     head: Literal["linear", "mlp"] = "linear"
-    freeze: tuple[Literal["image", "text"], ...] = ()
-    freeze_blocks: dict[Literal["image", "text"], int] = field(default_factory=dict)
+    freeze: tuple[Modality, ...] = ()
+    freeze_blocks: dict[Modality, int] = field(default_factory=dict)
     lora: LoraConfig | None = None
     gradient_checkpointing: bool = False
-    patch_dropout: float = 0.0
-    image_size: int | None = None
-    context_length: int | None = None
+    patch_dropout: FractionBelow1 = 0.0
+    image_size: PositiveInt | None = None
+    context_length: PositiveInt | None = None
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _as_lists(self, "freeze")
-        _as_paths(self, "name", "vision", "text", "tokenizer")
+        as_lists(self, "freeze")
+        as_paths(self, "name", "vision", "text", "tokenizer")
+        check_fields(self)
         self._check_changes()
-        towers = (self.vision, self.text)
-        if not (all(towers) if self.name is None else not any(towers)):
+        towers = [tower for tower in (self.vision, self.text) if tower]
+        if len(towers) != (2 if self.name is None else 0):
             raise ConfigError(
                 "a model is either `name`, or `vision` and `text`",
                 where="model",
@@ -94,14 +94,12 @@ class ModelConfig:
             )
 
     def _check_changes(self) -> None:
-        adapted = () if self.lora is None else ("image", "text") if self.lora.part == "both" else (self.lora.part,)
-        for part in ("image", "text"):
-            ways = [part in self.freeze, part in self.freeze_blocks, part in adapted]
-            if sum(ways) > 1:
-                message = f"the {part} tower is named by more than one of freeze, freeze_blocks and lora"
+        """Refuse a tower that is frozen or adapted in more than one way."""
+        adapted: tuple[str, ...] = ()
+        if self.lora is not None:
+            adapted = ("image", "text") if self.lora.part == "both" else (self.lora.part,)
+        for modality in MODALITIES:
+            changes = [modality in self.freeze, modality in self.freeze_blocks, modality in adapted]
+            if changes.count(True) > 1:
+                message = f"the {modality} tower is named by more than one of freeze, freeze_blocks and lora"
                 raise ConfigError(message, where="model", fix="keep one of them for each tower")
-        if not 0 <= self.patch_dropout < 1:
-            raise ConfigError(f"patch_dropout is a part of the patches, from 0 to below 1; found {self.patch_dropout}")
-        for name in ("image_size", "context_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, PositiveInt
 
 from clipkit.data.reading.tables import Quoting
 from clipkit.errors import ConfigError, UsageError
 from clipkit.losses.similarity import Graded, Head, Paired, SameGroup, Similarity, Treat, Views
 from clipkit.modality import Modality
 from clipkit.prompts import DEFAULT_TEMPLATE
-from clipkit.training.config.train import _STRICT, _as_paths
+from clipkit.training.config.fields import STRICT, as_paths, check_fields
 from clipkit.training.config.typed import Columns
 
 _Templates: TypeAlias = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
@@ -20,22 +20,22 @@ _Templates: TypeAlias = str | tuple[str, ...] | dict[str, str | tuple[str, ...]]
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which pairs.
+    """The pairs to train on and to hold out.
 
     Attributes:
         train: a table, a folder, or a name of the hub.
         image, text, label: columns; None: the obvious ones. `text` takes several.
         test: pairs held out: a part (0.1), a number (500), another table or folder; 0: none, and nothing is measured.
-        split_by: what never stands on both sides: ``image``, or a column.
-        split: of a hub data set.
+        split_by: values that never occur on both sides of the split: ``image``, or a column.
+        split: of a data set of the hub.
         templates: captions for labels, e.g. ``a photo of a {}.``; or for each class its own (see `prompts`).
         separator, encoding, quoting: of text tables and caption files, see `TextFormat`.
-        features: file that keeps what a wholly locked image tower (``model.freeze: [image]``) makes of each image, by
-            the image's content, its augmentation and the tower; made where it is missing. The tower then runs once, in
-            this run or in an earlier one, and steps and evaluations cost the text side alone. None: it runs in each.
-            What a locked text tower makes of texts is not kept.
-        num_augmentations: with `features`, how many augmented versions of each training image are kept, of which every
-            step draws one; ``augmentation: none`` has one.
+        features: file for the features that a wholly frozen image tower (``model.freeze: [image]``) computes of each
+            image, by the image's content, its augmentation and the tower; created if it does not exist. The tower then
+            runs once, in this run or in an earlier one, and steps and evaluations run only the text tower. None: it
+            runs in each step. There is no such file for texts.
+        num_augmentations: with `features`, how many augmented versions of each training image are stored; every step
+            draws one of them. ``augmentation: none`` has one.
     """
 
     train: str
@@ -50,14 +50,13 @@ class DataConfig:
     encoding: str = "utf-8-sig"
     quoting: Quoting = "double"
     features: str | None = None
-    num_augmentations: int = 4
+    num_augmentations: PositiveInt = 4
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _as_paths(self, "train", "test", "features")
-        if self.num_augmentations < 1:
-            raise ConfigError(f"num_augmentations must be at least 1, found {self.num_augmentations}", where="data")
+        as_paths(self, "train", "test", "features")
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,17 @@ class SimilarConfig:
     """One notion of similarity: ``{}`` for given pairs, or one of `group`, `graded` and `views`.
 
     Attributes:
-        group: column whose values are shared by what is alike.
-        graded: column or columns of features: more or less alike.
+        group: column with a group for each row; rows of a group are similar.
+        graded: column or columns of features that make two rows more or less similar.
         similarity: of `graded`: ``cosine``, ``softmax`` or ``hierarchy``.
         against: of `graded`: the column of the second side.
         softness: of `graded` with ``softmax``: its temperature.
-        views: augmented views of each image that are alike, two or more; with `group` the views are compared.
-        between: the two sides; None: image and text, or images where there are views.
-        known: key column -> ``positive``, ``ignore`` or ``negative``: what is known not to be a negative.
+        views: number of augmented views of each image, two or more, which are similar; with `group` views are compared.
+        between: the two sides; None: image and text, or images if there are views.
+        known: for a key column ``positive``, ``ignore`` or ``negative``: how to treat rows that share its value.
         score: column of the rows' weights.
-        temperature: of this notion, fixed; None: the model's, or 0.1 where there are views.
-        head: projection of its own: ``mlp``, ``linear``, ``none``; None: ``mlp`` for `views` alone.
+        temperature: fixed temperature of this notion; None: the model's, or 0.1 if there are views.
+        head: projection of its own: ``mlp``, ``linear``, ``none``; None: ``mlp`` only with `views`.
         weight: factor of this notion's loss.
     """
 
@@ -92,7 +91,7 @@ class SimilarConfig:
     head: Head | Literal["none"] | None = None
     weight: float = 1.0
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         if self.graded is not None and (self.group is not None or self.views is not None):
@@ -100,16 +99,20 @@ class SimilarConfig:
         self.build()
 
     def build(self) -> Similarity:
-        """The notion itself.
+        """Return the notion of similarity.
 
         Raises:
-            ConfigError: what the notion does not allow.
+            ConfigError: settings that the notion does not allow.
         """
-        images: tuple[Modality, Modality] = ("image", "image")
         options: dict[str, Any] = {"weight": self.weight, "known": self.known, "score": self.score}
-        chosen = {"between": self.between or (images if self.views else None), "temperature": self.temperature}
-        chosen |= {"views": self.views, "temperature": self.temperature or (0.1 if self.views else None)}
-        options |= {name: value for name, value in chosen.items() if value is not None}
+        if self.views is not None:
+            options["views"] = self.views
+        if self.views:
+            options |= {"between": ("image", "image"), "temperature": 0.1}
+        if self.between:
+            options["between"] = self.between
+        if self.temperature:
+            options["temperature"] = self.temperature
         if self.head is not None:
             options["head"] = None if self.head == "none" else self.head
         try:
@@ -124,7 +127,7 @@ class SimilarConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """Pairs that stand for what the model is not to forget; a string in its place is `data`.
+    """The pairs on which the model must not get worse; a string in place of this section is its `data`.
 
     Attributes:
         data: a table, a folder, or a name of the hub.
@@ -141,22 +144,26 @@ class ReferenceConfig:
     encoding: str = "utf-8-sig"
     quoting: Quoting = "double"
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        _as_paths(self, "data")
+        as_paths(self, "data")
+
+
+def _as_section(value: Any) -> Any:
+    return {"data": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured on the held-out pairs.
+    """The measurements on the held-out pairs.
 
     Attributes:
-        retrieval: recall both ways.
-        loss: the loss itself, in fixed batches (see `ValidationLoss`).
-        group: column whose members all count as correct; None: an image's own texts.
+        retrieval: whether to measure recall from images to texts and from texts to images.
+        loss: whether to measure the loss itself, in fixed batches (see `ValidationLoss`).
+        group: column of groups; all members of a group count as correct. None: only an image's own texts.
         zero_shot: column of the class; None: no zero-shot classification.
-        templates: prompts of the classes; or for each class its own.
+        templates: prompts of the classes; or a mapping of each class to its own.
         reference: pairs on which retrieval must not get worse than `train.forget_budget` allows; None: the built-in
             sample.
     """
@@ -166,8 +173,6 @@ class EvaluateConfig:
     group: str | None = None
     zero_shot: str | None = None
     templates: _Templates = DEFAULT_TEMPLATE
-    reference: Annotated[
-        ReferenceConfig | None, BeforeValidator(lambda found: {"data": found} if isinstance(found, str) else found)
-    ] = None
+    reference: Annotated[ReferenceConfig | None, BeforeValidator(_as_section)] = None
 
-    __pydantic_config__ = _STRICT
+    __pydantic_config__ = STRICT

@@ -1,4 +1,4 @@
-"""What was typed, as its field wants it: `007` is a name where a name is wanted, and 7 where a number is."""
+"""Read a typed value by the type of its field: `007` is a name in a field for names, and 7 in a field for numbers."""
 
 from __future__ import annotations
 
@@ -12,114 +12,121 @@ from clipkit.errors import ConfigError
 from clipkit.training.config.yaml_file import Override, Scalar, parse_yaml, plain
 
 COMMAS = "commas"
-
-
-"""Marks a field that also takes one string as one that several may be typed for, with commas between them."""
-
+"""Marks a field that takes one string or several: a typed value is split at commas."""
 
 Columns: TypeAlias = Annotated[str | tuple[str, ...], COMMAS]
 
 
 def fit(value: Any, hint: Any) -> Any:
-    """A value from YAML or from an override, made of what pydantic takes for this type.
+    """Return a value from YAML or from an override as pydantic takes it for this type.
 
-    Text stays text where text is wanted, a number becomes one where a number is, one value becomes a list of one where
-    a list is, and an empty section takes its defaults. What does not fit is left for pydantic to name.
+    Text stays text for a field of text, and becomes a number for a field of numbers. A single value becomes a list of
+    one for a list, and an empty section gets its defaults. Values that do not fit are left for pydantic to report.
 
     Args:
         value: mappings and lists, with `Scalar` and `Override` as leaves.
-        hint: of the field; dataclasses within it are followed.
+        hint: type of the field; it may contain dataclasses.
     """
-    kinds, marks = _kinds(hint)
+    members, marks = _union_members(hint)
     if isinstance(value, Override):
-        value = _read(value, kinds, commas=COMMAS in marks or not _takes_text(kinds))
-    section = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
-    items = _item_hints(kinds)
-    if isinstance(value, dict) and section is not None:
-        hints = get_type_hints(section, include_extras=True)
+        value = _read(value, members, commas=COMMAS in marks or not _takes_text(members))
+    sections = [member for member in members if dataclasses.is_dataclass(member)]
+    mappings = [member for member in members if get_origin(member) is dict]
+    items = _item_hints(members)
+    if isinstance(value, dict) and sections:
+        hints = get_type_hints(sections[0], include_extras=True)
         return {str(key): fit(item, hints.get(key, Any)) for key, item in value.items()}
-    if isinstance(value, dict) and (mapping := [kind for kind in kinds if get_origin(kind) is dict]):
-        return {str(key): fit(item, get_args(mapping[0])[1]) for key, item in value.items()}
-    if items and not isinstance(value, list) and _is_one(value, kinds):
+    if isinstance(value, dict) and mappings:
+        item_type = get_args(mappings[0])[1]
+        return {str(key): fit(item, item_type) for key, item in value.items()}
+    if items and not isinstance(value, list) and _is_one(value, members):
         value = [value]
     if isinstance(value, list):
-        return [fit(item, items[min(i, len(items) - 1)] if items else Any) for i, item in enumerate(value)]
-    if section is not None and type(None) not in kinds and isinstance(value, Scalar) and value.value is None:
+        if not items:
+            return [fit(item, Any) for item in value]
+        return [fit(item, items[min(i, len(items) - 1)]) for i, item in enumerate(value)]
+    if sections and type(None) not in members and isinstance(value, Scalar) and value.value is None:
         return {}
-    return _scalar(value, kinds)
+    return _scalar(value, members)
 
 
-def _kinds(hint: Any) -> tuple[list[Any], list[Any]]:
-    """The members of a union, and what it and they are annotated with."""
+def _union_members(hint: Any) -> tuple[list[Any], list[Any]]:
+    """Return the members of a union, and the annotations of the union and its members."""
     if get_origin(hint) is Annotated:
         inner, *marks = get_args(hint)
-        kinds, more = _kinds(inner)
-        return kinds, [*marks, *more]
+        members, inner_marks = _union_members(inner)
+        return members, [*marks, *inner_marks]
     if get_origin(hint) in (Union, types.UnionType):
-        parts = [_kinds(part) for part in get_args(hint)]
-        return [kind for kinds, _ in parts for kind in kinds], [mark for _, marks in parts for mark in marks]
+        parts = [_union_members(part) for part in get_args(hint)]
+        members = [member for members_of_part, _ in parts for member in members_of_part]
+        marks = [mark for _, marks_of_part in parts for mark in marks_of_part]
+        return members, marks
     return [hint], []
 
 
-def _takes_text(kinds: Sequence[Any]) -> bool:
-    words = (kind for kind in kinds if get_origin(kind) is Literal)
-    return str in kinds or any(isinstance(word, str) for kind in words for word in get_args(kind))
+def _takes_text(members: Sequence[Any]) -> bool:
+    """Whether one of the types is str, or a choice between words."""
+    choices = [choice for member in members if get_origin(member) is Literal for choice in get_args(member)]
+    return str in members or any(isinstance(choice, str) for choice in choices)
 
 
-def _item_hints(kinds: Sequence[Any]) -> list[Any]:
-    """Of the tuple that is among the kinds: one a place, or one for all; none if there is no tuple."""
-    found = next((kind for kind in kinds if get_origin(kind) is tuple), None)
-    return [] if found is None else [hint for hint in get_args(found) if hint is not Ellipsis]
+def _item_hints(members: Sequence[Any]) -> list[Any]:
+    """Return the item types of the tuple among the types: one a place, or one for all; empty if there is no tuple."""
+    for member in members:
+        if get_origin(member) is tuple:
+            return [hint for hint in get_args(member) if hint is not Ellipsis]
+    return []
 
 
-def _is_one(value: Any, kinds: Sequence[Any]) -> bool:
-    """Whether a value that is no list stands for a list of one."""
-    listed = next(kind for kind in kinds if get_origin(kind) is tuple)
+def _is_one(value: Any, members: Sequence[Any]) -> bool:
+    """Whether a value that is not a list means a list of one."""
+    tuple_type = next(member for member in members if get_origin(member) is tuple)
     absent = value is None or (isinstance(value, Scalar) and value.value is None)
-    return Ellipsis in get_args(listed) and not absent and not _takes_text(kinds)
+    return Ellipsis in get_args(tuple_type) and not absent and not _takes_text(members)
 
 
-def _read(text: Override, kinds: Sequence[Any], *, commas: bool) -> Any:
-    lists = any(get_origin(kind) is tuple for kind in kinds)
-    if type(None) in kinds and text in ("", "null", "~"):
+def _read(text: Override, members: Sequence[Any], *, commas: bool) -> Any:
+    """Return the value that the text of an override means for a field of these types."""
+    takes_list = any(get_origin(member) is tuple for member in members)
+    if type(None) in members and text in ("", "null", "~"):
         return None
-    if text[:1] == "{" and any(_is_nested(kind) for kind in [*kinds, *_item_hints(kinds)]):
-        return _mapping(text, kinds)
-    if lists and text[:1] == "[":
+    if text[:1] == "{" and any(_is_nested(member) for member in [*members, *_item_hints(members)]):
+        return _mapping(text, members)
+    if takes_list and text[:1] == "[":
         return parse_yaml(text, text.typed)
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
-    if lists and commas and ("," in text or not text):
+    if takes_list and commas and ("," in text or not text):
         return [plain(part.strip()) for part in text.split(",") if part.strip()]
-    return str(text) if _takes_text(kinds) and text in ("", "null", "~") else plain(text)
+    return str(text) if _takes_text(members) and text in ("", "null", "~") else plain(text)
 
 
-def _is_nested(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind) or get_origin(kind) is dict
+def _is_nested(member: Any) -> bool:
+    return dataclasses.is_dataclass(member) or get_origin(member) is dict
 
 
-def _mapping(text: Override, kinds: Sequence[Any]) -> Any:
-    """The mapping that a text in braces is; a template such as "{} in the wild" may begin with braces, too."""
-    if not _takes_text(kinds):
+def _mapping(text: Override, members: Sequence[Any]) -> Any:
+    """Return the mapping that a text in braces means, unless it is a template such as "{} in the wild"."""
+    if not _takes_text(members):
         return parse_yaml(text, text.typed)
     with contextlib.suppress(ConfigError):
-        found = parse_yaml(text, text.typed)
-        if (
-            isinstance(found, dict)
-            and found
-            and all(getattr(item, "value", item) is not None for item in found.values())
-        ):
-            return found
+        mapping = parse_yaml(text, text.typed)
+        if isinstance(mapping, dict) and mapping:
+            values = [getattr(item, "value", item) for item in mapping.values()]
+            if None not in values:
+                return mapping
     return str(text)
 
 
-def _scalar(value: Any, kinds: Sequence[Any]) -> Any:
+def _scalar(value: Any, members: Sequence[Any]) -> Any:
+    """Return YAML's value of a `Scalar` if a field of these types takes it, else its text."""
     if not isinstance(value, Scalar):
         return value
-    found = value.value
-    wanted = (int, float) if isinstance(found, int) and not isinstance(found, bool) else (type(found),)
-    if found is None or Any in kinds or any(kind in kinds for kind in wanted):
-        return found
-    if isinstance(found, float) and int in kinds and not _takes_text(kinds):  # 1e3 steps
-        return found
+    number = value.value
+    is_integer = isinstance(number, int) and not isinstance(number, bool)
+    accepted = (int, float) if is_integer else (type(number),)
+    if number is None or Any in members or any(member in members for member in accepted):
+        return number
+    if isinstance(number, float) and int in members and not _takes_text(members):  # 1e3 steps
+        return number
     return str(value)

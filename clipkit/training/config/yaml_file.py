@@ -1,4 +1,4 @@
-"""YAML as people mean it: a key stands once, and what is typed is kept until its field says what it is."""
+"""Read YAML: a key may occur only once, and plain values keep their text until the type of their field is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clipkit.errors import ConfigError
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML text of nested mappings, tuples as lists, in their own order."""
+    """Return the YAML text of nested mappings, tuples as lists, in their own order."""
     return yaml.safe_dump(_plain(values), sort_keys=False, allow_unicode=True)
 
 
@@ -24,36 +24,34 @@ def _plain(value: Any) -> Any:
 
 
 class Scalar(str):
-    """A plain value as it was typed, and in `value` what YAML takes it for: "007" and 7, "null" and None."""
+    """A plain value as typed, and in `value` what YAML reads it as: "007" and 7, "null" and None."""
 
     value: int | float | bool | None
 
 
 class Override(str):
-    """The text after `key=`, not read yet: how depends on its field (see `typed.fit`). `typed` is the whole."""
+    """The text after `key=`, to be read by the type of its field (see `typed.fit`). `typed` is the whole override."""
 
     typed: str
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where people trip: `1e-5` is a number, `no` and dates are words, 010 is ten, a key stands once."""
+    """YAML 1.2 in these points: `1e-5` is a number, `no` and dates are words, 010 is ten, a key occurs only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f"the key `{key}` stands twice", where=f"line {node.start_mark.line + 1}")
+                raise ConfigError(f"the key `{key}` occurs twice", where=f"line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep=deep)
 
     def construct_plain(self, node: yaml.ScalarNode) -> Any:
-        kind = node.tag.rpartition(":")[2]
-        value = (
-            _number(node.value)
-            if kind in ("int", "float")
-            else self.construct_yaml_bool(node)
-            if kind == "bool"
-            else None
-        )
+        tag = node.tag.rpartition(":")[2]
+        value: int | float | bool | None = None
+        if tag in ("int", "float"):
+            value = _number(node.value)
+        elif tag == "bool":
+            value = self.construct_yaml_bool(node)
         if node.style:  # quoted, with a tag
             return value
         scalar = Scalar(node.value)
@@ -71,19 +69,16 @@ _PATTERNS = {
     ),
 }
 
-
-_KEPT = ("tag:yaml.org,2002:merge",)
-
-
+# Of SafeLoader's own resolvers only that of merge keys stays; those of YAML 1.1's numbers, words and dates go.
+_MERGE = "tag:yaml.org,2002:merge"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag == _MERGE]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
-
-for _kind, (_pattern, _first) in _PATTERNS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_plain)
+for _tag, (_pattern, _first) in _PATTERNS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_plain)
 
 
 def _number(text: str) -> int | float:
@@ -93,17 +88,18 @@ def _number(text: str) -> int | float:
 
 
 def plain(text: str) -> str:
-    """The text as YAML's plain value, whatever signs it holds: a `Scalar`, or the text itself where it is a word."""
+    """Return the text as a plain value of YAML, whatever characters it has: a `Scalar`, or the text if it is a word."""
     loader: Any = _Loader("")
-    found: str = loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
-    return found
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    value: str = loader.construct_object(yaml.ScalarNode(tag, text))
+    return value
 
 
 def parse_yaml(text: str, where: object) -> Any:
-    """What a YAML text holds, plain values that are no words as `Scalar`.
+    """Return the content of a YAML text, with plain values that are not words as `Scalar`.
 
     Raises:
-        ConfigError: it is no YAML, or a key stands twice.
+        ConfigError: it is not YAML, or a key occurs twice.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -116,10 +112,10 @@ def parse_yaml(text: str, where: object) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a file holds.
+    """Return the mapping in a file.
 
     Raises:
-        ConfigError: not UTF-8, not YAML, no mapping.
+        ConfigError: the file is not UTF-8, not YAML, or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -137,18 +133,20 @@ def set_value(values: dict[str, Any], override: str) -> None:
     """Put ``key.sub=value`` into nested mappings; the value is an `Override`.
 
     Raises:
-        ConfigError: no `=`, or a value where a section would have to be.
+        ConfigError: no `=`, or a value in the place of a section.
     """
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigError("expected key=value", where=override, fix=f"{key}=VALUE")
     *parents, leaf = key.split(".")
     for parent in parents:
-        inner = values.get(parent)
-        values[parent] = inner = {} if inner is None or getattr(inner, "value", inner) is None else inner
-        if not isinstance(inner, dict):
-            kind = "a list" if isinstance(inner, list) else "a value"
-            raise ConfigError(f"{parent!r} is {kind}, not a section", where=override)
-        values = inner
+        section = values.get(parent)
+        if getattr(section, "value", section) is None:  # no section, or an empty one
+            section = {}
+        if not isinstance(section, dict):
+            content = "a list" if isinstance(section, list) else "a value"
+            raise ConfigError(f"{parent!r} is {content}, not a section", where=override)
+        values[parent] = section
+        values = section
     values[leaf] = Override(text)
     values[leaf].typed = override

@@ -1,7 +1,7 @@
-"""A fixed sample of everyday captions and drawn pictures: other data, for models that learn something special.
+"""A fixed sample of everyday captions and drawn pictures, to see how a model changes outside its training data.
 
-64 captions of ordinary scenes, and 64 pictures: eight shapes in eight colours. They are no pairs: what is asked of a
-model is only whether what lay close together still does. Nothing is read from disk, and no font is needed.
+64 captions of ordinary scenes, and 64 pictures: eight shapes in eight colours. They are not pairs: the sample is used
+only to see whether items that were close are still close. Nothing is read from disk, and no font is needed.
 """
 
 from __future__ import annotations
@@ -13,38 +13,70 @@ from numpy.typing import NDArray
 from PIL import Image
 
 CAPTIONS = (
-    *("a dog running on a beach", "two dogs playing in the snow"),
-    *("a cat sleeping on a sofa", "a horse in a green field"),
-    *("a bird on a branch", "a flock of sheep on a hill"),
-    *("a cow beside a fence", "a fish in clear water"),
-    *("a child playing with a ball", "a girl in a red dress"),
-    *("a boy jumping into a pool", "a baby in a chair"),
-    *("a man riding a bicycle", "a woman holding an umbrella"),
-    *("an old man reading a book", "a group of friends laughing"),
-    *("people walking on a busy street", "a crowd at a concert"),
-    *("a football player kicking the ball", "a runner in a race"),
-    *("a surfer on a wave", "a skier going down a slope"),
-    *("a climber on a rock", "two people dancing"),
-    *("a red car on a road", "a yellow bus at a stop"),
-    *("a train crossing a bridge", "an airplane in a blue sky"),
-    *("a boat on a lake", "a ship in a harbour"),
-    *("a motorcycle in front of a house", "a truck on the highway"),
-    *("a city at night", "a village in the mountains"),
-    *("a church with a tall tower", "a tall glass building"),
-    *("a wooden house near a forest", "a bridge over a river"),
-    *("an empty street in the rain", "a market with fruit"),
-    *("a snowy mountain", "a sunset over the sea"),
-    *("a waterfall in the forest", "a desert with sand dunes"),
-    *("a field of flowers", "a tree without leaves"),
-    *("a path through the woods", "dark clouds in the sky"),
-    *("a plate of food on a table", "a bowl of soup"),
-    *("a slice of pizza", "a cake with candles"),
-    *("a cup of coffee", "a glass of red wine"),
-    *("a basket of apples", "fresh bread on a board"),
-    *("a chair beside a window", "a bed with white pillows"),
-    *("a lamp on a desk", "a computer on a table"),
-    *("a clock on a wall", "a pair of shoes"),
-    *("a guitar against a wall", "an open book"),
+    "a dog running on a beach",
+    "two dogs playing in the snow",
+    "a cat sleeping on a sofa",
+    "a horse in a green field",
+    "a bird on a branch",
+    "a flock of sheep on a hill",
+    "a cow beside a fence",
+    "a fish in clear water",
+    "a child playing with a ball",
+    "a girl in a red dress",
+    "a boy jumping into a pool",
+    "a baby in a chair",
+    "a man riding a bicycle",
+    "a woman holding an umbrella",
+    "an old man reading a book",
+    "a group of friends laughing",
+    "people walking on a busy street",
+    "a crowd at a concert",
+    "a football player kicking the ball",
+    "a runner in a race",
+    "a surfer on a wave",
+    "a skier going down a slope",
+    "a climber on a rock",
+    "two people dancing",
+    "a red car on a road",
+    "a yellow bus at a stop",
+    "a train crossing a bridge",
+    "an airplane in a blue sky",
+    "a boat on a lake",
+    "a ship in a harbour",
+    "a motorcycle in front of a house",
+    "a truck on the highway",
+    "a city at night",
+    "a village in the mountains",
+    "a church with a tall tower",
+    "a tall glass building",
+    "a wooden house near a forest",
+    "a bridge over a river",
+    "an empty street in the rain",
+    "a market with fruit",
+    "a snowy mountain",
+    "a sunset over the sea",
+    "a waterfall in the forest",
+    "a desert with sand dunes",
+    "a field of flowers",
+    "a tree without leaves",
+    "a path through the woods",
+    "dark clouds in the sky",
+    "a plate of food on a table",
+    "a bowl of soup",
+    "a slice of pizza",
+    "a cake with candles",
+    "a cup of coffee",
+    "a glass of red wine",
+    "a basket of apples",
+    "fresh bread on a board",
+    "a chair beside a window",
+    "a bed with white pillows",
+    "a lamp on a desk",
+    "a computer on a table",
+    "a clock on a wall",
+    "a pair of shoes",
+    "a guitar against a wall",
+    "an open book",
 )
 
 
@@ -52,8 +84,14 @@ SIDE = 96  # pixels
 
 
 COLOURS = (
-    *((220, 40, 40), (40, 160, 60), (40, 80, 220), (240, 200, 40)),
-    *((150, 60, 190), (240, 130, 30), (30, 30, 30), (60, 190, 200)),
+    (220, 40, 40),
+    (40, 160, 60),
+    (40, 80, 220),
+    (240, 200, 40),
+    (150, 60, 190),
+    (240, 130, 30),
+    (30, 30, 30),
+    (60, 190, 200),
 )
 
 
@@ -76,17 +114,17 @@ _SHAPES: tuple[Callable[[_Grid, _Grid], NDArray[np.bool_]], ...] = (  # x and y 
 
 
 def captions() -> list[str]:
-    """The 64 captions."""
+    """Return the 64 captions."""
     return list(CAPTIONS)
 
 
 def pictures() -> list[Image.Image]:
-    """The 64 pictures, RGB, 96 x 96 px, drawn with integers alone: the same on every machine."""
+    """Return the 64 pictures, RGB, 96 x 96 px, drawn with integers only: the same on every machine."""
     y, x = np.mgrid[0:SIDE, 0:SIDE] - SIDE // 2
-    found = []
+    images = []
     for number, shape in enumerate(_SHAPES):
         inside = shape(x, y)[..., None]
-        for at, colour in enumerate(COLOURS):
-            ground = _GROUNDS[(number + at) % len(_GROUNDS)]
-            found.append(Image.fromarray(np.where(inside, colour, ground).astype(np.uint8)))
-    return found
+        for index, colour in enumerate(COLOURS):
+            ground = _GROUNDS[(number + index) % len(_GROUNDS)]
+            images.append(Image.fromarray(np.where(inside, colour, ground).astype(np.uint8)))
+    return images

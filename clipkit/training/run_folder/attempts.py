@@ -1,4 +1,4 @@
-"""What a run folder tells about how the run was made: each attempt, its surroundings, and the curves."""
+"""What a run folder records about a run: its attempts, their environment, and the curves."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class Attempts:
     Args:
         folder: of the run.
         config: of the training.
-        topology: what the bits of a result depend on beside the config, as `environment` gives it.
+        topology: the machine and its settings, as `environment` returns them.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], topology: Mapping[str, Any]) -> None:
         self.path, self.config, self.topology = folder / NAME, config, topology
 
     def last(self) -> dict[str, Any]:
-        """The topology of the attempt before this one; empty where there is none."""
+        """Return the topology of the attempt before this one; empty if there is none."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         for line in reversed(lines):
             try:
-                found = json.loads(line)
-            except ValueError:  # a line that a kill has cut
+                attempt = json.loads(line)
+            except ValueError:  # a line that was cut when the process was killed
                 continue
-            if "topology" in found:
-                return dict(found["topology"])
+            if "topology" in attempt:
+                return dict(attempt["topology"])
         return {}
 
     def begin(self, step: int) -> None:
-        """An attempt goes on after `step`; 0 at the start."""
+        """Record that an attempt continues after `step`; 0 at the start."""
         self._write(
             {
                 "begins_after_step": step,
@@ -65,9 +65,10 @@ class Attempts:
             }
         )
 
-    def end(self, step: int, how: str) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, say, which the run has told of already
-            self._write({"ends_after_step": step, "time": _now(), "how": how})
+    def end(self, step: int, outcome: str) -> None:
+        """Record that the attempt ended after `step`: ``done``, or the error."""
+        with contextlib.suppress(OSError):  # such as a full disk, which the run has reported already
+            self._write({"ends_after_step": step, "time": _now(), "how": outcome})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if distributed.is_main():
@@ -76,7 +77,7 @@ class Attempts:
 
 
 def environment(device: torch.device, precision: str, micro_batch: int | None) -> dict[str, Any]:
-    """What the last bits of a result depend on beside config and data: equal ones resume bit for bit."""
+    """Return what the last bits of a result depend on, besides config and data; if it is equal, a run resumes exactly."""
     name = torch.get_device_module(device).get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "processes": distributed.world_size(),
@@ -89,29 +90,36 @@ def environment(device: torch.device, precision: str, micro_batch: int | None) -
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the folder that the program was started in, and whether it was changed since; None without git."""
+    """Return the commit of the working directory, and whether files were changed since; None without git."""
 
-    def ask(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+    def git(*arguments: str) -> str:
+        process = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return process.stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def draw_curves(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """curves/*.svg: the loss, the logit scale, and each family of metrics, by step."""
-    columns: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    """Draw curves/*.svg: the loss, the logit scale, and each family of metrics, by step."""
+    charts: dict[str, dict[str, tuple[list[int], list[float]]]] = {}  # chart -> key -> steps and values
     for line in history:
         for key, value in line.items():
             if isinstance(value, int | float) and key not in ("step", "epoch"):
-                chart = "loss" if key in ("loss", "kl") else key.rpartition("/")[0].replace("/", "_") or key
-                columns.setdefault(chart, {}).setdefault(key, []).append((line["step"], value))
-    for chart, lines in columns.items():
-        points = {key: ([x for x, _ in each], [y for _, y in each]) for key, each in lines.items()}
-        write_text(folder / f"{chart}.svg", line_chart(points, "step", chart.replace("_", " ")))
+                steps, values = charts.setdefault(_chart_name(key), {}).setdefault(key, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    for chart, curves in charts.items():
+        write_text(folder / f"{chart}.svg", line_chart(curves, "step", chart.replace("_", " ")))
+
+
+def _chart_name(key: str) -> str:
+    """Return the chart that shows a key of metrics.jsonl: ``retrieval`` for ``retrieval/text_to_image_recall@1``."""
+    if key in ("loss", "kl"):
+        return "loss"
+    return key.rpartition("/")[0].replace("/", "_") or key
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""Whose a run folder is: claimed before a run, tidied where one was killed."""
+"""The ownership of a run folder: it is claimed before a run, locked during it, and cleaned up after a kill."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from clipkit import distributed
 from clipkit.errors import UsageError, option
 from clipkit.files import resource_errors
 
-IDENTITY = "identity.json"  # what makes the run in a folder that run
+IDENTITY = "identity.json"  # the fingerprint of the run in a folder
+NAME = ".lock"
 
 
 def what_stands(folder: Path) -> list[str]:
-    """What a run has left in a folder that is worth keeping."""
+    """Return the names of the files and folders that a run has left in a folder."""
     return [name for name in ("metrics.jsonl", "model", "checkpoints") if (folder / name).exists()]
 
 
@@ -30,29 +31,29 @@ def claim_folder(folder: Path, *, may_resume: bool = False) -> Path:
 
     Args:
         folder: the run's `output_dir`.
-        may_resume: whether a run that stands there already may go on.
+        may_resume: whether a run that the folder contains may be resumed.
 
     Raises:
-        UsageError: another run, another model, or a file stands there.
-        ResourceError: it cannot be written.
+        UsageError: the path is a file, or the folder contains another run or a model.
+        ResourceError: the folder cannot be written.
     """
     distributed.on_main(lambda: _claim(folder, may_resume))
     return folder
 
 
 def _claim(folder: Path, may_resume: bool) -> None:
-    taken = what_stands(folder)
+    contents = what_stands(folder)
     if folder.is_file():
         raise UsageError("the output folder is a file", where=folder, fix=f"choose another {option('output_dir')}")
-    if taken and not may_resume and (folder / IDENTITY).is_file():
+    if contents and not may_resume and (folder / IDENTITY).is_file():
         raise UsageError(
             "the output folder holds another run",
-            where=folder / taken[0],
+            where=folder / contents[0],
             fix=f"{option('resume', 'auto')} goes on with it; else choose another {option('output_dir')}",
         )
-    if taken and not (folder / IDENTITY).is_file():
+    if contents and not (folder / IDENTITY).is_file():
         raise UsageError(
-            f"the output folder holds {taken[0]!r}, and is no run that could go on: it has no {IDENTITY}",
+            f"the output folder holds {contents[0]!r}, but not a run that could be resumed: it has no {IDENTITY}",
             where=folder,
             fix=f"choose another {option('output_dir')}",
         )
@@ -67,53 +68,50 @@ def _claim(folder: Path, may_resume: bool) -> None:
 
 
 def clean_up(folder: Path) -> None:
-    """Remove what a killed process left half written in a run folder; a model that was being replaced comes back."""
-    for place in (folder, folder / "checkpoints"):
-        for room in [*place.glob(".*.tmp"), *place.glob(".*.trash")]:
-            target = place / room.name[1:].rpartition(".")[0].rpartition(".")[0]
-            if (room / "old").exists() and not target.exists():
-                (room / "old").rename(target)
-            shutil.rmtree(room, ignore_errors=True)
-
-
-NAME = ".lock"
+    """Remove what a killed process left half written in a run folder; restore a model that was being replaced."""
+    for parent in (folder, folder / "checkpoints"):
+        for leftover in [*parent.glob(".*.tmp"), *parent.glob(".*.trash")]:
+            target = parent / leftover.name[1:].rpartition(".")[0].rpartition(".")[0]
+            if (leftover / "old").exists() and not target.exists():
+                (leftover / "old").rename(target)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @dataclass
-class _Held:
+class _Lock:
     file: TextIO
-    times: int = 0
+    times: int = 0  # that this process took it
 
 
-_held: dict[tuple[int, Path], _Held] = {}  # by process and folder: a forked child does not hold what its parent does
+_locks: dict[tuple[int, Path], _Lock] = {}  # by process and folder: a forked child does not have its parent's locks
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder; rank 0 does so for all. A lock ends with its process, however that ends.
+    """Lock a run folder; rank 0 does so for all. A lock ends with its process, however that ends.
 
-    It is a POSIX record lock: worker processes do not inherit it, and it holds over NFS. A process that holds it may
+    It is a POSIX record lock: worker processes do not inherit it, and it works over NFS. A process that has it may
     take it again.
 
     Raises:
-        UsageError: another process holds it; names that process.
+        UsageError: another process has locked it; names that process.
     """
     key = os.getpid(), folder.resolve()
-    distributed.on_main(lambda: _take(key, folder))
+    distributed.on_main(lambda: _acquire(key, folder))
     try:
         yield
     finally:
         if distributed.is_main():
-            _give_back(key)
+            _release(key)
 
 
-def _take(key: tuple[int, Path], folder: Path) -> None:
-    if key not in _held:
-        _held[key] = _Held(_lock(folder))
-    _held[key].times += 1
+def _acquire(key: tuple[int, Path], folder: Path) -> None:
+    if key not in _locks:
+        _locks[key] = _Lock(_lock_file(folder))
+    _locks[key].times += 1
 
 
-def _lock(folder: Path) -> TextIO:
+def _lock_file(folder: Path) -> TextIO:
     with resource_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / NAME).open("a+", encoding="utf-8")
@@ -121,10 +119,10 @@ def _lock(folder: Path) -> TextIO:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        holder = file.read().strip() or "its name is not known"
+        owner = file.read().strip() or "its name is not known"
         file.close()
         raise UsageError(
-            f"another process writes to this folder: {holder}",
+            f"another process writes to this folder: {owner}",
             where=folder,
             fix=f"wait for it or stop it, or choose another {option('output_dir')}",
         ) from None
@@ -134,8 +132,8 @@ def _lock(folder: Path) -> TextIO:
     return file
 
 
-def _give_back(key: tuple[int, Path]) -> None:
-    held = _held[key]
-    held.times -= 1
-    if not held.times:
-        _held.pop(key).file.close()
+def _release(key: tuple[int, Path]) -> None:
+    lock = _locks[key]
+    lock.times -= 1
+    if lock.times == 0:
+        _locks.pop(key).file.close()

@@ -26,7 +26,7 @@ class Numbers(Facts):
         super().__init__(step=step)
         self.held = {"a": torch.full((300,), float(step)), "b": torch.tensor(step)}
 
-    def tensors(self):
+    def tensor_state(self):
         return self.held
 
     def restore(self, tensors, facts):

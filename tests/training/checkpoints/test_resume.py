@@ -58,7 +58,7 @@ def test_without_the_state_of_the_optimizer_the_result_is_another(tmp_path, whol
 
 def test_random_numbers_that_do_not_follow_the_step_give_another_result(tmp_path, whole, cut, monkeypatch):
     cut(tmp_path / "run", 5)
-    monkeypatch.setattr("clipkit.training.loop.hash64", lambda *_: 7)
+    monkeypatch.setattr("clipkit.training.update.hash64", lambda *_: 7)
     runs.train(tmp_path / "run")
     assert runs.outcome(tmp_path / "run") != runs.outcome(whole[0])
 
@@ -114,7 +114,7 @@ def test_without_resume_a_run_is_not_touched(tmp_path, cut):
 
 def test_a_folder_of_something_else_is_not_resumed(tmp_path):
     (tmp_path / "run/model").mkdir(parents=True)
-    with pytest.raises(UsageError, match=r"holds 'model', and is no run that could go on(?s:.)*choose another"):
+    with pytest.raises(UsageError, match=r"holds 'model', but not a run that could be resumed(?s:.)*choose another"):
         runs.train(tmp_path / "run")
 
 
@@ -169,7 +169,7 @@ def test_what_an_error_advises_to_change_may_change(tmp_path, cut):
 def test_a_log_that_is_gone_is_named(tmp_path, cut):
     cut(tmp_path / "run", 5)
     (tmp_path / "run/metrics.jsonl").unlink()
-    with pytest.raises(CorruptArtefact, match=r"bytes that it had at the checkpoint, found 0(?s:.)*metrics.jsonl"):
+    with pytest.raises(CorruptArtefact, match=r"bytes that the file had at the checkpoint, found 0(?s:.)*metrics"):
         runs.train(tmp_path / "run")
 
 

@@ -230,15 +230,15 @@ def test_some_such_steps_may_be_left_out(tmp_path, make_model, pairs):
 
 def test_a_loss_that_is_no_number_is_not_applied(tmp_path, make_model, pairs, monkeypatch):
     from clipkit.losses.contrastive import Loss
-    from clipkit.training import loop
+    from clipkit.training import update
 
-    real = loop.backward
+    real = update.backward
 
     def backward(*arguments, **options):
         found = real(*arguments, **options)
         return Loss(found.loss * float("nan"), found.kl)
 
-    monkeypatch.setattr(loop, "backward", backward)
+    monkeypatch.setattr(update, "backward", backward)
     model = make_model()
     before = {name: each.clone() for name, each in model.state_dict().items()}
     with pytest.raises(ClipkitError, match="the loss is nan; the step was not applied"):

@@ -15,7 +15,7 @@ import torch
 
 from clipkit import TrainConfig, Trainer
 from clipkit.errors import ResourceError, exit_with_message
-from clipkit.training import loop
+from clipkit.training import update
 from clipkit.training.checks.memory import MemoryEstimate, advice
 
 GB = 2**30
@@ -23,7 +23,7 @@ GB = 2**30
 
 def test_the_advice_is_arithmetic():
     needs = MemoryEstimate(
-        weights=2 * GB, training=6 * GB, held=0, sample=0.1 * GB, checkpointed=0.01 * GB, free=10 * GB
+        weights=2 * GB, training=6 * GB, allocated=0, sample=0.1 * GB, checkpointed=0.01 * GB, free=10 * GB
     )
     error = advice(needs, 256, TrainConfig("x", batch_size=512), "CUDA out of memory")
     assert "beside 2.00 GiB of weights it needs about 31.60 GiB (6.00 GiB of gradients and optimizer" in error.message
@@ -32,7 +32,7 @@ def test_the_advice_is_arithmetic():
     assert "the 512 pairs of the global batch, stay what they are" in error.fix
     assert "gradient checkpointing (model.gradient_checkpointing()): about 8.56 GiB;" in error.fix
     assert "LoRA (model.add_lora()): hardly any gradients and moments, fits with micro_batch=64" in error.fix
-    later = replace(needs, held=4 * GB, free=6 * GB)  # the same room, after the moments have come to be
+    later = replace(needs, allocated=4 * GB, free=6 * GB)  # the same room, after the moments are allocated
     assert "micro_batch=32: about" in advice(later, 256, TrainConfig("x"), "x").fix  # (0.9 x 6 - 2) / 0.1 = 34
     assert "LoRA" not in advice(replace(needs, lora=True), 256, TrainConfig("x"), "x").fix
     assert 'precision="bf16"' in advice(needs, 256, TrainConfig("x", precision="fp32"), "x").fix
@@ -94,7 +94,7 @@ def test_any_other_error_stays_what_it_is(tmp_path, make_model, pairs, monkeypat
     def fail(*_, **__):
         raise RuntimeError(said)
 
-    monkeypatch.setattr(loop, "backward", fail)
+    monkeypatch.setattr(update, "backward", fail)
     settings = {"batch_size": 8, "progress": False}
     said = "size mismatch"
     with pytest.raises(RuntimeError, match="size mismatch"):

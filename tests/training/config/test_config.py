@@ -149,9 +149,9 @@ def test_a_mend_of_a_file_is_yaml(tmp_path):
         ("train.lerning_rate=1", r"unknown key `train.lerning_rate`(?s:.)*did you mean train.learning_rate=1\?"),
         ("trian.epochs=1", r"unknown key `trian`(?s:.)*did you mean train.epochs=1\?"),
         ("train.epochs=no", r"`train.epochs`.*found 'no'"),
-        ("train.epochs=0", "epochs must be greater than 0, found 0"),
-        ("train.learning_rate=-1e-5", "learning_rate must be greater than 0, found -1e-05"),
-        ("train.warmup=3", "warmup is a part of the steps"),
+        ("train.epochs=0", "`train.epochs`: input should be greater than 0, found 0"),
+        ("train.learning_rate=-1e-5", "`train.learning_rate`: input should be greater than 0, found -1e-05"),
+        ("train.warmup=3", "`train.warmup`: input should be less than or equal to 1, found 3"),
         ("train.precision=fp8", r"`train.precision`.*'fp16', found 'fp8'"),
         ("train.augmentation=crop_flip", "`train.augmentation`.*found 'crop_flip'"),
         ("model.vision=tower", "a model is either `name`, or `vision` and `text`"),
@@ -159,11 +159,11 @@ def test_a_mend_of_a_file_is_yaml(tmp_path):
         ("similar=[{group: a, graded: b}]", "one of `group`, `graded` and `views`"),
         ("similar=[{views: 1}]", "views are compared with each other, two or more; found views=1"),
         ("similar=[{known: {texts: drop}}]", r"'positive', 'ignore' or 'negative', found 'drop'"),
-        ("train.micro_batch=0", "micro_batch must be greater than 0, found 0"),
-        ("train.label_smoothing=1", "label_smoothing lies between 0 and 1, found 1"),
-        ("train.matryoshka=[0]", "matryoshka lists numbers of dimensions"),
+        ("train.micro_batch=0", "`train.micro_batch`: input should be greater than 0, found 0"),
+        ("train.label_smoothing=1", "`train.label_smoothing`: input should be less than 1, found 1"),
+        ("train.matryoshka=[0]", "`train.matryoshka.0`: input should be greater than 0, found 0"),
         ("train.epochs", "expected key=value(?s:.)*train.epochs=VALUE"),
-        ("train={epochs: 1, epochs: 2}", "the key `epochs` stands twice"),
+        ("train={epochs: 1, epochs: 2}", "the key `epochs` occurs twice"),
         ("similar=[", "not valid YAML"),
     ],
 )
@@ -184,3 +184,21 @@ def test_errors_of_a_file_name_it(tmp_path):
 
 def test_messages_know_every_section():
     assert list(SECTIONS) == [section.name for section in dataclasses.fields(RunConfig)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"epochs": 0},
+            r"epochs must be greater than 0, found 0(?s:.)*the default is epochs=5",
+        ),
+        ({"epochs": float("inf")}, "epochs must be a finite number, found inf"),
+        ({"betas": (0.9, 1.0)}, r"betas must be less than 1, found \(0.9, 1.0\)"),
+        ({"patience": 0}, r"patience must be greater than 0, found 0(?s:.)*leave out patience"),
+        ({"loss": "triplet"}, "loss must be 'auto', 'info_nce' or 'sigmoid', found 'triplet'"),
+    ],
+)
+def test_a_section_made_in_python_is_checked(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig("x", **changes)

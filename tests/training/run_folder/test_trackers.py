@@ -13,8 +13,8 @@ import tiny
 
 from clipkit import TrainConfig, Trainer
 from clipkit.errors import UsageError
-from clipkit.training import trackers
-from clipkit.training.trackers import LOGGER_TYPE_TO_CLASS, Trackers
+from clipkit.training.run_folder import trackers
+from clipkit.training.run_folder.trackers import LOGGER_TYPE_TO_CLASS, Trackers
 
 LOGGED = {"loss", "kl", "epoch", "logit_scale", "gradient_norm", "learning_rate"}
 RECALL = "retrieval/text_to_image_recall@1"
@@ -231,7 +231,7 @@ def test_a_tracker_that_does_not_start_ends_only_a_run_that_has_not_begun(tmp_pa
     with pytest.raises(UsageError, match=r"'failing' does not start: ConnectionError: no route(?s:.)*leave it out"):
         runs.train(tmp_path / "a", trackers=("failing",))
     Trackers(("failing",), tmp_path).start({}, 4)
-    assert "the tracker 'failing' failed, and is told no more" in caplog.messages[-1]
+    assert "the tracker 'failing' failed, and gets no more data" in caplog.messages[-1]
 
 
 def test_a_slow_tracker_is_told_once(tmp_path, monkeypatch, failing, caplog):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from clipkit import DualEncoder, Paired, RetrievalEvaluator, SameGroup, Trainer, Views, average
 from clipkit.quickstart.glyphs import Glyphs, glyphs
-from clipkit.quickstart.job import RECIPE, build_model, repeated
+from clipkit.quickstart.job import RECIPE, build_model, repeat_letters
 
 GROUP = SameGroup("group")
 
@@ -86,7 +86,7 @@ class Measured:
 
 def fit(model: DualEncoder, data: Glyphs, trick: Trick, seed: int, steps: int) -> float:
     """Train a model in place on `steps` batches of 128 pairs, or as many pairs in other batches; the seconds."""
-    pairs = repeated(trick.pairs(data.train))
+    pairs = repeat_letters(trick.pairs(data.train))
     with tempfile.TemporaryDirectory() as folder:
         loop = replace(RECIPE, output_dir=str(Path(folder) / "run"), seed=seed, progress=False, **trick.loop)
         loop = replace(loop, max_steps=round(steps * RECIPE.batch_size / loop.batch_size), evaluate_every=10**9)

@@ -2,8 +2,8 @@
 
 A text tower learns to match a locked image tower on photos (LiT, as in locked_image.py), and then continues with
 emoji. Recall on held-out photos is the reference, recall on held-out emoji the domain. Both held-out sets are halved:
-the guardrail chooses on one half (TrainConfig.forget_budget), and is compared with plain fine-tuning on the other, which
-no choice depends on, image by image. Start it with any of
+the guardrail chooses on one half (TrainConfig.forget_budget), and is compared with plain fine-tuning on the other half,
+image by image. Start it with any of
 
     python train/forgetting.py PHOTOS EMOJI --vision TOWER --output runs/forgetting
     torchrun --nproc_per_node 2 train/forgetting.py PHOTOS EMOJI --vision TOWER --output runs/forgetting

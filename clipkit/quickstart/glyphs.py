@@ -7,43 +7,16 @@ the training data, and a face that is not in it.
 
 from __future__ import annotations
 
-import io
 import random
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from clipkit.errors import UsageError
+from clipkit.quickstart.drawing import Glyph, draw_all
 
-from clipkit.errors import ResourceError, UsageError
-
-SIDE = 32  # pixels
-# pixels; all characters share them, so that c and C, comma and apostrophe differ
-EM = 27
-BASELINE = 25
-MARGIN = 32  # for ink outside the em box (combining marks, wide signs), before it is centred
-
-FACES = {
-    "DejaVuSans": "sans",
-    "DejaVuSans-Bold": "bold sans",
-    "DejaVuSans-Oblique": "oblique sans",
-    "DejaVuSans-BoldOblique": "bold oblique sans",
-    "DejaVuSansMono": "mono",
-    "DejaVuSansMono-Bold": "bold mono",
-    "DejaVuSansMono-Oblique": "oblique mono",
-    "DejaVuSansMono-BoldOblique": "bold oblique mono",
-    "DejaVuSerif": "serif",
-    "DejaVuSerif-Bold": "bold serif",
-    "DejaVuSerif-Italic": "italic serif",
-    "DejaVuSerif-BoldItalic": "bold italic serif",
-    "STIXGeneral": "stix",
-    "STIXGeneralBol": "bold stix",
-    "STIXGeneralItalic": "italic stix",
-    "STIXGeneralBolIta": "bold italic stix",
-}
 TEST_FACE = "sans"
 UNSEEN_FACE = "stix"
 
@@ -67,29 +40,6 @@ ACCENTS = (
     "inverted breve",
 )
 IDEAS = {"script": SCRIPTS, "case": CASES, "accent": ACCENTS}
-
-
-@dataclass(frozen=True)
-class Glyph:
-    """One character in one face."""
-
-    char: str
-    face: str
-    png: bytes
-
-    @property
-    def name(self) -> str:
-        return unicodedata.name(self.char).lower()
-
-    def captions(self, draw: random.Random) -> list[str]:
-        """Return three captions: the name with the face, the name, and half of its words, drawn at random.
-
-        Half a name ("cyrillic letter", "small with acute") teaches what a single word means; without it a prompt that
-        names an idea differs from every caption. Each face draws its own half, so that a character appears under many.
-        """
-        words = self.name.split()
-        some_words = [word for word in words if draw.random() < 0.5] or words[:1]
-        return [f"{self.face}: {self.name}", self.name, " ".join(some_words)]
 
 
 @dataclass(frozen=True)
@@ -146,14 +96,6 @@ def glyphs(seed: int = 0, *, unseen: int = 250, validation: int = 100) -> Glyphs
     return split(draw_all(), seed, unseen=unseen, validation=validation)
 
 
-def draw_all() -> list[Glyph]:
-    """Draw every character in every face; this takes some five seconds."""
-    drawn: list[Glyph] = []
-    for font, face in FACES.items():
-        drawn += draw_face(_font_file(font), face)
-    return drawn
-
-
 def split(drawn: Sequence[Glyph], seed: int, *, unseen: int, validation: int) -> Glyphs:
     """Group the characters that look alike and hold out whole groups; arguments as in `glyphs`."""
     group = _groups(drawn)
@@ -167,9 +109,8 @@ def split(drawn: Sequence[Glyph], seed: int, *, unseen: int, validation: int) ->
     held_out = random.Random(seed).sample(testable, unseen + validation)  # groups
     test_groups = set(held_out[:unseen])
     validation_groups = set(held_out[unseen:])
-    train = [
-        g for g in drawn if not g.face.endswith(UNSEEN_FACE) and group[g.char] not in test_groups | validation_groups
-    ]
+    not_train = test_groups | validation_groups
+    train = [g for g in drawn if not g.face.endswith(UNSEEN_FACE) and group[g.char] not in not_train]
     train_groups = letters & {group[g.char] for g in train}
     draw = random.Random(seed)
     return Glyphs(
@@ -178,43 +119,6 @@ def split(drawn: Sequence[Glyph], seed: int, *, unseen: int, validation: int) ->
         unseen_characters=_one_each(drawn, TEST_FACE, test_groups, group, members),
         unseen_face=_one_each(drawn, UNSEEN_FACE, train_groups, group, members),
     )
-
-
-def draw_face(file: Path, face: str) -> Iterator[Glyph]:
-    """Draw every named character of a font that leaves ink, in the order of code points."""
-    from matplotlib.ft2font import FT2Font
-
-    sizes = [ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC) for size in range(EM, 3, -1)]
-    drawable = FT2Font(str(file)).get_charmap()  # code point -> index in the font; 0 is the box for "no such character"
-    for code in sorted(drawable):
-        char = chr(code)
-        if not drawable[code] or not unicodedata.name(char, ""):
-            continue
-        image = draw(char, sizes)
-        if image is not None:
-            yield Glyph(char, face, _png(image))
-
-
-def draw(char: str, sizes: Sequence[ImageFont.FreeTypeFont]) -> Image.Image | None:
-    """Draw a character in black on white, its ink centred horizontally; None if it leaves no ink.
-
-    The first of `sizes` (largest first) whose ink fits the image is used. Ink that would cross the upper or lower edge
-    is moved inside; all other ink is on the common baseline.
-    """
-    for font in sizes:
-        ink = Image.new("L", (SIDE + 2 * MARGIN, SIDE + 2 * MARGIN))
-        ImageDraw.Draw(ink).text((MARGIN, MARGIN + BASELINE), char, fill=255, font=font, anchor="ls")
-        box = ink.getbbox()
-        if box is None:
-            return None
-        left, top, right, bottom = box
-        inside = min(box) > 0 and max(box) < SIDE + 2 * MARGIN
-        if inside and max(right - left, bottom - top) <= SIDE:
-            image = Image.new("L", (SIDE, SIDE))
-            y = min(max(top - MARGIN, 0), SIDE - (bottom - top))
-            image.paste(ink.crop(box), ((SIDE - (right - left)) // 2, y))
-            return ImageChops.invert(image)
-    return None
 
 
 def script_of(char: str) -> str | None:
@@ -237,23 +141,6 @@ def accent_of(char: str) -> str | None:
         return None
     accent = unicodedata.name(marks[0]).lower().removeprefix("combining ").removesuffix(" accent")
     return accent if accent in ACCENTS else None
-
-
-def _font_file(name: str) -> Path:
-    import matplotlib
-
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-    if not file.is_file():
-        raise ResourceError(
-            "expected the fonts that come with matplotlib, found none", where=file, fix="reinstall matplotlib with pip"
-        )
-    return file
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def _groups(drawn: Iterable[Glyph]) -> dict[str, int]:

@@ -192,14 +192,14 @@ def test_every_flip_that_matters_and_every_cut_is_detected(named, photos: Path, 
         data[place] ^= 1 << g.integers(8)
         path.write_bytes(data)
         try:
-            found = EmbeddingIndex.open(path)
+            reopened = EmbeddingIndex.open(path)
         except (CorruptArtefact, UsageError):  # UsageError: a version number was hit
             continue
         unnoticed += 1  # free space of a page: harmless, if everything is still what it was
-        assert found.paths == built.paths
-        assert torch.equal(found.vectors, built.vectors)
-        assert found.fingerprint == built.fingerprint
-        assert found.model_name == built.model_name
+        assert reopened.paths == built.paths
+        assert torch.equal(reopened.vectors, built.vectors)
+        assert reopened.fingerprint == built.fingerprint
+        assert reopened.model_name == built.model_name
     assert unnoticed < len(places)
     for cut in g.integers(1, len(whole), 30):
         path.write_bytes(whole[:cut])
@@ -260,9 +260,9 @@ def test_update(named, tiny, photos: Path, tmp_path: Path) -> None:
     assert [r.code for r in changes.rejected] == ["NOT_IMAGE"]
     assert (changes.kept, changes.moved) == (18, [])
     again = EmbeddingIndex.open(tmp_path / "i", named)
-    for found in (index, again):
-        assert found.search(tiny.picture(51), k=1)[0].path == photos / "001.png"
-        assert found.search(tiny.picture(0), k=1)[0].score < 0.9999
+    for updated in (index, again):
+        assert updated.search(tiny.picture(51), k=1)[0].path == photos / "001.png"
+        assert updated.search(tiny.picture(0), k=1)[0].score < 0.9999
     fresh = EmbeddingIndex.build(named, photos, tmp_path / "j")
     assert (again.paths, len(again)) == (fresh.paths, 20)
     assert torch.allclose(again.vectors, fresh.vectors, atol=1e-6)
@@ -361,18 +361,18 @@ def test_the_index_that_stands_there(named, photos: Path, tmp_path: Path, monkey
     EmbeddingIndex.build(named, photos, tmp_path / "i")
     monkeypatch.chdir(tmp_path)
     for same in (photos, Path("photos"), photos / "more" / ".."):
-        found = open_existing(tmp_path / "i", same)
-        assert found is not None
-        assert found.root == photos
+        existing = open_existing(tmp_path / "i", same)
+        assert existing is not None
+        assert existing.root == photos
     with pytest.raises(UsageError, match=r"another folder: .*photos[\s\S]*overwrite=True"):
         open_existing(tmp_path / "i", photos / "more")
     (tmp_path / "other").mkdir()
     photos.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="another folder"):
         open_existing(tmp_path / "i", tmp_path / "other")
-    found = open_existing(tmp_path / "i", tmp_path / "moved")
-    assert found is not None
-    assert found.root == tmp_path / "moved"
+    existing = open_existing(tmp_path / "i", tmp_path / "moved")
+    assert existing is not None
+    assert existing.root == tmp_path / "moved"
     EmbeddingIndex.build(named, [tmp_path / "moved" / "000.png"], tmp_path / "list")
     with pytest.raises(UsageError, match="a list of files"):
         open_existing(tmp_path / "list", tmp_path / "moved")

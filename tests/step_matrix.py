@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/step_matrix.py errors.json [case …] [mode …]
 
-writes it to a file; so does tests/ranks.py without an interpreter for each rank. For each bug that is named, one case
-is measured with the engine broken that way.
+writes the errors to a file; `runs.on_ranks` returns them without starting an interpreter for each rank. For each bug
+that is named, one case is measured with the engine broken that way.
 """
 
 from __future__ import annotations

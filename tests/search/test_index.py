@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy
 
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, CorruptArtefact, DataError, ModelMismatch, UsageError
@@ -431,7 +432,7 @@ EmbeddingIndex.build(runpy.run_path(sys.argv[1])["toy_model"](), sys.argv[2], sy
 def test_a_killed_build_goes_on_where_it_was(tiny, photos: Path, tmp_path: Path, monkeypatch) -> None:
     target = tmp_path / "i"
     child = subprocess.Popen(
-        [sys.executable, "-c", BUILD, tiny.__file__, photos, target], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", BUILD, toy.__file__, photos, target], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     done = sum(int(child.stdout.readline()) for _ in range(4))
@@ -440,7 +441,7 @@ def test_a_killed_build_goes_on_where_it_was(tiny, photos: Path, tmp_path: Path,
     child.wait()
     assert done == 8
     assert not target.exists()
-    named, embedded = tiny.toy_model(), []
+    named, embedded = toy.toy_model(), []
     original = named.vision_features
     monkeypatch.setattr(named, "vision_features", lambda x: (embedded.append(len(x)), original(x))[1])
     index = EmbeddingIndex.build(named, photos, target)

@@ -16,7 +16,15 @@ from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.search.changes import Changes, SizeAndTime, compare, size_and_time, unchanged
-from clipkit.search.index_file import Catalogue, Entry, publish_index, require_free_path, write_index
+from clipkit.search.index_file import (
+    Entry,
+    Header,
+    load_matrix,
+    publish_index,
+    read_entries,
+    require_free_path,
+    write_index,
+)
 from clipkit.search.listing import Listing, list_files
 from clipkit.search.presence import require_root
 
@@ -76,30 +84,31 @@ def build_index(
         if not distributed.is_main():
             return
         options.check_rejects(listing, result.rejected, images)
-        name = _reopenable_name(model)
-        write_index(draft, Catalogue(name, model.fingerprint(), listing.root, entries, result.vectors))
+        header = Header(_reopenable_name(model), model.fingerprint(), listing.root)
+        header = write_index(draft, header, entries)
         publish_index(draft, target, replace=overwrite)
+        load_matrix(target, header)
 
     distributed.together(finish)
     return result.rejected + listing.rejected
 
 
 def update_index(
-    path: Path, catalogue: Catalogue, model: Callable[[], DualEncoder], options: EmbedOptions, *, verify: bool
+    path: Path, header: Header, model: Callable[[], DualEncoder], options: EmbedOptions, *, verify: bool
 ) -> Changes:
     """Bring the index file at `path` up to date; errors as for `EmbeddingIndex.update`.
 
     Args:
         path: the index file.
-        catalogue: what the file holds; its root may have moved.
+        header: of the file; its root may have moved.
         model: opens the model, once the folder is known to exist.
         options: how new content is embedded.
         verify: compare contents, too, and not only name, size and time.
     """
     # 1. which files exist now, and which of them are new or changed
-    root = catalogue.root
-    old = {catalogue.path_of(entry): entry for entry in catalogue.entries}
+    root = header.root
     require_root(root, path)
+    old = {header.path_of(entry): entry for entry in read_entries(path, header.generation)}
     if root:
         listing = list_files(root, on_bad=options.on_bad)
     else:
@@ -125,7 +134,8 @@ def update_index(
             return
         if listing.files:
             options.check_rejects(listing, rejected, path)
-        write_index(path, replace(catalogue, entries=[entries[file] for file in order]))
+        updated = write_index(path, header, [entries[file] for file in order])
+        load_matrix(path, updated)
 
     distributed.together(finish)
     new = {file: entries[file] for file in order}

@@ -1,13 +1,16 @@
-"""The images nearest to a query, out of its scores with all of them."""
+"""The rows of an index nearest to queries, and what a search returns of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from clipkit.search.presence import FilePresence
+from clipkit.search.matrix import Matrix
+
+_QUERIES = 256  # at once: their scores with a tile take 64 MiB
 
 
 @dataclass(frozen=True)
@@ -28,39 +31,56 @@ class Hit:
     missing: bool = False
 
 
-def nearest(scores: Tensor, k: int, files: FilePresence) -> list[Hit]:
-    """Return the k best hits, best first; of equal scores, the first in the index.
+def nearest(queries: Tensor, matrix: Matrix, k: int) -> tuple[Tensor, Tensor]:
+    """Return the scores and rows of the k nearest, best first; of equal scores, the first row.
 
     Args:
-        scores: (images,) cosine similarities with the query.
+        queries: (queries, dim), unit length.
+        matrix: the embeddings to search.
         k: how many; all if there are fewer.
-        files: the images; those whose file is missing are passed over if it requires files.
+
+    Returns:
+        (queries, k) float32 cosine similarities, and (queries, k) int64 rows.
+
+    Raises:
+        CorruptArtefact: a tile of the matrix is damaged.
     """
-    k = min(k, len(scores))
-    rows = highest_rows(scores, k)
-    if files.required:
-        rows = _rows_with_file(rows, scores, k, files)
-    return [
-        Hit(files.paths[row], float(scores[row]), rank, missing=not files.exists(row))
-        for rank, row in enumerate(rows, start=1)
-    ]
+    results = [_nearest(chunk, matrix, k) for chunk in torch.split(queries, _QUERIES)]
+    if not results:
+        return torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.int64)
+    scores, rows = zip(*results, strict=True)
+    return torch.cat(scores), torch.cat(rows)
 
 
-def _rows_with_file(rows: list[int], scores: Tensor, k: int, files: FilePresence) -> list[int]:
-    """The k highest rows whose file exists: looks at twice as many rows until there are enough."""
-    reach = k
-    existing = [row for row in rows if files.exists(row)]
-    while len(existing) < k and reach < len(scores):
-        reach = min(2 * reach, len(scores))
-        existing = [row for row in highest_rows(scores, reach) if files.exists(row)]
-    return existing[:k]
+def _nearest(queries: Tensor, matrix: Matrix, k: int) -> tuple[Tensor, Tensor]:
+    best_scores = [torch.zeros(len(queries), 0)]
+    best_rows = [torch.zeros(len(queries), 0, dtype=torch.int64)]
+    for first_row, tile in matrix.tiles():
+        scores, rows = highest(queries @ tile.T, k)
+        best_scores.append(scores)
+        best_rows.append(rows + first_row)
+    # tiles come in the order of their rows, and a stable sort keeps it among equal scores
+    scores, order = torch.cat(best_scores, dim=1).sort(dim=1, descending=True, stable=True)
+    rows = torch.cat(best_rows, dim=1).gather(1, order)
+    return scores[:, :k], rows[:, :k]
 
 
-def highest_rows(scores: Tensor, k: int) -> list[int]:
-    """Return the rows of the k highest scores, best first; of equal ones the first."""
-    if k == 0:
-        return []
-    lowest_of_best = scores.topk(k).values[-1]
-    candidates = (scores >= lowest_of_best).nonzero().flatten()  # more than k where scores are equal
-    order: list[int] = candidates[scores[candidates].argsort(descending=True, stable=True)][:k].tolist()
-    return order
+def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest of each row and their columns, best first; of equal ones the first.
+
+    Args:
+        scores: (queries, columns).
+        k: how many; all if there are fewer.
+    """
+    if k >= scores.shape[1]:
+        values, columns = scores.sort(dim=1, descending=True, stable=True)
+        return values, columns
+    values, columns = scores.topk(k + 1)
+    ties = (values[:, k - 1] == values[:, k]).nonzero().flatten()  # topk may then have left out an earlier column
+    columns = columns[:, :k].sort(dim=1).values
+    for query in ties.tolist():
+        candidates = (scores[query] >= values[query, k - 1]).nonzero().flatten()
+        order = scores[query, candidates].argsort(descending=True, stable=True)[:k]
+        columns[query] = candidates[order].sort().values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)

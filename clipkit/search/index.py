@@ -2,50 +2,93 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
+from torch import Tensor
 
 from clipkit.data.reading.rejects import Reject
-from clipkit.errors import ModelError, ModelMismatch, UsageError, option
+from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageError, option
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.search.building import EmbedOptions, ImageFiles, build_index, update_index
 from clipkit.search.changes import Changes
 from clipkit.search.hits import Hit, nearest
-from clipkit.search.index_file import Catalogue, read_index
-from clipkit.search.presence import FilePresence, relocated
+from clipkit.search.index_file import ChangedError, Header, load_matrix, look_up, open_index, read_entries
+from clipkit.search.presence import FilePresence, relocated, require_root
 from clipkit.search.query import Query, embed_queries
 
-_TILE = 2**24  # scores held at once: 64 MiB
+log = logging.getLogger("clipkit")
 
 
 class EmbeddingIndex:
     """Exact search over the embeddings of images. Make one with `build` or `open`.
 
+    The embeddings are mapped from a file beside the index (`PATH.matrix`), and paths are read for the hits alone, so
+    that opening takes no longer for a million images than for ten. That file may be deleted: it is made again.
+
     Attributes:
         path: the index file.
-        paths: the images, one a row.
-        vectors: (images, dim) float32, unit length.
         model_name: the name that the model was opened with.
         fingerprint: of the model that embedded the images.
         rejected: the images that the last `build` or `update` could not use, and folders it could not list.
     """
 
-    def __init__(self, path: Path, catalogue: Catalogue, model: DualEncoder | None, rejected: list[Reject]) -> None:
+    def __init__(self, path: Path, header: Header, model: DualEncoder | None, rejected: list[Reject]) -> None:
         self.path = path
         self._model = model
-        self._set_content(catalogue, rejected)
-
-    def _set_content(self, catalogue: Catalogue, rejected: list[Reject]) -> None:
-        self._catalogue = catalogue
         self.rejected = rejected
-        self.paths = [catalogue.path_of(entry) for entry in catalogue.entries]
-        self.vectors = catalogue.vectors
-        self.model_name = catalogue.model
-        self.fingerprint = catalogue.fingerprint
+        self._set_header(header)
+
+    def _set_header(self, header: Header) -> None:
+        while True:
+            try:
+                self._matrix = load_matrix(self.path, header)
+                break
+            except ChangedError:  # another process updated the index after the header was read
+                header = replace(open_index(self.path), root=header.root)
+        self._header = header
+        self.model_name = header.model
+        self.fingerprint = header.fingerprint
+
+    def _reload(self) -> None:
+        """Follow an update that another process made; a folder that moved stays where `open` was told."""
+        self._set_header(replace(open_index(self.path), root=self._header.root))
+
+    def _read_paths(self, rows: Iterable[int]) -> dict[int, Path]:
+        entries = look_up(self.path, self._header.generation, rows)
+        return {row: self._header.path_of(entry) for row, entry in entries.items()}
+
+    @property
+    def paths(self) -> list[Path]:
+        """The images, one a row; read from the index file at each access."""
+        try:
+            entries = read_entries(self.path, self._header.generation)
+        except ChangedError:
+            self._reload()
+            return self.paths
+        return [self._header.path_of(entry) for entry in entries]
+
+    @property
+    def vectors(self) -> Tensor:
+        """(images, dim) float32, unit length, mapped from the file beside the index and verified."""
+        try:
+            return self._matrix.verified()
+        except CorruptArtefact as error:
+            self._replace_matrix(error)
+            return self._matrix.verified()
+
+    def _replace_matrix(self, error: CorruptArtefact) -> None:
+        """Make the matrix again from the index file."""
+        log.warning("%s: %s; it is made again from the index", error.where, error.message)
+        if self._matrix.path is not None:
+            with contextlib.suppress(OSError):
+                self._matrix.path.unlink()
+        self._matrix = load_matrix(self.path, self._header)
 
     @classmethod
     def build(
@@ -85,7 +128,7 @@ class EmbeddingIndex:
         target = Path(path)
         options = EmbedOptions(batch_size, workers, progress, on_bad, max_bad, rejects)
         rejected = build_index(model, images, target, options, overwrite=overwrite)
-        return cls(target, read_index(target), model, rejected)
+        return cls(target, open_index(target), model, rejected)
 
     @classmethod
     def open(
@@ -95,7 +138,7 @@ class EmbeddingIndex:
         *,
         root: str | os.PathLike[str] | None = None,
     ) -> EmbeddingIndex:
-        """Open an index and verify it.
+        """Open an index. Each row is verified when it is first used; `update` verifies the whole list of files.
 
         Args:
             path: the file that `build` wrote.
@@ -109,10 +152,10 @@ class EmbeddingIndex:
             CorruptArtefact: it is damaged, or not an index.
             ModelMismatch: another model was given.
         """
-        catalogue = read_index(Path(path))
+        header = open_index(Path(path))
         if root is not None:
-            catalogue = relocated(catalogue, Path(root), Path(path))
-        index = cls(Path(path), catalogue, None, [])
+            header = relocated(header, Path(root), Path(path))
+        index = cls(Path(path), header, None, [])
         if model is not None:
             index._use_model(model if isinstance(model, DualEncoder) else DualEncoder.from_pretrained(model))
         return index
@@ -120,10 +163,10 @@ class EmbeddingIndex:
     @property
     def root(self) -> Path | None:
         """The folder that was indexed; None for a list of files."""
-        return self._catalogue.root
+        return self._header.root
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return self._header.rows
 
     @property
     def model(self) -> DualEncoder:
@@ -180,15 +223,50 @@ class EmbeddingIndex:
             raise UsageError("expected a list of queries, found one", fix="use search() for one query")
         if k < 1:
             raise UsageError(f"k must be at least 1, found {k}")
-        files = FilePresence(self.paths, self.root, self.path, required=not missing)
-        vectors = embed_queries(queries, lambda: self.model, self.vectors.shape[1])
-        queries_at_once = max(1, _TILE // max(1, len(self)))
-        hits: list[list[Hit]] = []
-        for chunk in torch.split(vectors, queries_at_once):
-            scores = chunk @ self.vectors.T  # (queries, images)
-            hits += [nearest(row, k, files) for row in scores]
+        if not missing:
+            require_root(self.root, self.path)
+        vectors = embed_queries(queries, lambda: self.model, self._matrix.dim)
+        while True:
+            try:
+                return self._search(vectors, k, missing=missing)
+            except ChangedError:
+                self._reload()
+            except CorruptArtefact as error:
+                if error.where != str(self._matrix.path):
+                    raise
+                self._replace_matrix(error)
+
+    def _search(self, queries: Tensor, k: int, *, missing: bool) -> list[list[Hit]]:
+        files = FilePresence(self._read_paths, required=not missing)
+        scores, rows = nearest(queries, self._matrix, k)
+        files.add(rows.flatten().tolist())
+        hits = []
+        for query, (row_scores, row_numbers) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
+            nearest_files = list(zip(row_numbers, row_scores, strict=True))
+            if not missing:
+                nearest_files = self._existing(queries[query : query + 1], nearest_files, k, files)
+            hits.append(
+                [
+                    Hit(files.path(row), score, rank, missing=not files.exists(row))
+                    for rank, (row, score) in enumerate(nearest_files, start=1)
+                ]
+            )
         files.log_missing()
         return hits
+
+    def _existing(
+        self, query: Tensor, hits: list[tuple[int, float]], k: int, files: FilePresence
+    ) -> list[tuple[int, float]]:
+        """The k nearest rows whose file exists: looks at twice as many rows until there are enough."""
+        reach = k
+        existing = [(row, score) for row, score in hits if files.exists(row)]
+        while len(existing) < min(k, len(self)) and reach < len(self):
+            reach = min(2 * reach, len(self))
+            scores, rows = nearest(query, self._matrix, reach)
+            files.add(rows[0].tolist())
+            candidates = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+            existing = [(row, score) for row, score in candidates if files.exists(row)]
+        return existing[:k]
 
     def update(
         self,
@@ -220,6 +298,11 @@ class EmbeddingIndex:
         if model is not None:
             self._use_model(model)
         options = EmbedOptions(batch_size, workers, progress, on_bad, max_bad, rejects)
-        changes = update_index(self.path, self._catalogue, lambda: self.model, options, verify=verify)
-        self._set_content(read_index(self.path), changes.rejected)
+        try:
+            changes = update_index(self.path, self._header, lambda: self.model, options, verify=verify)
+        except ChangedError:
+            self._reload()
+            changes = update_index(self.path, self._header, lambda: self.model, options, verify=verify)
+        self._set_header(open_index(self.path))
+        self.rejected = changes.rejected
         return changes

@@ -4,49 +4,50 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from clipkit.errors import DataError, UsageError, option
 from clipkit.paths import show
-from clipkit.search.index_file import Catalogue
+from clipkit.search.index_file import Header, look_up
 
 log = logging.getLogger("clipkit")
 
 
 class FilePresence:
-    """Which rows of an index have their file; each is looked up once, and only on request.
+    """Which files of an index exist; each is looked up once.
 
     Args:
-        paths: one a row.
-        root: the folder that was indexed.
-        index: the index file, for messages.
+        paths: the paths of some rows.
         required: whether missing files are to be left out.
-
-    Raises:
-        DataError: files are required, and the folder does not exist.
     """
 
-    def __init__(self, paths: Sequence[Path], root: Path | None, index: Path | None, *, required: bool) -> None:
-        self.paths, self.required = paths, required
-        self._known: dict[int, bool] = {}
-        if required:
-            require_root(root, index)
+    def __init__(self, paths: Callable[[Iterable[int]], Mapping[int, Path]], *, required: bool) -> None:
+        self.required = required
+        self._read_paths = paths
+        self._paths: dict[int, Path] = {}
+        self._exists: dict[int, bool] = {}
+
+    def add(self, rows: Iterable[int]) -> None:
+        """Look up the files of these rows."""
+        new = self._read_paths(set(rows) - self._paths.keys())
+        self._paths.update(new)
+        self._exists.update({row: os.path.exists(path) for row, path in new.items()})  # noqa: PTH110 (raises nothing)
+
+    def path(self, row: int) -> Path:
+        return self._paths[row]
 
     def exists(self, row: int) -> bool:
-        """Whether the file of a row exists."""
-        if row not in self._known:
-            self._known[row] = os.path.exists(self.paths[row])  # noqa: PTH110 (raises nothing)
-        return self._known[row]
+        return self._exists[row]
 
     def log_missing(self) -> None:
         """Log how many files were left out."""
-        missing = [row for row, exists in self._known.items() if not exists]
+        missing = [row for row, exists in self._exists.items() if not exists]
         if self.required and missing:
             log.warning(
                 "left out: %d files that are no longer there, such as %s (update the index; %s shows them)",
-                len(missing), show(self.paths[missing[0]]), option("missing", python="missing=True"),
+                len(missing), show(self._paths[min(missing)]), option("missing", python="missing=True"),
             )  # fmt: skip
 
 
@@ -70,21 +71,23 @@ def require_root(root: Path | None, index: Path | None) -> None:
     )
 
 
-def relocated(catalogue: Catalogue, root: Path, index: Path) -> Catalogue:
-    """Return the same catalogue, with its files below another folder.
+def relocated(header: Header, root: Path, index: Path) -> Header:
+    """Return the same header, with its files below another folder.
 
     Raises:
         UsageError: it is an index of a list of files, which have no common folder.
         DataError: none of its files is below `root`.
     """
-    if catalogue.root is None:
+    if header.root is None:
         fix = "leave the folder out, or index the folder"
         raise UsageError("this is an index of a list of files, not of a folder", where=show(index), fix=fix)
-    moved = replace(catalogue, root=root.absolute())
-    if catalogue.entries and not any(os.path.exists(moved.path_of(entry)) for entry in catalogue.entries):  # noqa: PTH110
-        raise DataError(
-            f"none of the {len(catalogue.entries):,} files of the index is below this folder",
-            where=show(root),
-            fix=f"give the folder that was {show(catalogue.root)}",
-        )
-    return moved
+    moved = replace(header, root=root.absolute())
+    for start in range(0, header.rows, 1000):
+        entries = look_up(index, header.generation, range(start, min(start + 1000, header.rows)))
+        if any(os.path.exists(moved.path_of(entry)) for entry in entries.values()):  # noqa: PTH110
+            return moved
+    raise DataError(
+        f"none of the {header.rows:,} files of the index is below this folder",
+        where=show(root),
+        fix=f"give the folder that was {show(header.root)}",
+    )

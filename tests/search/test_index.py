@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 import torch
 import toy
 
-from clipkit.embedding.store import EmbeddingStore
+from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, CorruptArtefact, DataError, ModelMismatch, UsageError
 from clipkit.search import index as module
+from clipkit.search import index_file, matrix
 from clipkit.search.changes import Changes
 from clipkit.search.existing import open_existing
+from clipkit.search.hits import highest
 from clipkit.search.index import EmbeddingIndex
-from clipkit.search.index_file import Catalogue, Entry
+from clipkit.search.index_file import Entry, Header, open_index, write_index
+from clipkit.search.matrix import ROWS_PER_TILE, matrix_path
 
 
 @pytest.fixture(scope="session")
@@ -47,9 +51,9 @@ def brute_force(vectors: torch.Tensor, query: torch.Tensor, k: int) -> list[int]
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
 
 
-@pytest.mark.parametrize("tile", [2**24, 1])
+@pytest.mark.parametrize("tile", [2**16, 7, 1])
 def test_search_equals_brute_force(named, tiny, photos: Path, tmp_path: Path, monkeypatch, tile: int) -> None:
-    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(matrix, "ROWS_PER_TILE", tile)
     index = EmbeddingIndex.build(named, photos, tmp_path / "photos.index", batch_size=7)
     files = sorted(photos.rglob("*.png"))
     assert index.paths == files
@@ -81,7 +85,7 @@ def test_the_next_day_it_knows_its_model(named, photos: Path, tmp_path: Path, mo
     assert index.search(torch.ones(16), k=2) == built.search(torch.ones(16), k=2)
     assert index._model is None
     assert index.search("a red photo", k=3) == built.search("a red photo", k=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "photos.index"]  # no side files, no draft
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "photos.index", "photos.index.matrix"]  # no draft
 
 
 def test_equal_scores_come_in_the_order_of_the_index(named, tiny, tmp_path: Path) -> None:
@@ -192,12 +196,14 @@ def test_every_flip_that_matters_and_every_cut_is_detected(named, photos: Path, 
         data = bytearray(whole)
         data[place] ^= 1 << g.integers(8)
         path.write_bytes(data)
+        matrix_path(path).unlink(missing_ok=True)  # so that the embeddings are read from the index, too
         try:
             reopened = EmbeddingIndex.open(path)
+            paths = reopened.paths
         except (CorruptArtefact, UsageError):  # UsageError: a version number was hit
             continue
         unnoticed += 1  # free space of a page: harmless, if everything is still what it was
-        assert reopened.paths == built.paths
+        assert paths == built.paths
         assert torch.equal(reopened.vectors, built.vectors)
         assert reopened.fingerprint == built.fingerprint
         assert reopened.model_name == built.model_name
@@ -217,7 +223,7 @@ def test_a_flip_in_the_list_of_files_is_detected(named, photos: Path, tmp_path: 
         assert data != whole
         path.write_bytes(data)
         with pytest.raises(CorruptArtefact):
-            EmbeddingIndex.open(path)
+            EmbeddingIndex.open(path).search_many(torch.eye(16).unbind(), k=20)
 
 
 def test_read_only_place(named, photos: Path, tmp_path: Path) -> None:
@@ -227,7 +233,7 @@ def test_read_only_place(named, photos: Path, tmp_path: Path) -> None:
     folder.chmod(0o555)
     try:
         assert EmbeddingIndex.open(folder / "i").search(torch.ones(16), k=1)
-        assert [p.name for p in folder.iterdir()] == ["i"]
+        assert {p.name for p in folder.iterdir()} == {"i", "i.matrix"}
     finally:
         folder.chmod(0o755)
 
@@ -419,7 +425,8 @@ def test_a_query_that_looks_like_a_path_is_one(named, photos: Path, tmp_path: Pa
 
 BUILD = """
 import runpy, sys, time
-from clipkit.embedding.store import EmbeddingStore
+from clipkit.embedding.store import EmbeddingStore, Key
+from clipkit.search.hits import highest
 from clipkit.search.index import EmbeddingIndex
 put = EmbeddingStore.put
 def slow(self, keys, vectors):
@@ -447,15 +454,128 @@ def test_a_killed_build_goes_on_where_it_was(tiny, photos: Path, tmp_path: Path,
     index = EmbeddingIndex.build(named, photos, target)
     assert sum(embedded) <= 20 - done
     assert torch.allclose(index.vectors, named.encode_images(index.paths), atol=1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["i", "photos"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["i", "i.matrix", "photos"]
 
 
-def test_speed_of_open_and_search(named, tmp_path: Path) -> None:
-    begin = time.perf_counter()
-    entries = [Entry(b"%d" % i, 0, 0, b"") for i in range(20_000)]
-    vectors = torch.nn.functional.normalize(torch.randn(20_000, 512), dim=1)
-    catalogue = Catalogue("none", named.fingerprint(), None, entries, vectors)
-    index = EmbeddingIndex(tmp_path / "i", catalogue, None, [])
-    assert len(index.search(torch.randn(512), k=10, missing=True)) == 10
-    assert index.search(torch.randn(512), k=10) == []  # every file is gone, and every one was looked for
-    assert time.perf_counter() - begin < 5
+@pytest.fixture
+def large(named, tmp_path: Path) -> Path:
+    """An index of two tiles, whose files do not exist."""
+    rows, path = ROWS_PER_TILE + 100, tmp_path / "large"
+    contents = [number.to_bytes(32, "big") for number in range(rows)]
+    vectors = torch.nn.functional.normalize(torch.randn(rows, 16, generator=torch.Generator().manual_seed(0)))
+    fingerprint = named.fingerprint()
+    with EmbeddingStore(path) as store:
+        store.put([Key(content, "image", fingerprint.image) for content in contents], vectors.numpy())
+    entries = [Entry(b"/nowhere/%d" % row, 0, 0, content) for row, content in enumerate(contents)]
+    write_index(path, Header("none", fingerprint, None), entries)
+    EmbeddingIndex.open(path)
+    return path
+
+
+def test_opening_reads_a_header_and_searching_checks_each_tile_once(large: Path, monkeypatch) -> None:
+    hashed, looked_up = [], []
+    hash_rows, look_up = matrix._hash, module.look_up
+    monkeypatch.setattr(matrix, "_hash", lambda rows: (hashed.append(len(rows)), hash_rows(rows))[1])
+
+    def counting(path: Path, generation: str, rows: set[int]) -> dict[int, Entry]:
+        looked_up.append(set(rows))
+        return look_up(path, generation, rows)
+
+    monkeypatch.setattr(module, "look_up", counting)
+    monkeypatch.setattr(index_file, "read_vectors", lambda *_: pytest.fail("the embeddings are read from the index"))
+    index = EmbeddingIndex.open(large)
+    assert (len(index), hashed, looked_up) == (ROWS_PER_TILE + 100, [], [])
+    hits = index.search_many(list(torch.randn(3, 16)), k=10, missing=True)
+    assert hashed == [ROWS_PER_TILE, 100]
+    assert [len(rows) for rows in looked_up] == [len({hit.path for query in hits for hit in query})]
+    index.search(torch.randn(16), k=10, missing=True)
+    assert len(hashed) == 2
+    assert index.search(torch.randn(16), k=10) == []  # every file is gone, and every one was looked for
+
+
+def test_the_nearest_are_those_of_the_whole_product(large: Path) -> None:
+    index = EmbeddingIndex.open(large)
+    queries = torch.nn.functional.normalize(torch.randn(5, 16))
+    scores = (queries.double() @ index.vectors.double().T).numpy()
+    for query, hits in zip(scores, index.search_many(list(queries), k=7, missing=True), strict=True):
+        best = np.argsort(-query, kind="stable")[:7]
+        assert [hit.path for hit in hits] == [Path(f"/nowhere/{row}") for row in best]
+        assert [hit.score for hit in hits] == pytest.approx(query[best].tolist(), abs=1e-6)
+
+
+def test_of_equal_scores_the_first_rows_win() -> None:
+    scores = torch.tensor([[0.5, 0.9, 0.5, 0.1, 0.5, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 6])
+    for k in range(1, 8):
+        values, columns = highest(scores, k)
+        best = np.argsort(-scores.numpy(), axis=1, kind="stable")[:, :k]
+        assert columns.tolist() == best.tolist()
+        assert torch.equal(values, scores.gather(1, columns))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "header", "stale"])
+def test_a_damaged_matrix_is_made_again(large: Path, caplog, damage: str) -> None:
+    intact = matrix_path(large).read_bytes()
+    vectors = EmbeddingIndex.open(large).vectors.clone()
+    data = bytearray(intact)
+    data[{"flip": -5, "header": 60}.get(damage, 0)] ^= 1 if damage in ("flip", "header") else 0
+    matrix_path(large).write_bytes(data[:-4] if damage == "cut" else data)
+    if damage == "gone":
+        matrix_path(large).unlink()
+    if damage == "stale":
+        header = open_index(large)
+        write_index(large, header, index_file.read_entries(large, header.generation))
+    index = EmbeddingIndex.open(large)
+    with caplog.at_level("WARNING"):
+        assert index.search(vectors[-1], k=1, missing=True)[0].path == Path(f"/nowhere/{len(vectors) - 1}")
+    assert torch.equal(index.vectors, vectors)
+    assert ("not what was written" in caplog.text) == (damage == "flip")
+    if damage != "stale":
+        assert matrix_path(large).read_bytes() == intact
+
+
+def test_an_open_index_follows_an_update(named, photos: Path, tmp_path: Path) -> None:
+    EmbeddingIndex.build(named, photos, tmp_path / "i")
+    reader, writer = EmbeddingIndex.open(tmp_path / "i", named), EmbeddingIndex.open(tmp_path / "i", named)
+    first, *_ = reader.paths
+    first.unlink()
+    writer.update()
+    query = torch.randn(16)
+    assert reader.search(query, k=30) == EmbeddingIndex.open(tmp_path / "i").search(query, k=30)
+    assert reader.paths == writer.paths
+    assert len(reader) == 19
+
+
+def test_an_index_of_format_1_is_brought_up_to_date(named, photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "i"
+    built = EmbeddingIndex.build(named, photos, path)
+    paths, vectors = built.paths, built.vectors.clone()
+    as_format_1(path)
+    matrix_path(path).unlink()
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(path.read_bytes().replace(b"more/015.png", b"more/115.png"))
+    index = EmbeddingIndex.open(path)
+    assert index.paths == paths
+    assert torch.equal(index.vectors, vectors)
+    with pytest.raises(CorruptArtefact, match="list of files"):
+        EmbeddingIndex.open(damaged)
+
+
+def as_format_1(path: Path) -> None:
+    """Write an index as clipkit 0.1 did: without hashes of rows, its digest over all."""
+    header = open_index(path)
+    entries = index_file.read_entries(path, header.generation)
+    fields = {key: value for key, value in json.loads(header.as_json()).items() if key not in ("rows", "generation")}
+    text = json.dumps(fields | {"format": 1}, sort_keys=True)
+    digest = hashlib.sha256(text.encode())
+    for name, size, mtime, content in entries:
+        digest.update(b"%d %d %d " % (len(name), size, mtime) + name + content)
+    with EmbeddingStore(path) as store, store.transaction():
+        store.query("DROP TABLE entries")
+        store.query(
+            "CREATE TABLE entries (row INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, "
+            "size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, content BLOB NOT NULL)"
+        )
+        store.change("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", [(row, *entry) for row, entry in enumerate(entries)])
+        store.change("INSERT OR REPLACE INTO about VALUES (?, ?)", [("about", text), ("digest", digest.hexdigest())])
+    with EmbeddingStore(path) as store:
+        store.seal()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipkit.search.matrix import Matrix
+from clipkit.search.presence import FilePresence
 
 _QUERIES = 256  # at once: their scores with a tile take 64 MiB
 
@@ -29,6 +30,49 @@ class Hit:
     score: float
     rank: int
     missing: bool = False
+
+
+def find_hits(queries: Tensor, matrix: Matrix, k: int, files: FilePresence) -> list[list[Hit]]:
+    """Return the k best hits of each query, best first; of equal scores, the first in the index.
+
+    Args:
+        queries: (queries, dim), unit length.
+        matrix: the embeddings to search.
+        k: how many; all if there are fewer.
+        files: the images; missing files are left out if it requires files, and the next ones take their place.
+
+    Raises:
+        CorruptArtefact: a tile of the matrix is damaged.
+    """
+    scores, rows = nearest(queries, matrix, k)
+    files.add(rows.flatten().tolist())
+    hits = []
+    for query, (query_rows, query_scores) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
+        scored_rows = list(zip(query_rows, query_scores, strict=True))
+        if files.required:
+            scored_rows = _with_file(scored_rows, queries[query : query + 1], matrix, k, files)
+        hits.append(
+            [
+                Hit(files.path(row), score, rank, missing=not files.exists(row))
+                for rank, (row, score) in enumerate(scored_rows, start=1)
+            ]
+        )
+    return hits
+
+
+def _with_file(
+    scored_rows: list[tuple[int, float]], query: Tensor, matrix: Matrix, k: int, files: FilePresence
+) -> list[tuple[int, float]]:
+    """The k nearest rows whose file exists: looks at twice as many rows until there are enough."""
+    reach = k
+    existing = [(row, score) for row, score in scored_rows if files.exists(row)]
+    while len(existing) < min(k, len(matrix)) and reach < len(matrix):
+        reach = min(2 * reach, len(matrix))
+        scores, rows = nearest(query, matrix, reach)
+        files.add(rows[0].tolist())
+        candidates = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
+        existing = [(row, score) for row, score in candidates if files.exists(row)]
+    return existing[:k]
 
 
 def nearest(queries: Tensor, matrix: Matrix, k: int) -> tuple[Tensor, Tensor]:

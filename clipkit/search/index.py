@@ -17,7 +17,7 @@ from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageErro
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.search.building import EmbedOptions, ImageFiles, build_index, update_index
 from clipkit.search.changes import Changes
-from clipkit.search.hits import Hit, nearest
+from clipkit.search.hits import Hit, find_hits
 from clipkit.search.index_file import ChangedError, Header, load_matrix, look_up, open_index, read_entries
 from clipkit.search.presence import FilePresence, relocated, require_root
 from clipkit.search.query import Query, embed_queries
@@ -227,46 +227,18 @@ class EmbeddingIndex:
             require_root(self.root, self.path)
         vectors = embed_queries(queries, lambda: self.model, self._matrix.dim)
         while True:
+            files = FilePresence(self._read_paths, required=not missing)
             try:
-                return self._search(vectors, k, missing=missing)
+                hits = find_hits(vectors, self._matrix, k, files)
             except ChangedError:
                 self._reload()
             except CorruptArtefact as error:
                 if error.where != str(self._matrix.path):
                     raise
                 self._replace_matrix(error)
-
-    def _search(self, queries: Tensor, k: int, *, missing: bool) -> list[list[Hit]]:
-        files = FilePresence(self._read_paths, required=not missing)
-        scores, rows = nearest(queries, self._matrix, k)
-        files.add(rows.flatten().tolist())
-        hits = []
-        for query, (row_scores, row_numbers) in enumerate(zip(scores.tolist(), rows.tolist(), strict=True)):
-            nearest_files = list(zip(row_numbers, row_scores, strict=True))
-            if not missing:
-                nearest_files = self._existing(queries[query : query + 1], nearest_files, k, files)
-            hits.append(
-                [
-                    Hit(files.path(row), score, rank, missing=not files.exists(row))
-                    for rank, (row, score) in enumerate(nearest_files, start=1)
-                ]
-            )
-        files.log_missing()
-        return hits
-
-    def _existing(
-        self, query: Tensor, hits: list[tuple[int, float]], k: int, files: FilePresence
-    ) -> list[tuple[int, float]]:
-        """The k nearest rows whose file exists: looks at twice as many rows until there are enough."""
-        reach = k
-        existing = [(row, score) for row, score in hits if files.exists(row)]
-        while len(existing) < min(k, len(self)) and reach < len(self):
-            reach = min(2 * reach, len(self))
-            scores, rows = nearest(query, self._matrix, reach)
-            files.add(rows[0].tolist())
-            candidates = zip(rows[0].tolist(), scores[0].tolist(), strict=True)
-            existing = [(row, score) for row, score in candidates if files.exists(row)]
-        return existing[:k]
+            else:
+                files.log_missing()
+                return hits
 
     def update(
         self,

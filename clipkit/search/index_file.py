@@ -127,17 +127,17 @@ def read_entries(path: Path, generation: str) -> list[Entry]:
 
 def look_up(path: Path, generation: str, rows: Iterable[int]) -> dict[int, Entry]:
     """Return the entries of some rows, each of them verified; errors as for `read_entries`."""
-    wanted = list(dict.fromkeys(rows))
+    numbers = list(dict.fromkeys(rows))
     entries: dict[int, Entry] = {}
     with EmbeddingStore(path, readonly=True) as store, store.transaction(write=False):
         _require_generation(store, generation)
-        for start in range(0, len(wanted), _LOOKUP):
-            chunk = wanted[start : start + _LOOKUP]
+        for start in range(0, len(numbers), _LOOKUP):
+            chunk = numbers[start : start + _LOOKUP]
             marks = ",".join("?" * len(chunk))
             columns = "row, path, size, mtime_ns, content, hash"
             for row in store.query(f"SELECT {columns} FROM entries WHERE row IN ({marks})", chunk):
                 entries[row[0]] = _verified(*row, where=path)
-    if len(entries) < len(wanted):
+    if len(entries) < len(numbers):
         raise CorruptArtefact(_BROKEN.format("the list of files"), where=path, fix=_REBUILD)
     return entries
 

@@ -158,7 +158,7 @@ def test_two_ranks_write_once(tmp_path):
         runs.train(tmp_path / "birds", trackers=("tensorboard", "mlflow"), epochs=1)
 
     log = tmp_path / "log"
-    codes = [runs.wait(child) for child in runs.ranks(2, work, log)]
+    codes = [runs.wait(child) for child in runs.fork_ranks(2, work, log)]
     assert codes == [0, 0], "\n".join(each.read_text() for each in tmp_path.glob("log.*"))
     assert len(list((tmp_path / "birds/tensorboard").glob("events*"))) == 1
     _, history = read_mlflow(tmp_path / "birds")

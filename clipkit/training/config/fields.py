@@ -16,7 +16,7 @@ STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
 FractionBelow1: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: object) -> None:
     """Check the ranges and choices that a section's annotations declare.
 
     pydantic checks them when it reads YAML; this does the same for a section that is constructed in Python.

@@ -1,4 +1,4 @@
-"""Does the quickstart reach what the README promises? Exits 1 where it does not."""
+"""Check that the quickstart reaches the figures of the README; exit with 1 if it does not."""
 
 import json
 import sys
@@ -12,7 +12,9 @@ AT_LEAST = {
 }
 
 metrics = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["metrics"]
-short = {key: metrics[key] for key, floor in AT_LEAST.items() if metrics[key] < floor}
-for key, floor in AT_LEAST.items():
-    print(f"{metrics[key]:.3f}  (at least {floor})  {key}")
-sys.exit(f"below the promise: {short}" if short else 0)
+too_low = {}
+for key, least in AT_LEAST.items():
+    print(f"{metrics[key]:.3f}  (at least {least})  {key}")
+    if metrics[key] < least:
+        too_low[key] = metrics[key]
+sys.exit(f"below the figures of the README: {too_low}" if too_low else 0)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import ClassVar, TypeAlias
@@ -148,6 +149,12 @@ def as_python(name: str, value: object) -> str:
     plain = isinstance(value, str | list | tuple)  # in double quotes, as in the documentation
     text = json.dumps(value, ensure_ascii=False) if plain else repr(value)
     return f"{name}={f'({text[1:-1]})' if isinstance(value, tuple) else text}"
+
+
+def as_option(name: str, value: object) -> str:
+    """As an option of a program: ``--on-bad skip``."""
+    flag = f"--{name.rpartition('.')[2].replace('_', '-')}"
+    return flag if value is None else f"{flag} {shlex.quote(str(value))}"
 
 
 _front_end: FrontEnd = as_python

@@ -1,4 +1,4 @@
-"""What a missing extra is installed with: clipkit's distribution is called clipkit-vl, and may be a checkout."""
+"""The commands that install a missing extra: clipkit's distribution is called clipkit-vl, and may be a checkout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import importlib.util
 import shlex
 from pathlib import Path
 
-DISTRIBUTION = "clipkit-vl"  # the index's `clipkit` is another project's
+DISTRIBUTION = "clipkit-vl"  # on PyPI, `clipkit` is another project
 
 
 def install_command(extra: str) -> str:
-    """The shell command that installs an extra, such as ``lora``, beside the clipkit that is running.
+    """Return the shell command that installs an extra, such as ``lora``, for the clipkit that is running.
 
     >>> install_command("lora").startswith("pip install ")
     True
@@ -22,7 +22,7 @@ def install_command(extra: str) -> str:
 
 
 def upgrade_command() -> str:
-    """The shell command that brings a newer clipkit."""
+    """Return the shell command that installs the newest clipkit."""
     checkout = Path(__file__).resolve().parents[1]
     if (checkout / "pyproject.toml").is_file():
         return f"git -C {shlex.quote(str(checkout))} pull"
@@ -30,5 +30,5 @@ def upgrade_command() -> str:
 
 
 def missing_packages(*names: str) -> list[str]:
-    """Those of the packages, by their import names, that are not installed."""
+    """Return the packages, by their import names, that are not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]

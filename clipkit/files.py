@@ -16,9 +16,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+import xxhash
 
 from clipkit.errors import CorruptArtefact, ResourceError, UsageError, option
+
+FileHash: TypeAlias = Literal["sha256", "xxh3"]
+FILE_HASHES: tuple[FileHash, ...] = ("sha256", "xxh3")
 
 
 def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, replace: bool = False) -> None:
@@ -117,8 +122,22 @@ def nearest(path: Path) -> Path:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(path, "sha256")["sha256"]
+
+
+def hash_file(path: str | os.PathLike[str], *kinds: FileHash) -> dict[FileHash, str]:
+    """Hashes of a file's bytes, in hex, in one pass: SHA-256, or XXH3 of 128 bits.
+
+    XXH3 takes a tenth of the time and finds accidents; it does not withstand who wants two files to have one hash.
+    Both let other threads run.
+    """
+    digests: dict[FileHash, Any] = {kind: hashlib.sha256() if kind == "sha256" else xxhash.xxh3_128() for kind in kinds}
+    buffer = memoryview(bytearray(2**22))
+    with Path(path).open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            for digest in digests.values():
+                digest.update(buffer[:size])
+    return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
 
 def dump_json(value: Any, *, indent: int | None = 2) -> str:

@@ -1,4 +1,4 @@
-"""One-file HTML for every report: no server, no script, no link to anywhere."""
+"""HTML reports of one file each: no server, no script, no links."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-BLUE, GREY = "#2f6fde", "#9aa3af"
-
-
+BLUE = "#2f6fde"
+GREY = "#9aa3af"
 COLOURS = (BLUE, "#d9822b", "#2a9d6f", "#b0457b")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text. `note` stands below; columns from the second on are set flush right where `numeric`."""
+    """Rows of text with a `note` below; `numeric` aligns all columns but the first to the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -34,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing as SVG text, with what it shows in words (for those who do not see it, too)."""
+    """A drawing as SVG text, with a caption that screen readers read, too."""
 
     svg: str
     caption: str
@@ -44,7 +43,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with a line of text; `good` frames it as right or wrong, None as neither."""
+    """An image (a data URI) with a line of text; `good` frames it as right or wrong, None as neither."""
 
     image: str
     text: str = ""
@@ -61,7 +60,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Queries with their answers: text or a picture on the left, pictures or words on the right."""
+    """Queries with their answers: a text or image on the left, images or words on the right."""
 
     rows: Sequence[tuple[str | Tile, Sequence[Tile] | Sequence[Choice]]]
     note: str = ""
@@ -71,6 +70,8 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Section:
+    """A titled part of a page, with an introducing text."""
+
     title: str
     parts: Sequence[Table | Figure | Gallery]
     text: str = ""
@@ -81,11 +82,11 @@ class Page:
     """A report.
 
     Args:
-        title: in the tab and on top.
-        lead: what was done, in one or two sentences.
+        title: of the browser's tab and of the page.
+        lead: one or two sentences on what was done.
         figures: the few numbers that matter: name -> (value, what to compare it with).
-        sections: the rest.
-        facts: small print: versions, seed, hardware.
+        sections: the body.
+        facts: small print at the end: versions, seed, hardware.
     """
 
     title: str
@@ -95,7 +96,7 @@ class Page:
     facts: Mapping[str, str] = field(default_factory=dict)
 
     def html(self) -> str:
-        """The page as one self-contained document; all text is escaped."""
+        """Return the page as one self-contained document; all text is escaped."""
         from jinja2 import Environment
 
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -105,22 +106,23 @@ class Page:
 
 
 def thumbnail(image: Image.Image, side: int = 96) -> str:
-    """A data URI of the image, at most `side` pixels high and wide; small images keep their pixels."""
+    """Return a data URI of an image, at most `side` pixels high and wide; small images keep their pixels."""
     small = image.convert("RGB")
     small.thumbnail((side, side))
     buffer = io.BytesIO()
-    tiny = max(image.size) <= 64  # a glyph: JPEG would smear it, and PNG is smaller
-    small.save(buffer, "PNG" if tiny else "JPEG", quality=85)
-    kind = "png" if tiny else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    is_glyph = max(image.size) <= 64  # JPEG would smear it, and PNG is smaller
+    file_format = "png" if is_glyph else "jpeg"
+    small.save(buffer, file_format, quality=85)
+    return f"data:image/{file_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def line_chart(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str) -> str:
-    """SVG of curves over a common axis: name -> (xs, ys)."""
+    """Return an SVG of curves over a common axis; `series` is name -> (xs, ys)."""
     drawing = _drawing(6.4, 2.8)
     axes = drawing.subplots()
     for (name, (xs, ys)), colour in zip(series.items(), COLOURS, strict=False):
-        axes.plot(xs, ys, color=colour, linewidth=1.8, label=name, marker="o" if len(xs) < 20 else None, markersize=4)
+        marker = "o" if len(xs) < 20 else None
+        axes.plot(xs, ys, color=colour, linewidth=1.8, label=name, marker=marker, markersize=4)
     axes.set(xlabel=x, ylabel=y)
     if len(series) > 1:
         axes.legend(frameon=False)
@@ -134,11 +136,13 @@ def trade_off_chart(
     x: str,
     y: str,
 ) -> str:
-    """SVG of curves through points (x, y), with a line where x is at its limit.
+    """Return an SVG of curves through points (x, y), with a vertical line at the limit of x.
 
     Args:
         curves: name -> points in their order.
-        marks: what is written beside a point of the first curve, by its place there.
+        marks: text to write beside a point of the first curve -> index of the point.
+        limit: the budget.
+        x, y: the labels of the axes.
     """
     drawing = _drawing(6.4, 3.6)
     axes = drawing.subplots()
@@ -146,8 +150,8 @@ def trade_off_chart(
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colour, linewidth=1.8, label=name, marker="o", markersize=4)
     first = next(iter(curves.values()))
-    for text, place in marks.items():
-        axes.annotate(text, first[place], xytext=(6, 6), textcoords="offset points", fontsize=9)
+    for text, index in marks.items():
+        axes.annotate(text, first[index], xytext=(6, 6), textcoords="offset points", fontsize=9)
     axes.axvline(limit, color=GREY, linestyle="--", linewidth=1.2)
     axes.annotate("budget", (limit, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=9, ha="right")
     axes.set(xlabel=x, ylabel=y)
@@ -157,15 +161,21 @@ def trade_off_chart(
 
 
 def bar_chart(bars: Mapping[str, tuple[float, float]], x: str, labels: tuple[str, str] = ("model", "chance")) -> str:
-    """SVG of horizontal bars in percent, each with a baseline: name -> (fraction, baseline fraction)."""
+    """Return an SVG of horizontal bars in percent, each with a baseline.
+
+    Args:
+        bars: name -> (fraction, fraction of the baseline).
+        x: the label of the axis.
+        labels: what the bars and the baselines are called.
+    """
     drawing = _drawing(6.4, 0.42 * len(bars) + 0.9)
     axes = drawing.subplots()
-    places = range(len(bars))
-    axes.barh(places, [100 * value for value, _ in bars.values()], height=0.62, color=BLUE, label=labels[0])
-    axes.barh(places, [100 * base for _, base in bars.values()], height=0.62, color=GREY, label=labels[1])
-    for place, (value, base) in enumerate(bars.values()):
-        axes.text(100 * max(value, base) + 1, place, f"{100 * value:.1f}", va="center", fontsize=9)
-    axes.set_yticks(places, list(bars))
+    positions = range(len(bars))
+    axes.barh(positions, [100 * value for value, _ in bars.values()], height=0.62, color=BLUE, label=labels[0])
+    axes.barh(positions, [100 * baseline for _, baseline in bars.values()], height=0.62, color=GREY, label=labels[1])
+    for position, (value, baseline) in enumerate(bars.values()):
+        axes.text(100 * max(value, baseline) + 1, position, f"{100 * value:.1f}", va="center", fontsize=9)
+    axes.set_yticks(positions, list(bars))
     axes.set(xlim=(0, 108), xlabel=x)
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)

@@ -1,10 +1,10 @@
-"""Recall@k and median rank of a model on pairs, text to image and image to text.
+"""Measure recall@k and median rank of a model on pairs, text to image and image to text.
 
     python eval/retrieval.py birds.csv --model runs/birds/model
     torchrun --nproc_per_node 2 eval/retrieval.py birds.csv --model runs/birds/model
     accelerate launch eval/retrieval.py birds.csv --model runs/birds/model
 
-Several processes share the images and give the figures of one.
+Several processes share the images and return the figures of one.
 """
 
 import argparse
@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 from clipkit import DualEncoder, RetrievalEvaluator, load_pairs
-from clipkit.cli.shell import as_option
 from clipkit.distributed import is_main, start
-from clipkit.errors import exit_with_message, speaking
+from clipkit.errors import as_option, exit_with_message, speaking
 from clipkit.evaluation.result import build_result
 from clipkit.files import write_json
 
@@ -24,9 +23,9 @@ def main() -> None:
     device = start()
     began = time.perf_counter()
 
-    # 1. Every caption is a query and an item of its own, as in the papers; equal captions are one, equal images, too.
-    form = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
-    pairs = load_pairs(args.pairs, image=args.image, text=args.text, on_bad=args.on_bad, **form)
+    # 1. Every caption is a query and an item, as in the papers; equal captions count once, and so do equal images.
+    table_format = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
+    pairs = load_pairs(args.pairs, image=args.image, text=args.text, on_bad=args.on_bad, **table_format)
     options = {"batch_size": args.batch_size, "progress": is_main(), "on_bad": args.on_bad}
     evaluator = RetrievalEvaluator(pairs, group=args.group, **options)
 
@@ -34,12 +33,12 @@ def main() -> None:
     model = DualEncoder.from_pretrained(args.model, device=device)
     metrics = evaluator(model)
 
-    # 3. A figure means little without what chance would give.
+    # 3. Print each figure beside chance.
     if is_main():
         chance = evaluator.chance()
         for key, value in metrics.items():
-            beside = f"   chance {chance[key]:.4f}" if key in chance else ""
-            print(f"{key:40} {value:8.4f}{beside}")
+            comparison = f"   chance {chance[key]:.4f}" if key in chance else ""
+            print(f"{key:40} {value:8.4f}{comparison}")
         if args.to:
             write_json(args.to, build_result(model, metrics, [evaluator], None, time.perf_counter() - began))
 

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy of a model on labelled images: a folder with one subfolder a class, or a table with labels.
+"""Measure zero-shot accuracy on labelled images: a folder with one subfolder a class, or a table with labels.
 
     python eval/zero_shot.py clothes/ --model runs/clothes/model --template "a photo of a {}."
     torchrun --nproc_per_node 2 eval/zero_shot.py clothes/ --model runs/clothes/model
@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 from clipkit import DualEncoder, ZeroShotEvaluator, load_pairs
-from clipkit.cli.shell import as_option
 from clipkit.distributed import is_main, start
-from clipkit.errors import exit_with_message, speaking
+from clipkit.errors import as_option, exit_with_message, speaking
 from clipkit.evaluation.result import build_result
 from clipkit.files import write_json
 from clipkit.prompts import DEFAULT_TEMPLATE
@@ -25,18 +24,18 @@ def main() -> None:
     device = start()
     began = time.perf_counter()
 
-    # 1. Images with a class. The classes' names are the folders', or the values of the label column.
-    form = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
-    images = load_pairs(args.images, image=args.image, label=args.label, on_bad=args.on_bad, **form)
+    # 1. Images with a class. The names of the classes are those of the folders, or the values of the label column.
+    table_format = {"separator": args.separator, "encoding": args.encoding, "quoting": args.quoting}
+    images = load_pairs(args.images, image=args.image, label=args.label, on_bad=args.on_bad, **table_format)
 
-    # 2. Measure. The classifier inside is the one that `ZeroShotClassifier` gives you; of `sea_lion` both make
-    #    "a photo of a sea lion.", as training does.
+    # 2. Measure, with the same classifier as `ZeroShotClassifier`: both turn `sea_lion` into "a photo of a sea lion.",
+    #    as training does.
     options = {"batch_size": args.batch_size, "progress": is_main(), "on_bad": args.on_bad}
     evaluator = ZeroShotEvaluator(images, templates=args.template or DEFAULT_TEMPLATE, **options)
     model = DualEncoder.from_pretrained(args.model, device=device)
     metrics = evaluator(model)
 
-    # 3. Accuracy beside guessing, and beside always naming the most frequent class.
+    # 3. Print accuracy beside that of guessing, and of always naming the most frequent class.
     if is_main():
         chance, majority = evaluator.chance(), evaluator.majority()
         for key, value in metrics.items():

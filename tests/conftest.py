@@ -1,4 +1,4 @@
-"""Before anything is imported: no network, no cache of the user's, few threads, no window."""
+"""No network, no cache of the user's, few threads and no window, set before anything else is imported; tiny models."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import os
 import shutil
 import socket
 import tempfile
+from types import ModuleType
 from typing import Any
+
+import pytest
 
 _home = tempfile.mkdtemp(prefix="clipkit-tests-")
 atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
+    "CLIPKIT_CACHE": _home + "/clipkit",
     "HF_HOME": _home,  # a test that passes only because of what is cached here fails elsewhere
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -61,3 +65,19 @@ socket.socket.connect = _guarded(socket.socket.connect, 0)  # type: ignore[metho
 socket.socket.connect_ex = _guarded(socket.socket.connect_ex, 0)  # type: ignore[method-assign]
 socket.socket.sendto = _guarded(socket.socket.sendto, -1)  # type: ignore[method-assign]
 socket.getaddrinfo = _resolve
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """The helpers of tests/tiny.py."""
+    import tiny
+    import torch
+
+    torch.set_num_threads(1)
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def model(tiny: ModuleType) -> Any:
+    """One tiny model; a test that changes a model makes its own."""
+    return tiny.tiny_model()

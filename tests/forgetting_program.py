@@ -48,12 +48,12 @@ def main(folder, budget, dies_at=None):
     domain = Moved(dies_at=dies_at)
     model = start()
     trainer = Trainer(model, tiny.make_pairs(), config(folder, budget), evaluators=[domain], reference=Moved(sign=-1.0))
-    found = trainer.train().forgetting
+    forgetting = trainer.train().forgetting
     if trainer.accelerator.is_main_process:
-        state = {name: each.detach().clone() for name, each in model.state_dict().items()}
+        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
         world = trainer.accelerator.num_processes
-        points = [(p.alpha, p.domain, p.reference) for p in found.points]
-        torch.save({"alpha": found.alpha, "points": points, "state": state, "world": world}, folder / "seen.pt")
+        points = [(p.alpha, p.domain, p.reference) for p in forgetting.points]
+        torch.save({"alpha": forgetting.alpha, "points": points, "state": state, "world": world}, folder / "seen.pt")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,43 @@
-"""Real runs in forked processes: a second import of torch would take longer than the run."""
+"""Real runs in processes of their own, alone or as ranks, without the seconds that importing torch takes.
+
+`fork` and `fork_ranks` copy this process, so that a test can hand over a closure and kill the process. `on_ranks` and
+`run_program` start processes from a server that has imported everything: they share no threads and no state with the
+test, which DDP and `runpy` need.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
+import runpy
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tiny
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+mp.get_context("forkserver").set_forkserver_preload(
+    [
+        "pytest",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.vit.modeling_vit",
+        "torch.testing",
+        "clipkit.training.trainer",
+        "clipkit.evaluation.retrieval",
+    ]
+)
 
 
 def train(folder: Path, **changes: Any) -> Any:
@@ -33,14 +54,12 @@ def train(folder: Path, **changes: Any) -> Any:
 
 
 def fork(work: Callable[[], Any], log: Path | None = None) -> int:
-    """Start `work` in a process of its own group; its number. It exits as the command line would."""
+    """Start `work` in a process of its own group, and return its id. It exits as the command line would."""
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of forking beside threads
         child = os.fork()
     if child:
-        with contextlib.suppress(
-            ProcessLookupError, PermissionError
-        ):  # here as well: it may be killed before it begins
-            os.setpgid(child, child)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.setpgid(child, child)  # here as well: it may be killed before it begins
         return child
     code = 70
     try:
@@ -70,7 +89,7 @@ def _exit_code(work: Callable[[], Any]) -> int:
 
 
 def wait(child: int, seconds: float = 120) -> int:
-    """Its exit code; minus the signal that ended it."""
+    """Wait for a process, and return its exit code, or minus the signal that ended it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -83,7 +102,7 @@ def wait(child: int, seconds: float = 120) -> int:
 
 
 def killed_after(child: int, seconds: float) -> bool:
-    """Kill the process and its workers after so many seconds, unless it has ended; whether it was killed."""
+    """Kill a process and its workers after so many seconds, unless it has ended; return whether it was killed."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -96,35 +115,77 @@ def killed_after(child: int, seconds: float) -> bool:
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """What must be the same however often a run was interrupted: weights, optimizer, best weights and the log."""
+    """Return the hashes of the files that no interruption may change: weights, optimizer, best weights and the log."""
     last = sorted((folder / "checkpoints").glob("step_*"))[-1]
     files = sorted(last.glob("*.safetensors"))
-    assert {"weights.safetensors", "optimizer.safetensors"} <= {each.name for each in files}
+    assert {"weights.safetensors", "optimizer.safetensors"} <= {path.name for path in files}
     files += [folder / "metrics.jsonl", *sorted((folder / "model").rglob("*.safetensors"))]
-    found = {str(each.relative_to(folder)): hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
-    return {"checkpoint": last.name, **found}
+    hashes = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {"checkpoint": last.name, **hashes}
 
 
-def ranks(count: int, work: Callable[[], Any], log: Path | None = None) -> list[int]:
-    """Start `work` on several connected processes, as torchrun would; their numbers, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def fork_ranks(count: int, work: Callable[[], Any], log: Path | None = None) -> list[int]:
+    """Start `work` on several connected processes, as torchrun would, and return their ids, by rank."""
+    port = _free_port()
 
-    def on(rank: int) -> Callable[[], Any]:
-        def start() -> Any:
-            from accelerate import PartialState
-            from accelerate.state import AcceleratorState
+    def on_rank(rank: int) -> Any:
+        from accelerate import PartialState
+        from accelerate.state import AcceleratorState
 
-            where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-            where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-            os.environ.update({name: str(value) for name, value in where.items()})
-            AcceleratorState._reset_state(True)
-            PartialState._reset_state()
-            done = work()
-            torch.distributed.destroy_process_group()
-            return done
+        _set_rank(rank, count, port)
+        os.environ.update({"LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"})
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        result = work()
+        dist.destroy_process_group()
+        return result
 
-        return start
+    def log_of(rank: int) -> Path | None:
+        return log and log.with_name(f"{log.name}.{rank}")
 
-    return [fork(on(rank), log and log.with_name(f"{log.name}.{rank}")) for rank in range(count)]
+    return [fork(partial(on_rank, rank), log_of(rank)) for rank in range(count)]
+
+
+def on_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> Any:
+    """Call `function(*arguments)` on `world` gloo processes, and return the result of the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        _start(_call, world, folder, function, arguments)
+        return torch.load(Path(folder) / "result.pt", weights_only=False)
+
+
+def run_program(program: Path, world: int, *arguments: object) -> None:
+    """Run a program as torchrun would start it on `world` processes, and as python would on one."""
+    _start(_run, world, _free_port(), str(program), [str(argument) for argument in arguments])
+
+
+def _start(function: Callable[..., None], world: int, *arguments: Any) -> None:
+    mp.start_processes(function, (world, *arguments), nprocs=world, start_method="forkserver")
+
+
+def _call(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
+    result = function(*arguments)
+    if rank == 0:
+        torch.save(result, Path(folder) / "result.pt")
+    dist.destroy_process_group()
+
+
+def _run(rank: int, world: int, port: int, program: str, arguments: list[str]) -> None:
+    if world > 1:
+        _set_rank(rank, world, port)
+    sys.path.insert(0, str(Path(program).parent))
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")
+
+
+def _set_rank(rank: int, world: int, port: int) -> None:
+    """Set the environment variables that torchrun sets."""
+    launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in launch.items()})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -117,12 +117,13 @@ def learner(name: str, loss: str, dropout: float | None = None) -> ModelWithHead
     model = tiny.make_model(dropout=dropout, logit_scale=2.3, logit_bias=bias, image_pooling="mean")
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for weight, each in model.named_parameters():
-            if each.ndim > 1:  # more would saturate attention: bf16 is coarse there
-                each.normal_(0, 0.5 if "word_emb" in weight or "patch_emb" in weight else 0.1, generator=generator)
-    found = ModelWithHeads(model, CASES[name].similar).train()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim > 1:  # more would saturate attention: bf16 is coarse there
+                is_embedding = "word_emb" in parameter_name or "patch_emb" in parameter_name
+                parameter.normal_(0, 0.5 if is_embedding else 0.1, generator=generator)
+    with_heads = ModelWithHeads(model, CASES[name].similar).train()
     model.backend.text.pooler = model.backend.vision.pooler = None
-    return found
+    return with_heads
 
 
 def batch(name: str, first: int = 0, count: int = N) -> Batch:
@@ -179,20 +180,28 @@ def _embedded(model: ModelWithHeads, inputs: dict[str, Tensor]) -> dict[str, Ten
 
 def _masked(model: ModelWithHeads, name: str, world: int, micro: int | None) -> dict[str, Tensor]:
     """The outputs of the whole batch, with the masks that each rank draws, chunk by chunk."""
-    found = []
+    outputs = []
     for rank, count in enumerate(CUTS[world]):
         torch.manual_seed(rank)
         part = batch(name, sum(CUTS[world][:rank]), count)
-        found += [_embedded(model, chunk) for chunk in part.split(-(-count // (micro or count)))]
-    return {key: torch.cat([out[key] for out in found]) if one.ndim else one for key, one in found[-1].items()}
+        chunks = -(-count // (micro or count))
+        outputs += [_embedded(model, chunk) for chunk in part.split(chunks)]
+    joined = dict(outputs[-1])
+    for key, value in joined.items():
+        if value.ndim:  # not the scale or the bias
+            joined[key] = torch.cat([output[key] for output in outputs])
+    return joined
 
 
 def gradients(model: ModelWithHeads) -> dict[str, Tensor]:
     """Of the encoders as one vector, of the scale, of the bias."""
     scalars = {"scale": model.model.logit_scale, "bias": model.model.logit_bias}
-    rest = [each for each in model.parameters() if each.ndim and each.grad is not None]
-    found = {"encoders": torch.cat([each.grad.double().flatten() for each in rest])}
-    return found | {name: each.grad.double() for name, each in scalars.items() if each is not None}
+    encoders = [parameter for parameter in model.parameters() if parameter.ndim and parameter.grad is not None]
+    result = {"encoders": torch.cat([parameter.grad.double().flatten() for parameter in encoders])}
+    for name, scalar in scalars.items():
+        if scalar is not None:
+            result[name] = scalar.grad.double()
+    return result
 
 
 def _softmax(logits: Tensor, affinity: Tensor, case: Case) -> Tensor:
@@ -204,13 +213,13 @@ def _rows(logits: Tensor, affinity: Tensor, case: Case) -> Tensor:
     compared, positive = (affinity >= 0).double(), affinity.clamp(min=0)
     target = (1 - case.smoothing) * positive / positive.sum(1, keepdim=True)
     target = target + case.smoothing * compared / compared.sum(1, keepdim=True)
-    each = cross_entropy(logits.masked_fill(compared == 0, -1e9), target, reduction="none")
-    return each.mean() if case.weight is None else (case.weight * each).sum() / case.weight.sum()
+    losses = cross_entropy(logits.masked_fill(compared == 0, -1e9), target, reduction="none")
+    return losses.mean() if case.weight is None else (case.weight * losses).sum() / case.weight.sum()
 
 
 def _sigmoid(logits: Tensor, affinity: Tensor, case: Case) -> Tensor:
     label = affinity.clamp(min=0) * (1 - case.smoothing) + case.smoothing / 2
-    each = binary_cross_entropy_with_logits(logits, label, reduction="none") * (affinity >= 0)
+    losses = binary_cross_entropy_with_logits(logits, label, reduction="none") * (affinity >= 0)
     if case.weight is not None:
-        return (each * (case.weight[:, None] + case.weight) / 2).sum() / case.weight.sum()
-    return (each.sum() - each[N:, N:].sum()) / N  # two hard negatives are not compared
+        return (losses * (case.weight[:, None] + case.weight) / 2).sum() / case.weight.sum()
+    return (losses.sum() - losses[N:, N:].sum()) / N  # two hard negatives are not compared

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/step_matrix.py errors.json [case …] [mode …]
 
-writes it to a file; so does tests/ranks.py without an interpreter for each rank. For each bug that is named, one case
-is measured with the engine broken that way.
+writes the errors to a file; `runs.on_ranks` returns them without starting an interpreter for each rank. For each bug
+that is named, one case is measured with the engine broken that way.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUGS = {  # measured in other libraries -> the case that has to see it
 }
 
 
-def measured(name, loss, mode, precision):
+def measure(name, loss, mode, precision):
     """Loss and gradients of the global batch, as this launch gives them."""
     cuts, rank = CUTS[distributed.world_size()], distributed.rank()
     case, model = CASES[name], learner(name, loss)
@@ -46,24 +46,26 @@ def measured(name, loss, mode, precision):
     tile, micro = MODES[mode]
     contrast = LossConfig(loss, label_smoothing=case.smoothing, matryoshka=case.dims, tile=tile)
     torch.manual_seed(rank)
-    found = backward(wrapped, batch(name, sum(cuts[:rank]), cuts[rank]), case.similar, contrast, micro_batch=micro)
-    return {"loss": distributed.sum_over_ranks(found.loss) / len(cuts), **gradients(model)}
+    loss_value = backward(wrapped, batch(name, sum(cuts[:rank]), cuts[rank]), case.similar, contrast, micro_batch=micro)
+    return {"loss": distributed.sum_over_ranks(loss_value.loss) / len(cuts), **gradients(model)}
 
 
 @functools.cache
-def wanted(name, loss, micro):
+def expected(name, loss, micro):
     return reference(name, loss, distributed.world_size(), micro)
 
 
 def error(name, loss, mode, precision):
-    micro = MODES[mode][1] if CASES[name].dropout else None  # of which nothing else depends on it
-    return distances(measured(name, loss, mode, precision), wanted(name, loss, micro))
+    micro = MODES[mode][1] if CASES[name].dropout else None  # nothing but dropout depends on the chunks
+    return distances(measure(name, loss, mode, precision), expected(name, loss, micro))
 
 
-def distances(found, wanted):
+def distances(measured, expected):
     """Relative errors, and for the encoders the cosine and the ratio of norms."""
-    result = {name: float((found[name].double() - w).norm() / w.norm()) for name, w in wanted.items()}
-    ours, theirs = found["encoders"], wanted["encoders"]
+    result = {}
+    for name, value in expected.items():
+        result[name] = float((measured[name].double() - value).norm() / value.norm())
+    ours, theirs = measured["encoders"], expected["encoders"]
     ratio = float(ours.norm() / theirs.norm())
     return result | {"cosine": float(ours @ theirs / ours.norm() / theirs.norm()), "ratio": ratio}
 
@@ -87,8 +89,8 @@ def sabotage(bug):
 
 
 def _own_slot_only(gather, rows, counts):
-    found, start = gather(rows.detach()), distributed.rows_before(len(rows))
-    return torch.cat([found[:start], rows, found[start + len(rows) :]])
+    gathered, start = gather(rows.detach()), distributed.rows_before(len(rows))
+    return torch.cat([gathered[:start], rows, gathered[start + len(rows) :]])
 
 
 def _per_rank(self, settle, weight, total, smoothing):
@@ -106,21 +108,22 @@ class _One:
 def errors(cases=CASES, modes=MODES, bugs=()):
     """How far each case is from float64, by its name; and how far a case is with each bug."""
     torch.set_num_threads(1)
-    found = {}
+    by_case = {}
     for name, loss, precision, mode in itertools.product(cases, ("info_nce", "sigmoid"), ("fp32", "bf16"), modes):
-        found[f"{loss} {name} {precision} {mode}"] = error(name, loss, mode, precision)
+        by_case[f"{loss} {name} {precision} {mode}"] = error(name, loss, mode, precision)
     for bug in bugs:
         with sabotage(bug):
-            found[bug] = error(BUGS[bug], "info_nce", "cached", "fp32")
-    return found
+            by_case[bug] = error(BUGS[bug], "info_nce", "cached", "fp32")
+    return by_case
 
 
 def main(out, *names):
     dist.init_process_group("gloo")
-    cases, modes = ([name for name in names if name in known] or known for known in (CASES, MODES))
-    found = errors(list(cases), list(modes))
+    cases = [name for name in names if name in CASES] or list(CASES)
+    modes = [name for name in names if name in MODES] or list(MODES)
+    by_case = errors(cases, modes)
     if distributed.is_main():
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(by_case))
     dist.destroy_process_group()
 
 

@@ -10,15 +10,16 @@ from clipkit.texts import BadText
 from clipkit.training.config.errors import as_setting
 
 
-def kinds(base=ClipkitError):
+def error_classes(base=ClipkitError):
     yield base
-    for each in base.__subclasses__():
-        yield from kinds(each)
+    for subclass in base.__subclasses__():
+        yield from error_classes(subclass)
 
 
 def test_all_errors_survive_pickling():
     made = [BadImage("EMPTY", "no bytes", where="a.jpg", fix="copy it again"), BadText("EMPTY_TEXT", "empty")]
-    made += [kind("message", where="there", fix="mend it") for kind in kinds() if kind not in (BadImage, BadText)]
+    others = [error_class for error_class in error_classes() if error_class not in (BadImage, BadText)]
+    made += [error_class("message", where="there", fix="fix it") for error_class in others]
     for error in made:
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is type(error)
@@ -27,7 +28,7 @@ def test_all_errors_survive_pickling():
 
 
 def test_exit_codes_are_those_of_the_tree():
-    codes = {kind.__name__: kind.exit_code for kind in kinds()}
+    codes = {error_class.__name__: error_class.exit_code for error_class in error_classes()}
     for line in errors.__doc__.splitlines():
         words = line.replace("─", " ").replace("├", " ").replace("└", " ").replace("│", " ").split()
         if words and words[0] in codes:

@@ -29,7 +29,8 @@ from PIL import Image
 
 PHOTOS = Path(os.environ.get("PHOTOS") or Path(__file__).parents[2] / "shared" / "data")
 CLASSES = ["Dress", "Hat", "Pants", "Shirt", "Shoes"]
-COCO, EACH = 25, 3  # photos with captions; of each class: forty in all
+COCO = 25  # photos with captions
+PER_CLASS = 3  # other photos of each class: forty in all
 
 pytestmark = [
     pytest.mark.slow,
@@ -56,7 +57,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (PHOTOS / "clothing" / "labels.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for name in CLASSES:
-        for row in [row for row in rows if row["label"] == name][:EACH]:
+        for row in [row for row in rows if row["label"] == name][:PER_CLASS]:
             labels.append((take("clothing", row["image"], desk / "photos" / "clothing"), name))
     write_csv(desk / "captions.csv", ("file", "caption"), captions)
     write_csv(desk / "labels.csv", ("file", "label"), labels)
@@ -112,8 +113,8 @@ class Native:
         import torch
 
         with torch.inference_mode():
-            found = features(**inputs)
-        vectors = getattr(found, "pooler_output", found).double().numpy()
+            outputs = features(**inputs)
+        vectors = getattr(outputs, "pooler_output", outputs).double().numpy()
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -126,7 +127,7 @@ class Hashed:
         self.bytes, original = 0, fingerprint.sha256
 
         def counting(weights: dict[str, Any]) -> str:
-            self.bytes += sum(each.numel() * each.element_size() for each in weights.values())
+            self.bytes += sum(weight.numel() * weight.element_size() for weight in weights.values())
             return original(weights)
 
         monkeypatch.setattr(fingerprint, "sha256", counting)
@@ -232,8 +233,8 @@ def measure(hashed: Hashed, clip: Path, native: Native) -> None:
     assert hashed.times(clip) <= 1.001
     with Path("labels.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    found = guessed(native, [Path(row["file"]) for row in rows])
-    right = np.mean([label == row["label"] for label, row in zip(found, rows, strict=True)])
+    guesses = guessed(native, [Path(row["file"]) for row in rows])
+    right = np.mean([label == row["label"] for label, row in zip(guesses, rows, strict=True)])
     assert json.loads(done.out)["metrics"]["zero_shot/top1"] == pytest.approx(right)
 
 
@@ -290,8 +291,8 @@ def read_lines(path: str) -> list[dict[str, Any]]:
 def tensorboard(run: Path, key: str) -> dict[int, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(run / "tensorboard")).Reload()
-    return {each.step: each.value for each in found.Scalars(key)}
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return {scalar.step: scalar.value for scalar in events.Scalars(key)}
 
 
 # ---------------------------------------------------------------------------------------------------------- elsewhere
@@ -322,5 +323,5 @@ def open_elsewhere(hashed: Hashed, saved: Path, before: Native) -> None:
 
     other, _ = open_clip.create_model_from_pretrained("local-dir:exported")
     with torch.inference_mode():
-        found = other.encode_text(open_clip.get_tokenizer("local-dir:exported")(texts), normalize=True).numpy()
-    assert np.abs(found - words).max() < 1e-5
+        exported = other.encode_text(open_clip.get_tokenizer("local-dir:exported")(texts), normalize=True).numpy()
+    assert np.abs(exported - words).max() < 1e-5

@@ -75,8 +75,8 @@ def test_a_fault_at_any_call_leaves_the_old_one(tmp_path, monkeypatch, kind, cal
                 reached += 1
         if len(calls) < at:
             break
-        found = str(content(target))
-        assert ("old" in found) != ("new" in found)
+        text = str(content(target))
+        assert ("old" in text) != ("new" in text)
         assert [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
     assert reached or call in ("rename", "replace")
 

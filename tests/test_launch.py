@@ -48,8 +48,8 @@ def world(tmp_path_factory):
 def launch(script, world, run, *settings, path=(), **env):
     data = [f"model.name={world / 'model'}", f"data.train={world / 'pairs.jsonl'}", "data.test=0.25"]
     loop = ["train.batch_size=8", "train.progress=false", f"train.output_dir={run}", "train.log_every=1"]
-    found = os.pathsep.join([*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": found, **env}
+    search_path = os.pathsep.join([*map(str, path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": search_path, **env}
     command = ["bash", FOLDER / script, *data, *loop, *settings]
     return subprocess.run(command, env=environment, cwd=world, capture_output=True, text=True, timeout=240)
 
@@ -116,9 +116,10 @@ def test_slurm_sends_the_signal_and_the_job_goes_on(world, tmp_path):
     assert second.returncode == 0, second.stderr[-3000:]
     assert (notes / "requeued").read_text().split() == ["4711"]  # not again
     assert steps(run) == list(range(1, 201))
-    begun = [each["begins_after_step"] for each in attempts(run) if "topology" in each]
+    begun = [attempt["begins_after_step"] for attempt in attempts(run) if "topology" in attempt]
     assert begun == [0, before[-1]]
-    assert [each["how"].partition(":")[0] for each in attempts(run) if "how" in each] == ["Interrupted", "done"]
+    endings = [attempt["how"].partition(":")[0] for attempt in attempts(run) if "how" in attempt]
+    assert endings == ["Interrupted", "done"]
 
     broken = launch("slurm.sh", world, run, "train.max_steps=0", path=[tools], **job)  # a code that is final
     assert broken.returncode == 2

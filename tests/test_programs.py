@@ -76,7 +76,7 @@ def test_locked_image(world, tmp_path, launcher):
     out = start(launcher, "train/locked_image.py", world, "--vision", world / "tower", *settings, folder=tmp_path)
     assert "29 photos to learn from, 3 held out" in out
     # with its write-ahead log, which stays where two processes close it at the same moment
-    assert sum(each.stat().st_size for each in tmp_path.glob("features.sqlite*")) > 29 * 4 * 1000
+    assert sum(path.stat().st_size for path in tmp_path.glob("features.sqlite*")) > 29 * 4 * 1000
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["n"]["retrieval/images"] == 3
 
@@ -88,11 +88,11 @@ def test_forgetting(world, tmp_path):
     start_it = [world, world, "--vision", world / "tower", *settings, *files, "--seeds", 3]
     out = start("torchrun", "train/forgetting.py", *start_it, folder=tmp_path)
     assert out.count("| 3 | plain fine-tuning |") == 1  # one process speaks
-    (found,) = json.loads((tmp_path / "run" / "result.json").read_text())["seeds"]
-    assert found["images"] == {"emoji": 4, "photos": 4}
-    assert len(found["curve"]) == 11
-    ends = {name: [found["curve"][i][name] for i in (0, -1)] for name in ("emoji", "photos")}
-    assert ends == {name: [own["before"], own["plain"]] for name, own in found["recall"].items()}
+    (result,) = json.loads((tmp_path / "run" / "result.json").read_text())["seeds"]
+    assert result["images"] == {"emoji": 4, "photos": 4}
+    assert len(result["curve"]) == 11
+    ends = {name: [result["curve"][i][name] for i in (0, -1)] for name in ("emoji", "photos")}
+    assert ends == {name: [own["before"], own["plain"]] for name, own in result["recall"].items()}
     assert (tmp_path / "run/seed3/emoji/model/README.md").read_text().count("| chosen |") <= 1
     assert "<path" in (tmp_path / "a.svg").read_text()
 
@@ -104,8 +104,8 @@ def test_evaluation_programs(world, tmp_path):
     assert "chance" in one
     two = start("torchrun", "eval/retrieval.py", world / "captions.jsonl", *ask, tmp_path / "two.json", folder=tmp_path)
     assert two.count("text_to_image_recall@1 ") == 1
-    found = [json.loads((tmp_path / name).read_text())["metrics"] for name in ("one.json", "two.json")]
-    assert found[0] == found[1]
+    metrics = [json.loads((tmp_path / name).read_text())["metrics"] for name in ("one.json", "two.json")]
+    assert metrics[0] == metrics[1]
     out = start("accelerate", "eval/zero_shot.py", world / "labels.csv", *ask, tmp_path / "z.json", folder=tmp_path)
     assert "majority 0.1250" in out
     assert json.loads((tmp_path / "z.json").read_text())["n"]["zero_shot/images"] == 32
@@ -140,14 +140,14 @@ def test_loss_scaling(world, tmp_path):
 def test_step_speed(tmp_path):
     size = ["--steps", 12, "--warmup", 2, "--batch-size", 8, "--width", 32, "--layers", 1]
     out = start("python", "train/step_speed.py", *size, "--to", tmp_path / "speed.json", folder=tmp_path)
-    found = json.loads((tmp_path / "speed.json").read_text())
-    assert found["loops"].keys() == {"clipkit Trainer", "bare step", "open_clip_train"}
-    for name, each in found["loops"].items():
-        assert f"| {name} | {each['images_per_second']:.1f} |" in out
-        low, high = each["trainer_speed_of_this_95"]
-        assert 0 < low <= each["trainer_speed_of_this"] <= high
-    saved = found["checkpoint"]
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert result["loops"].keys() == {"clipkit Trainer", "bare step", "open_clip_train"}
+    for name, loop in result["loops"].items():
+        assert f"| {name} | {loop['images_per_second']:.1f} |" in out
+        low, high = loop["trainer_speed_of_this_95"]
+        assert 0 < low <= loop["trainer_speed_of_this"] <= high
+    saved = result["checkpoint"]
     assert saved["saves"] == 2  # at steps 4 and 8; the last one is measured, too, and not counted
-    assert saved["bytes"] > 16 * found["model"]["parameters"]  # weights, best weights, two moments
+    assert saved["bytes"] > 16 * result["model"]["parameters"]  # weights, best weights, two moments
     assert saved["seconds"] > 0
     assert f"{saved['bytes'] / 1e6:.1f} MB" in out

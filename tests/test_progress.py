@@ -27,9 +27,9 @@ def time(monkeypatch):
         def monotonic(self):
             return self.now
 
-    found = Clock()
-    monkeypatch.setattr(progress, "time", found)
-    return found
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
 
 
 def test_lines_tell_rate_and_time_left_of_this_very_step(time, capsys):

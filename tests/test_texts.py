@@ -12,7 +12,7 @@ from clipkit import ZeroShotClassifier, embed, load_pairs
 from clipkit.data.dataset import caption_counts, key_values
 from clipkit.data.reading.rejects import LoadReport
 from clipkit.errors import DataError, UsageError
-from clipkit.search.query import kind_of
+from clipkit.search.query import query_type
 from clipkit.texts import BadText, checked_text, is_blank
 
 BLANK = [
@@ -55,11 +55,11 @@ def test_captions_and_labels_of_a_table(tmp_path: Path) -> None:
 def test_queries_classes_and_lists_in_memory() -> None:
     model = tiny.make_model()
     with pytest.raises(UsageError, match="the query is empty"):
-        kind_of("\u200b")
+        query_type("\u200b")
     with pytest.raises(UsageError, match="no name may be empty"):
         ZeroShotClassifier(model, ["red", "\ufeff"])
     for use in (
-        lambda: kind_of(BROKEN),
+        lambda: query_type(BROKEN),
         lambda: ZeroShotClassifier(model, ["red", BROKEN]),
         lambda: model.encode_texts([BROKEN]),
         lambda: embed(model, [BROKEN], kind="text"),

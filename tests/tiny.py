@@ -1,4 +1,8 @@
-"""A tiny dual encoder and pairs that it can learn: coloured squares and their names."""
+"""Tiny dual encoders with random weights, and images for them.
+
+`make_model` can learn the pairs of `make_pairs`, coloured squares and their names. `tiny_model` has a larger vocabulary
+and a text tower without a pooler, for tests that only embed; `picture` draws noise, one for each number.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ PLACES = ["left", "right", "top", "bottom"]
 
 
 def square(colour: str, place: str) -> bytes:
+    """Return a PNG of a coloured square at one side of a grey one."""
     image = Image.new("RGB", (16, 16), "grey")
     corner = {"left": (0, 4), "right": (8, 4), "top": (4, 0), "bottom": (4, 8)}[place]
     image.paste(Image.new("RGB", (8, 8), colour), corner)
@@ -28,12 +33,12 @@ def make_pairs() -> Any:
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
-    each = [(colour, place) for colour in COLOURS for place in PLACES]
+    squares = [(colour, place) for colour in COLOURS for place in PLACES]
     columns = {
-        "image": [{"bytes": square(*one), "path": None} for one in each],
-        "texts": [[f"a {colour} square {place}", f"{place} {colour}"] for colour, place in each],
-        "colour": [colour for colour, _ in each],
-        "place": [place for _, place in each],
+        "image": [{"bytes": square(colour, place), "path": None} for colour, place in squares],
+        "texts": [[f"a {colour} square {place}", f"{place} {colour}"] for colour, place in squares],
+        "colour": [colour for colour, _ in squares],
+        "place": [place for _, place in squares],
     }
     text = Value("string")
     features = {"image": ImageFeature(decode=False), "texts": List(text), "colour": text, "place": text}
@@ -76,3 +81,38 @@ def make_model(
     size["num_hidden_layers"] = layers[1]
     text = BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=16, **size, **drop))
     return DualEncoder.from_towers(vision, text, fast, dim=16, context_length=8, **options)
+
+
+def tiny_model(seed: int = 0, dim: int = 16, logit_bias: float | None = None) -> Any:
+    """Return a DualEncoder of a ViT and a BERT, of one layer each, that knows numbers and some words of prompts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+
+    from clipkit import DualEncoder
+
+    words = ["<pad>", "<unk>", "a", "photo", "of", "the", "picture", "dark", "light", "square", ".", "number"]
+    words += ["red", "green", "blue", "yellow", "cyan", "magenta", "black", "white", "orange", "purple"]
+    words += [str(i) for i in range(100)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(seed)
+    vision = ViTModel(ViTConfig(**shape, image_size=16, patch_size=8), add_pooling_layer=False)
+    text = BertModel(BertConfig(**shape, vocab_size=len(words), max_position_embeddings=16), add_pooling_layer=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    return DualEncoder.from_towers(vision, text, fast, dim=dim, logit_bias=logit_bias)
+
+
+def picture(number: int, size: int = 16) -> Image.Image:
+    """Return an image of noise; those of numbers below 1000 differ."""
+    g = torch.Generator().manual_seed(number)
+    return Image.fromarray(torch.randint(0, 256, (size, size, 3), generator=g, dtype=torch.uint8).numpy())
+
+
+def write_pictures(folder: Path, numbers: range) -> list[Path]:
+    """Write a picture for each number, and return the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:03}.png" for number in numbers]
+    for number, path in zip(numbers, paths, strict=True):
+        picture(number).save(path)
+    return paths

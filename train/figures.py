@@ -1,4 +1,4 @@
-"""Draws the figures of train/README.md from the losses themselves.
+"""Draw the figures of train/README.md from the losses themselves.
 
 python train/figures.py                     # writes train/figures/scale.svg and floor.svg
 python train/figures.py --to somewhere
@@ -16,18 +16,19 @@ from clipkit import Paired, info_nce
 from clipkit.losses.contrastive import EmbeddedBatch
 from clipkit.losses.lower_bound import info_nce_floor
 
-N, DIM = 256, 64
+N = 256  # pairs of the batch
+DIM = 64
 
 
 def pushes(scale: float) -> np.ndarray:
-    """How strongly one image is pushed from each of the other texts of a batch, the strongest first; sums to 1."""
+    """Return how strongly one image is pushed from each other text of a batch, the strongest first; sums to 1."""
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(N, DIM), dim=1) for _ in range(2))
-    image = F.normalize(image + 0.5 * text, dim=1)  # somewhat trained
+    image = F.normalize(image + 0.5 * text, dim=1)  # as after some training
     logits = (scale * image @ text.T).requires_grad_()
     F.cross_entropy(logits, torch.arange(N)).backward()
-    off = logits.grad[0][torch.arange(N) != 0]
-    return (off / off.sum()).sort(descending=True).values.numpy()
+    negatives = logits.grad[0][torch.arange(N) != 0]
+    return (negatives / negatives.sum()).sort(descending=True).values.numpy()
 
 
 def draw_scale(to: Path) -> None:
@@ -35,7 +36,7 @@ def draw_scale(to: Path) -> None:
     axes = figure.subplots()
     for scale in (1, 10, 100):
         axes.plot(np.arange(1, N), np.cumsum(pushes(scale)), label=f"scale {scale} (temperature {1 / scale:g})")
-    axes.set(xscale="log", xlabel="negatives of one image, the most alike first", ylabel="share of the push")
+    axes.set(xscale="log", xlabel="negatives of one image, the most similar first", ylabel="share of the push")
     axes.set_title("A higher scale looks at fewer negatives", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc=(0.33, 0.66))
@@ -43,14 +44,14 @@ def draw_scale(to: Path) -> None:
 
 
 def floor_of(n: int, classes: int) -> float:
-    """The floor of a batch of n pairs that has as many captions as there are classes."""
+    """Return the lowest loss of a batch of n pairs with one caption a class."""
     image, text = torch.arange(n), torch.arange(n) % classes
-    own = torch.eye(n)
-    return info_nce_floor(lambda rows, cols: own[rows][:, cols], image, text)
+    paired = torch.eye(n)
+    return info_nce_floor(lambda rows, cols: paired[rows][:, cols], image, text)
 
 
 def start_of(n: int) -> float:
-    """The first loss of embeddings that know nothing."""
+    """Return the loss of embeddings that are all equal."""
     keys = {"row": torch.arange(n)}
     same = EmbeddedBatch(F.normalize(torch.ones(n, 2), dim=1), keys)
     return float(info_nce(same, same, Paired(), torch.tensor(10.0)).loss)

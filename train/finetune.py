@@ -22,14 +22,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start()
 
-    # 1. Pairs. No image stands on both sides, whatever rows mention it.
+    # 1. Pairs. No image is on both sides, even if several rows name it.
     pairs = load_pairs(args.pairs, image=args.image, text=args.text)
     train, test = split_pairs(pairs, test=args.test, by="image", seed=args.seed)
 
-    # 2. Model. Frozen parts stay in evaluation mode, dropout and BatchNorm included.
+    # 2. Model. Frozen towers stay in evaluation mode, with their dropout and BatchNorm.
     model = DualEncoder.from_pretrained(args.model)
-    for part in args.freeze:
-        model.freeze(part)
+    for tower in args.freeze:
+        model.freeze(tower)
 
     # 3. What counts as similar: the given pairs, or everything that shares a value of a column.
     similar = SameGroup(args.group) if args.group else Paired()
@@ -60,8 +60,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--image", default=None, help="column of the image")
     parser.add_argument("--text", default=None, help="column of the text")
     parser.add_argument("--group", default=None, help="column whose members all belong together")
-    parser.add_argument("--test", type=float, default=0.1, help="part held out")
-    parser.add_argument("--freeze", choices=["image", "text"], nargs="*", default=[], help="towers that stand still")
+    parser.add_argument("--test", type=float, default=0.1, help="fraction of the images to hold out")
+    parser.add_argument("--freeze", choices=["image", "text"], nargs="*", default=[], help="towers to freeze")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch-size", type=int, default=256)

@@ -1,15 +1,15 @@
-"""Teach a model of photos the emoji: what does it forget, and what does the guardrail save?
+"""Fine-tune a model of photos on emoji: what does it forget, and what does the guardrail save?
 
-A text tower learns to read what a locked image tower sees on photos (LiT, as in locked_image.py), and then goes on
-with emoji. Recall on held-out photos is the reference, recall on held-out emoji the domain. Both held-out sets are
-halved: on one half the guardrail chooses (TrainConfig.forget_budget), on the other one, which no choice has seen, it is
-compared with plain fine-tuning, image by image. Start it with any of
+A text tower learns to match a locked image tower on photos (LiT, as in locked_image.py), and then continues with
+emoji. Recall on held-out photos is the reference, recall on held-out emoji the domain. Both held-out sets are halved:
+the guardrail chooses on one half (TrainConfig.forget_budget), and is compared with plain fine-tuning on the other half,
+image by image. Start it with any of
 
     python train/forgetting.py PHOTOS EMOJI --vision TOWER --output runs/forgetting
     torchrun --nproc_per_node 2 train/forgetting.py PHOTOS EMOJI --vision TOWER --output runs/forgetting
     accelerate launch train/forgetting.py PHOTOS EMOJI --vision TOWER --output runs/forgetting
 
-where PHOTOS and EMOJI are folders with captions.jsonl ({"image": …, "captions": […]}, of emoji "keywords", too) and
+where PHOTOS and EMOJI are folders with captions.jsonl ({"image": …, "captions": […]}, for emoji also "keywords") and
 TOWER is a vision model of transformers, by name or folder. --figure FILE.svg draws the curves.
 """
 
@@ -28,7 +28,7 @@ from clipkit.evaluation.evaluator import Evaluator
 from clipkit.files import write_json, write_text
 from clipkit.metrics.ranking import Relevance, chance, rank
 
-LENGTH = 48  # tokens, a word each; none of these texts has more
+LENGTH = 48  # tokens, one a word; none of these texts has more
 K = 10  # of recall@k
 
 
@@ -38,40 +38,41 @@ def main() -> None:
     device = start()
 
     # 1. Pairs, with the features of the locked tower, computed once: training and evaluation need no image after that.
-    photos, emoji = load(args.photos), load(args.emoji)
-    model = build_model(args, [*photos["texts"], *emoji["texts"]]).to(device)  # of any words: the tower is the same
+    photos = load(args.photos)
+    emoji = load(args.emoji)
+    model = build_model(args, [*photos["texts"], *emoji["texts"]]).to(device)  # only its image tower is used here
     with EmbeddingStore(args.features) as store:
-        photos, emoji = (with_image_features(model, each, store=store, progress=is_main()) for each in (photos, emoji))
+        photos = with_image_features(model, photos, store=store, progress=is_main())
+        emoji = with_image_features(model, emoji, store=store, progress=is_main())
 
-    found = [one_seed(args, photos, emoji, seed, device) for seed in args.seeds]
+    results = [run_seed(args, photos, emoji, seed, device) for seed in args.seeds]
     if is_main():
-        print("\n".join(table(found, args.budget)))
-        write_json(args.output / "result.json", {"budget": args.budget, "seeds": found})
+        print("\n".join(table(results, args.budget)))
+        write_json(args.output / "result.json", {"budget": args.budget, "seeds": results})
         if args.figure:
-            draw(found, args.budget, args.figure)
+            draw(results, args.budget, args.figure)
 
 
-def one_seed(args, photos, emoji, seed, device):
+def run_seed(args, photos, emoji, seed, device):
     folder = args.output / f"seed{seed}"
 
-    # 2. Of each set some images are held out, one half for the guardrail to choose on, one half to report.
+    # 2. Some images of each set are held out: the guardrail chooses on one half of them, the other half is reported.
     photos, photos_held = split_pairs(photos, test=args.held_photos, by="image", seed=seed)
     emoji, emoji_held = split_pairs(emoji, test=args.held_emoji, by="image", seed=seed)
-    (photos_a, photos_b), (emoji_a, emoji_b) = (
-        split_pairs(pairs, test=0.5, by="image", seed=seed) for pairs in (photos_held, emoji_held)
-    )
+    photos_a, photos_b = split_pairs(photos_held, test=0.5, by="image", seed=seed)
+    emoji_a, emoji_b = split_pairs(emoji_held, test=0.5, by="image", seed=seed)
 
-    # 3. Model: the locked tower, and a bag of the words of both sets. Those of the emoji alone wait for their turn.
+    # 3. Model: the locked tower, and a bag of the words of both sets. Words of the emoji alone train in step 5.
     torch.manual_seed(seed)
     model = build_model(args, [*photos["texts"], *emoji["texts"]]).to(device)
 
-    # 4. Before: the photos alone. Nothing is chosen here; the last weights are taken.
-    rate = args.photo_learning_rate  # the text tower starts at random, too
+    # 4. Before: the photos alone, and their last weights.
+    rate = args.photo_learning_rate  # the text tower has random weights, like the heads
     settings = settings_of(folder / "photos", args, seed, args.photo_epochs)
     Trainer(model, photos, TrainConfig(**settings, learning_rate=rate, head_learning_rate=rate)).train()
     before = DualEncoder.from_pretrained(folder / "photos" / "model", device=device)
 
-    # 5. The emoji. One run gives both: `last` is plain fine-tuning, `model` what the guardrail takes of it.
+    # 5. The emoji. One run gives both models: `last` is plain fine-tuning, `model` the choice of the guardrail.
     model = DualEncoder.from_pretrained(folder / "photos" / "model", device=device).freeze("image")
     settings = settings_of(folder / "emoji", args, seed, args.emoji_epochs)
     config = TrainConfig(**settings, learning_rate=args.emoji_learning_rate, forget_budget=args.budget)
@@ -79,26 +80,23 @@ def one_seed(args, photos, emoji, seed, device):
     alpha = trainer.train().forgetting.alpha
     plain = DualEncoder.from_pretrained(folder / "emoji" / "last", device=device)
 
-    # 6. Report on the halves that nothing was chosen on, image by image, so that the two can be paired.
+    # 6. Report on the halves that no choice depends on, image by image, so that differences can be paired.
     recalls = {"emoji": Recall(emoji_b, "emoji"), "photos": Recall(photos_b, "photos")}
-    hits = {
-        name: {"before": recall.hits(before), "plain": recall.hits(plain), "guardrail": recall.hits(model)}
-        for name, recall in recalls.items()
-    }
-    curve = [
-        {"alpha": step / 10} | {name: float(recall.hits(between).mean()) for name, recall in recalls.items()}
-        for step in range(11)
-        for between in [interpolate(before, plain, step / 10)]
-    ]
-    return {
-        "seed": seed,
-        "alpha": alpha,
-        "images": {name: len(each["plain"]) for name, each in hits.items()},
-        "chance": {name: recall.chance() for name, recall in recalls.items()},
-        "recall": {name: {who: float(own.mean()) for who, own in each.items()} for name, each in hits.items()},
-        "curve": curve,
-        "hits": {name: {who: own.tolist() for who, own in each.items()} for name, each in hits.items()},
-    }
+    models = {"before": before, "plain": plain, "guardrail": model}
+    result = {"seed": seed, "alpha": alpha, "images": {}, "chance": {}, "recall": {}, "curve": [], "hits": {}}
+    for name, recall in recalls.items():
+        hits = {model_name: recall.hits(compared) for model_name, compared in models.items()}
+        result["images"][name] = len(hits["plain"])
+        result["chance"][name] = recall.chance()
+        result["recall"][name] = {model_name: float(values.mean()) for model_name, values in hits.items()}
+        result["hits"][name] = {model_name: values.tolist() for model_name, values in hits.items()}
+    for tenth in range(11):
+        between = interpolate(before, plain, tenth / 10)
+        point = {"alpha": tenth / 10}
+        for name, recall in recalls.items():
+            point[name] = float(recall.hits(between).mean())
+        result["curve"].append(point)
+    return result
 
 
 class Recall(Evaluator):
@@ -107,23 +105,26 @@ class Recall(Evaluator):
     def __init__(self, pairs, name):
         self.name = name
         self.features = torch.as_tensor(np.asarray(pairs["image_features"], np.float32))
-        self.texts = [text for own in pairs["texts"] for text in own]
-        self.image_of_text = [row for row, own in enumerate(pairs["texts"]) for _ in own]
+        self.texts = []
+        self.image_of_text = []
+        for row, texts in enumerate(pairs["texts"]):
+            self.texts += texts
+            self.image_of_text += [row] * len(texts)
         self.relevance = Relevance.by_group(self.image_of_text, range(len(pairs)))
 
     def __call__(self, model):
-        return {f"{self.name}/text_to_image_recall@{K}": float(self.by_query(model).mean())}
+        return {f"{self.name}/text_to_image_recall@{K}": float(self.text_hits(model).mean())}
 
-    def by_query(self, model):
-        """(texts,) 1 where the image of a text is among the ten that it finds, else 0."""
+    def text_hits(self, model):
+        """Return (texts,) 1 where the image of a text is among the ten nearest to it, else 0."""
         with torch.no_grad():
             images = model.eval()(image_features=self.features.to(model.device)).image.cpu()
         return rank(model.encode_texts(self.texts), images, self.relevance).hits(K)
 
     def hits(self, model):
-        """(images,) the part of each image's texts that find it."""
-        rows, hits = np.asarray(self.image_of_text), self.by_query(model).numpy()
-        return np.bincount(rows, hits) / np.bincount(rows)
+        """Return (images,) the fraction of each image's texts that hit it."""
+        rows = np.asarray(self.image_of_text)
+        return np.bincount(rows, self.text_hits(model).numpy()) / np.bincount(rows)
 
     def identity(self):
         return {"texts": self.texts, "image_of_text": self.image_of_text}
@@ -132,39 +133,48 @@ class Recall(Evaluator):
         return chance(self.relevance, K)
 
 
-def interval(found, name, one, other, draws=10_000):
-    """Mean and 95 % bootstrap interval of what one model has over another; images are drawn, with all of their texts.
+def interval(results, name, model, other, draws=10_000):
+    """Return the mean difference between two models with its 95 % bootstrap interval, as text.
 
-    Of several seeds it is the mean over them, each drawn from by itself.
+    Images are drawn, with all of their texts. The difference of several seeds is the mean over them, and the images of
+    each seed are drawn separately.
     """
     random = np.random.default_rng(0)
-    each = [np.subtract(seed["hits"][name][one], seed["hits"][name][other]) for seed in found]
-    means = np.mean([own[random.integers(len(own), size=(draws, len(own)))].mean(axis=1) for own in each], axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return f"{np.mean([own.mean() for own in each]):+.3f} [{low:+.3f}, {high:+.3f}]"
+    differences = [np.subtract(result["hits"][name][model], result["hits"][name][other]) for result in results]
+    seed_means = []
+    for values in differences:
+        drawn = random.integers(len(values), size=(draws, len(values)))
+        seed_means.append(values[drawn].mean(axis=1))
+    low, high = np.quantile(np.mean(seed_means, axis=0), [0.025, 0.975])
+    mean = np.mean([values.mean() for values in differences])
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def table(found, budget):
-    """The figures of the reporting halves, as Markdown."""
+def table(results, budget):
+    """Return the figures of the reporting halves, as lines of Markdown."""
     lines = [f"| seed | model | emoji recall@{K} | photos recall@{K} | lost of the photos |", "|---|---|---|---|---|"]
-    for one in found:
-        emoji, photos = one["recall"]["emoji"], one["recall"]["photos"]
-        names = {"before": "before", "plain": "plain fine-tuning", "guardrail": f"guardrail, alpha {one['alpha']:g}"}
-        for who, name in names.items():
-            lost = photos["before"] - photos[who]
-            lines.append(f"| {one['seed']} | {name} | {emoji[who]:.3f} | {photos[who]:.3f} | {lost:+.3f} |")
-        lines.append(f"| {one['seed']} | chance | {one['chance']['emoji']:.3f} | {one['chance']['photos']:.3f} | |")
+    for result in results:
+        seed, chance = result["seed"], result["chance"]
+        emoji, photos = result["recall"]["emoji"], result["recall"]["photos"]
+        names = {"before": "before", "plain": "plain fine-tuning", "guardrail": f"guardrail, alpha {result['alpha']:g}"}
+        for model, name in names.items():
+            lost = photos["before"] - photos[model]
+            lines.append(f"| {seed} | {name} | {emoji[model]:.3f} | {photos[model]:.3f} | {lost:+.3f} |")
+        lines.append(f"| {seed} | chance | {chance['emoji']:.3f} | {chance['photos']:.3f} | |")
     lines += ["", f"Paired differences with 95 % intervals, over images; the budget is {budget:g} of the photos:", ""]
     lines += ["| seed | difference | emoji | photos |", "|---|---|---|---|"]
-    for name, seeds in [*((one["seed"], [one]) for one in found), ("mean", found)]:
-        for one, other in (("guardrail", "plain"), ("guardrail", "before"), ("plain", "before")):
-            cells = [interval(seeds, what, one, other) for what in ("emoji", "photos")]
-            lines.append(f"| {name} | {one} - {other} | {cells[0]} | {cells[1]} |")
+    rows = [(result["seed"], [result]) for result in results]
+    rows.append(("mean", results))
+    for name, some_results in rows:
+        for model, other in (("guardrail", "plain"), ("guardrail", "before"), ("plain", "before")):
+            emoji = interval(some_results, "emoji", model, other)
+            photos = interval(some_results, "photos", model, other)
+            lines.append(f"| {name} | {model} - {other} | {emoji} | {photos} |")
     return lines
 
 
-def draw(found, budget, path):
-    """One curve a seed, of the reporting halves: what is learnt by what is lost."""
+def draw(results, budget, path):
+    """Write a figure with one curve a seed, of the reporting halves: what is learnt against what is lost."""
     import io
 
     from matplotlib import rc_context
@@ -172,11 +182,12 @@ def draw(found, budget, path):
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for one in found:
-        lost = [one["curve"][0]["photos"] - point["photos"] for point in one["curve"]]
-        learnt = [point["emoji"] for point in one["curve"]]
-        (line,) = axes.plot(lost, learnt, marker="o", markersize=3, linewidth=1.3, label=f"seed {one['seed']}")
-        chosen = round(10 * one["alpha"])
+    for result in results:
+        curve = result["curve"]
+        lost = [curve[0]["photos"] - point["photos"] for point in curve]
+        learnt = [point["emoji"] for point in curve]
+        (line,) = axes.plot(lost, learnt, marker="o", markersize=3, linewidth=1.3, label=f"seed {result['seed']}")
+        chosen = round(10 * result["alpha"])
         axes.plot(lost[chosen], learnt[chosen], "o", markersize=11, fillstyle="none", color=line.get_color())
         axes.annotate("plain", (lost[-1], learnt[-1]), xytext=(4, 4), textcoords="offset points", fontsize=8)
     axes.axvline(budget, color="grey", linestyle="--", linewidth=1)
@@ -192,13 +203,13 @@ def draw(found, budget, path):
 
 
 def load(folder):
-    """Images with their captions; where there are keywords they follow the caption in one text."""
+    """Return images with their captions; keywords, if there are any, follow the caption in the same text."""
     pairs = load_pairs(folder / "captions.jsonl", image="image", text="captions")
     if "keywords" not in pairs.column_names:
         return pairs
-    texts = [
-        [" ".join([text, *words]) for text in own] for own, words in zip(pairs["texts"], pairs["keywords"], strict=True)
-    ]
+    texts = []
+    for captions, keywords in zip(pairs["texts"], pairs["keywords"], strict=True):
+        texts.append([" ".join([caption, *keywords]) for caption in captions])
     return pairs.remove_columns("texts").add_column("texts", texts)
 
 
@@ -207,8 +218,8 @@ def settings_of(folder, args, seed, epochs):
         "output_dir": str(folder),
         "epochs": epochs,
         "batch_size": args.batch_size,
-        "augmentation": "none",  # features are of the images as they are
-        "evaluate_every": 10**9,  # the last weights alone are measured
+        "augmentation": "none",  # the features are those of unchanged images
+        "evaluate_every": 10**9,  # only the last weights are measured
         "seed": seed,
         "resume": "auto",
     }
@@ -222,7 +233,7 @@ def build_model(args, captions):
 
 
 def build_tokenizer(captions):
-    """One token a word that the training texts use at least twice."""
+    """Return a tokenizer of the words that occur at least twice in the training texts."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -237,7 +248,7 @@ def build_tokenizer(captions):
 
 
 def build_text_tower(tokenizer):
-    """A bag of words, which is enough here (see locked_image.py)."""
+    """Return a bag of words, which is enough here (see locked_image.py)."""
     from transformers import BertConfig, BertModel
 
     size = BertConfig(
@@ -257,7 +268,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("emoji", type=Path, help="a folder with captions.jsonl")
     parser.add_argument("--vision", required=True, help="a vision model of transformers")
     parser.add_argument("--output", type=Path, default=Path("runs/forgetting"))
-    parser.add_argument("--features", type=Path, default=Path("runs/features.sqlite"), help="where features are kept")
+    parser.add_argument(
+        "--features", type=Path, default=Path("runs/features.sqlite"), help="file that keeps the features"
+    )
     parser.add_argument("--figure", type=Path, default=None, help="an SVG file for the curves")
     parser.add_argument("--budget", type=float, default=0.02, help="how much of the photos' recall may be lost")
     parser.add_argument("--held-photos", type=int, default=800, help="half to choose on, half to report")

@@ -1,9 +1,9 @@
-"""Which losses of the field give the gradients of the big batch, and which do not: the table of train/README.md.
+"""Print which losses of the field give the gradients of the big batch: the table of train/README.md.
 
 The same two small encoders and the same 24 pairs go, in float64, through each library's own loss: once in one
-process that holds the whole batch, once as people run it: on several ranks under DDP, or in chunks. What is
-printed, for each encoder and for the logit scale, is the length of the second gradient over that of the first,
-and the cosine between them (a number has none). 1.000 / 1.000 is the big batch. It starts its own processes:
+process that holds the whole batch, and once as people run it, on several ranks under DDP or in chunks. The table
+has, for each encoder, the length of the second gradient over that of the first, and the cosine between them; for the
+logit scale, the ratio alone. 1.000 / 1.000 is the big batch. The program starts its own processes:
 
     python train/gradient_parity.py
     python train/gradient_parity.py --ranks 2 4 --to parity.md
@@ -44,15 +44,16 @@ from clipkit.data.batches.batch import Batch, RowKeys
 from clipkit.losses.contrastive import EmbeddedBatch
 from clipkit.training.step import backward
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's notes on parameters that a loss does not train
-logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # of gathering in one process
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # hides DDP's notes on parameters that a loss does not train
+logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # hides warnings on gathering in one process
 
-N, CHUNKS = 24, 4  # pairs; chunks where a batch is taken in parts
-UNEVEN = {2: (15, 9), 4: (9, 7, 5, 3)}  # rows of each rank where they differ
+N = 24  # pairs
+CHUNKS = 4  # of a batch that is processed in parts
+UNEVEN = {2: (15, 9), 4: (9, 7, 5, 3)}  # rows of each rank where the ranks differ
 
 
 class Encoders(nn.Module):
-    """Two encoders and a scale, with the outputs that open_clip's models have."""
+    """Two encoders and a scale, with the outputs of open_clip's models."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -64,31 +65,35 @@ class Encoders(nn.Module):
         self.double()
 
     def forward(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        encoded = F.normalize(self.image(images), dim=-1), F.normalize(self.text(texts), dim=-1)
-        return dict(zip(("image_features", "text_features"), encoded, strict=True), logit_scale=self.logit_scale.exp())
+        return {
+            "image_features": F.normalize(self.image(images), dim=-1),
+            "text_features": F.normalize(self.text(texts), dim=-1),
+            "logit_scale": self.logit_scale.exp(),
+        }
 
 
 class Columns(nn.Module):
-    """The same encoders as sentence-transformers calls a model: one column at a time."""
+    """The same encoders with the interface of sentence-transformers: one column at a time."""
 
     def __init__(self, encoders: Encoders) -> None:
         super().__init__()
         self.encoders = encoders
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        encoder = self.encoders.image if "pixel_values" in features else self.encoders.text
-        return {"sentence_embedding": encoder(features.get("pixel_values", features.get("input_ids")))}
+        if "pixel_values" in features:
+            return {"sentence_embedding": self.encoders.image(features["pixel_values"])}
+        return {"sentence_embedding": self.encoders.text(features["input_ids"])}
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:
-    """Images, texts that have something in common with them, and a class for every fourth."""
+    """Return images, texts correlated with them, and classes of four pairs each."""
     torch.manual_seed(1)
     shared = torch.randn(N, 12, dtype=torch.float64)
     images, texts = (shared + 0.5 * torch.randn(N, 12, dtype=torch.float64) for _ in range(2))
     return images, texts, torch.arange(N) % 6
 
 
-# --- each library's loss: (outputs, rows' numbers, classes, rank, world) to what this rank calls backward on
+# --- each library's loss: (outputs, numbers of the rows, classes, rank, world) -> the loss of this rank
 
 
 def open_clip_loss(out: dict, rows: Tensor, labels: Tensor, rank: int, world: int, **options: bool) -> Tensor:
@@ -155,31 +160,37 @@ OVER_RANKS: dict[str, Callable[..., Tensor]] = {
 
 
 def big_step(encoders: Encoders, images: Tensor, texts: Tensor, passes: int, by_column: bool) -> None:
-    """The batch in one graph, with the dropout masks that chunks draw in their pass number `passes`.
+    """Run the batch in one graph, with the dropout masks that chunks draw in their pass number `passes`.
 
-    By column: all chunks of images are encoded before the texts, so that they draw their masks first.
+    Args:
+        encoders, images, texts: as for each chunked step.
+        passes: how often the chunked step encodes each chunk.
+        by_column: encode all chunks of images before the texts, so that the images draw their masks first.
     """
-    chunks = [each.chunk(CHUNKS) for each in (images, texts)]
-    order = [(side, k) for side in (0, 1) for k in range(CHUNKS)]
-    for last in range(passes):
-        found = {}
-        for side, k in order if by_column else sorted(order, key=lambda each: each[::-1]):
-            found[side, k] = (encoders.image, encoders.text)[side](chunks[side][k])
-        if last == passes - 1:
-            image, text = (F.normalize(torch.cat([found[side, k] for k in range(CHUNKS)]), dim=-1) for side in (0, 1))
-            open_clip.ClipLoss()(image, text, encoders.logit_scale.exp()).backward()
+    image_chunks, text_chunks = images.chunk(CHUNKS), texts.chunk(CHUNKS)
+    for _ in range(passes):
+        if by_column:
+            image = [encoders.image(chunk) for chunk in image_chunks]
+            text = [encoders.text(chunk) for chunk in text_chunks]
+        else:
+            image, text = [], []
+            for image_chunk, text_chunk in zip(image_chunks, text_chunks, strict=True):
+                image.append(encoders.image(image_chunk))
+                text.append(encoders.text(text_chunk))
+    image_features, text_features = (F.normalize(torch.cat(encoded), dim=-1) for encoded in (image, text))
+    open_clip.ClipLoss()(image_features, text_features, encoders.logit_scale.exp()).backward()
 
 
 def open_clip_accumulation(encoders: Encoders, images: Tensor, texts: Tensor) -> None:
-    """open_clip's own training loop with --accum-freq."""
+    """Run open_clip's own training loop with --accum-freq."""
     parts = list(zip(images.chunk(CHUNKS), texts.chunk(CHUNKS), strict=True))
     settings = {"device": "cpu", "precision": "fp64", "accum_freq": CHUNKS, "skip_scheduler": True, "distill": False}
     settings |= {"grad_clip_norm": None, "horovod": False, "rank": 0, "world_size": 1, "log_every_n_steps": 10**9}
     settings |= {"wandb": False, "batch_size": N // CHUNKS, "trackio": False, "local_rank": 0}
     split = SimpleNamespace(dataloader=_Loader(parts), set_epoch=lambda epoch: None)
-    keep = torch.optim.SGD(encoders.parameters(), lr=0.0)  # leaves the gradients to be looked at
+    optimizer = torch.optim.SGD(encoders.parameters(), lr=0.0)  # keeps the gradients
     train_one_epoch(
-        encoders, {"train": split}, open_clip.ClipLoss(), 0, keep, None, None, None, SimpleNamespace(**settings)
+        encoders, {"train": split}, open_clip.ClipLoss(), 0, optimizer, None, None, None, SimpleNamespace(**settings)
     )
 
 
@@ -198,7 +209,7 @@ def sentence_transformers_cached(encoders: Encoders, images: Tensor, texts: Tens
     loss([{"pixel_values": images}, {"input_ids": texts}], None).backward()
 
 
-class Named(nn.Module):
+class NamedOutputs(nn.Module):
     """The same encoders with the outputs that clipkit's step reads."""
 
     def __init__(self, encoders: Encoders) -> None:
@@ -213,48 +224,52 @@ class Named(nn.Module):
 def clipkit_cached(encoders: Encoders, images: Tensor, texts: Tensor) -> None:
     rows = RowKeys({"row": torch.arange(N)})
     batch = Batch({"pixel_values": images, "input_ids": texts}, {"image": rows, "text": rows}, N)
-    backward(Named(encoders), batch, [Paired()], micro_batch=N // CHUNKS)
+    backward(NamedOutputs(encoders), batch, [Paired()], micro_batch=N // CHUNKS)
 
 
 # --- running them
 
 
 def gradients(encoders: Encoders) -> dict[str, Tensor]:
-    found = {}
-    for side in ("image", "text"):
-        found[side] = torch.cat([p.grad.flatten() for p in getattr(encoders, side).parameters()])
-    scale = encoders.logit_scale.grad
-    return found if scale is None else found | {"scale": scale.reshape(1)}
+    """Return the gradient of each encoder as one vector, and that of the scale if the loss trains it."""
+    result = {}
+    for modality in ("image", "text"):
+        parameters = getattr(encoders, modality).parameters()
+        result[modality] = torch.cat([parameter.grad.flatten() for parameter in parameters])
+    if encoders.logit_scale.grad is not None:
+        result["scale"] = encoders.logit_scale.grad.reshape(1)
+    return result
 
 
 def over_ranks(world: int) -> dict[str, dict[str, Tensor]]:
-    """The gradients of each loss on `world` processes."""
+    """Return the gradients of each loss on `world` processes."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (world, _free_port(), folder)
         torch.multiprocessing.start_processes(on_rank, arguments, nprocs=world, start_method="fork")
-        found: dict[str, dict[str, Tensor]] = torch.load(Path(folder) / f"{world}.pt")
-        return found
+        by_loss: dict[str, dict[str, Tensor]] = torch.load(Path(folder) / f"{world}.pt")
+        return by_loss
 
 
 def on_rank(rank: int, world: int, port: int, folder: str) -> None:
-    """Every loss on one of several processes; rank 0 keeps what DDP gave."""
+    """Run every loss on one of several processes; rank 0 saves the gradients of DDP."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.distributed.nn, in the libraries' code
-    learnt = one_process()
+    in_one_process = one_process()
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     images, texts, labels = data()
-    found = {}
+    by_loss = {}
     for name, loss in OVER_RANKS.items():
         rows = torch.arange(N).split(UNEVEN[world] if "uneven" in name else N // world)[rank]
-        found[name] = one_step(loss, images, texts, labels, rows, rank, world, spare="scale" not in learnt[name])
+        unused = "scale" not in in_one_process[name]
+        by_loss[name] = one_step(loss, images, texts, labels, rows, rank, world, has_unused_parameters=unused)
     if rank == 0:
-        torch.save(found, Path(folder) / f"{world}.pt")
+        torch.save(by_loss, Path(folder) / f"{world}.pt")
     dist.destroy_process_group()
 
 
 def one_process() -> dict[str, dict[str, Tensor]]:
-    """The gradients of the whole batch, by each loss."""
+    """Return the gradients of the whole batch, by each loss."""
     return {name: one_step(loss, *data(), torch.arange(N)) for name, loss in OVER_RANKS.items()}
 
 
@@ -266,11 +281,13 @@ def one_step(
     rows: Tensor,
     rank: int = 0,
     world: int = 1,
-    spare: bool = False,
+    has_unused_parameters: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of this rank's `rows`; `spare`: the loss does not train the scale."""
+    """Return the gradients after a step with this rank's `rows`."""
     encoders = Encoders()
-    model = DistributedDataParallel(encoders, find_unused_parameters=spare) if world > 1 else encoders
+    model: nn.Module = encoders
+    if world > 1:
+        model = DistributedDataParallel(encoders, find_unused_parameters=has_unused_parameters)
     loss(model(images[rows], texts[rows]), rows, labels[rows], rank, world).backward()
     return gradients(encoders)
 
@@ -278,27 +295,30 @@ def one_step(
 def in_chunks(
     step: Callable[..., None], passes: int, by_column: bool, dropout: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients of `step`, and of the big batch with the same dropout masks."""
+    """Return the gradients of `step`, and those of the big batch with the same dropout masks."""
     images, texts, _ = data()
-    pair = []
-    for run in (step, partial(big_step, passes=passes, by_column=by_column)):
+
+    def run(function: Callable[..., None]) -> dict[str, Tensor]:
         encoders = Encoders(dropout).train()
         torch.manual_seed(2)
-        run(encoders, images, texts)
-        pair.append(gradients(encoders))
-    return pair[0], pair[1]
+        function(encoders, images, texts)
+        return gradients(encoders)
+
+    return run(step), run(partial(big_step, passes=passes, by_column=by_column))
 
 
-def row(name: str, where: str, found: dict[str, Tensor], big: dict[str, Tensor]) -> str:
-    cells = [name, where]
+def row(name: str, launch: str, measured: dict[str, Tensor], big: dict[str, Tensor]) -> str:
+    """Return a row of the table: the measured gradients beside those of the big batch."""
+    cells = [name, launch]
     for part in ("image", "text", "scale"):
-        if not (part in found and part in big):
+        if part not in measured or part not in big:
             cells.append("not trained")
         elif part == "scale":
-            cells.append(f"{float(found[part] / big[part]):.3f}")
+            cells.append(f"{float(measured[part] / big[part]):.3f}")
         else:
-            ratio = float(found[part].norm() / big[part].norm())
-            cells.append(f"{ratio:.3f} / {float(F.cosine_similarity(found[part], big[part], dim=0)):.3f}")
+            ratio = float(measured[part].norm() / big[part].norm())
+            cosine = float(F.cosine_similarity(measured[part], big[part], dim=0))
+            cells.append(f"{ratio:.3f} / {cosine:.3f}")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -309,18 +329,21 @@ def main() -> None:
     options = parser.parse_args()
 
     lines = ["| loss | run as | image encoder | text encoder | logit scale |", "|---|---|---|---|---|"]
-    ranks = {world: over_ranks(world) for world in options.ranks}  # forked, so before autograd starts its threads here
+    by_world = {world: over_ranks(world) for world in options.ranks}  # forks, so before autograd starts threads here
     big = one_process()
-    for world, found in ranks.items():
-        lines += [row(name, f"{world} ranks", each, big[name]) for name, each in found.items()]
+    for world, by_loss in by_world.items():
+        lines += [row(name, f"{world} ranks", measured, big[name]) for name, measured in by_loss.items()]
 
-    chunked: dict[str, tuple] = {"clipkit micro_batch": (clipkit_cached, 1, False)}
-    chunked["open_clip --accum-freq"] = (open_clip_accumulation, 2, False)
-    chunked["sentence-transformers, cached"] = (sentence_transformers_cached, 1, True)
+    chunked: dict[str, tuple] = {  # the step, the passes and the order of its encoding
+        "clipkit micro_batch": (clipkit_cached, 1, False),
+        "open_clip --accum-freq": (open_clip_accumulation, 2, False),
+        "sentence-transformers, cached": (sentence_transformers_cached, 1, True),
+    }
     for dropout in (0.0, 0.1):
-        for name, how in chunked.items():
-            with_dropout = f", dropout {dropout}" if dropout else ""
-            lines.append(row(name, f"{CHUNKS} chunks{with_dropout}", *in_chunks(*how, dropout)))
+        launch = f"{CHUNKS} chunks, dropout {dropout}" if dropout else f"{CHUNKS} chunks"
+        for name, (step, passes, by_column) in chunked.items():
+            measured, whole = in_chunks(step, passes, by_column, dropout)
+            lines.append(row(name, launch, measured, whole))
 
     table = "\n".join(lines) + "\n"
     print(table)

@@ -1,7 +1,7 @@
-"""Teach a text tower, from nothing, to speak of what a locked image tower sees (LiT, Zhai et al. 2022).
+"""Train a text tower from scratch to match a locked image tower (LiT, Zhai et al. 2022).
 
-The image tower stands still, so its features are computed once and kept on disk; each epoch then costs
-the text side alone. Start it with any of
+The image tower is frozen, so its features are computed once and kept on disk; each epoch then runs only
+the text tower. Start it with any of
 
     python train/locked_image.py PHOTOS --vision TOWER --output runs/locked
     torchrun --nproc_per_node 2 train/locked_image.py PHOTOS --vision TOWER --output runs/locked
@@ -47,25 +47,25 @@ def main() -> None:
     pairs = load_pairs(table, image="image", text="captions")
     train, test = split_pairs(pairs, test=0.1, by="image", seed=args.seed)
 
-    # 2. Model: the locked tower, a small text tower with its own words, and two heads.
+    # 2. Model: the locked tower, a small text tower whose words are those of the captions, and two heads.
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(train["texts"])
     text = build_text_tower(tokenizer)
     model = DualEncoder.from_towers(args.vision, text, tokenizer, dim=512, context_length=LENGTH, text_pooling="mean")
     model.freeze("image").to(device)
 
-    # 3. Features of the locked tower, once: a second run, or another seed, finds them in the store.
+    # 3. Features of the locked tower, once: a second run, or another seed, reads them from the store.
     with EmbeddingStore(args.features) as store:
         train = with_image_features(model, train, store=store, progress=is_main())
 
-    # 4. Train. The held-out photos are measured once, at the end, from file to rank: nothing is chosen by them.
+    # 4. Train. The held-out photos are measured once, at the end, from their files: no choice depends on them.
     config = TrainConfig(
         output_dir=str(args.output),
         epochs=args.epochs,
         batch_size=args.batch_size,
-        learning_rate=args.learning_rate,  # the text tower starts at random, too
+        learning_rate=args.learning_rate,  # the text tower has random weights, like the heads
         head_learning_rate=args.learning_rate,
-        augmentation="none",  # features are of the photos as they are
+        augmentation="none",  # the features are those of unchanged photos
         evaluate_every=10**9,
         seed=args.seed,
     )
@@ -73,7 +73,7 @@ def main() -> None:
     trainer = Trainer(model, train, config, similar=Paired(), evaluators=[evaluator])
     result = trainer.train()
 
-    # 5. Save what it reached, beside chance.
+    # 5. Save the metrics, beside chance.
     if is_main():
         write_json(
             args.output / "result.json", build_result(model, result.metrics, [evaluator], args.seed, result.seconds)
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def build_tokenizer(captions):
-    """One token a word that the training captions use at least twice."""
+    """Return a tokenizer of the words that occur at least twice in the training captions."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -99,9 +99,9 @@ def build_tokenizer(captions):
 
 
 def build_text_tower(tokenizer):
-    """A bag of words: BERT's embeddings without a layer above them, averaged.
+    """Return a bag of words: the mean of BERT's embeddings, without a layer above them.
 
-    On 2,340 photos that is enough: it reached 67.7 % text-to-image recall@10 where a GRU reached 57 %.
+    That is enough for 2,340 photos: it reached 67.7 % text-to-image recall@10, a GRU 57 %.
     """
     from transformers import BertConfig, BertModel
 
@@ -121,7 +121,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("photos", type=Path, help="a folder with captions.jsonl, or a table")
     parser.add_argument("--vision", required=True, help="a vision model of transformers")
     parser.add_argument("--output", type=Path, default=Path("runs/locked"))
-    parser.add_argument("--features", type=Path, default=Path("runs/features.sqlite"), help="where features are kept")
+    parser.add_argument(
+        "--features", type=Path, default=Path("runs/features.sqlite"), help="file that keeps the features"
+    )
     parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--batch-size", type=int, default=585, help="a quarter of the 2,340 photos")
     parser.add_argument("--learning-rate", type=float, default=3e-3)

@@ -1,10 +1,11 @@
-"""What the Trainer costs beside the bare step: images a second of both, and of open_clip's own loop, in one process.
+"""Measure the speed of the Trainer, of a bare step and of open_clip's own loop, in one process.
 
-All three train the same weights of the same open_clip model on the same batches, which lie in memory as tensors, with
-the same loss, clipping and optimizer; four steps of one are followed by four of the others, in turn, so that what else
-the machine does hits all alike. The first of four is not counted, for it works in memory that another loop has left.
-Between two batches the Trainer does all that it always does: learning rates, checks for what is not finite, log,
-clocks, signals, and checkpoints, which are counted apart. So is decoding: workers do it beside the step.
+All three train the same weights of the same open_clip model on the same batches of tensors in memory, with the same
+loss, clipping and optimizer. Four steps of one loop are followed by four of the others, so that other programs on the
+machine slow all of them equally. The first of four is not counted: it runs in memory that another loop has used.
+Between two batches the Trainer does everything that it does in any run: learning rates, checks for values that are not
+finite, log, clocks, signals, and checkpoints. Checkpoints are reported separately; so is decoding, which workers do
+during the step.
 
     python train/step_speed.py
     python train/step_speed.py --steps 60 --batch-size 32 --width 256 --layers 6 --to speed.json
@@ -36,24 +37,31 @@ from clipkit.errors import exit_with_message
 from clipkit.files import write_json
 
 NAME = "step-speed"
-RATE, DECAY = 1e-4, 0.1
+LEARNING_RATE = 1e-4
+WEIGHT_DECAY = 0.1
 BLOCK = 4  # steps of one loop in a row
 WORDS = ["a", "red", "green", "blue", "dog", "cat", "bird", "tree", "house", "road", "on", "under", "near"]
 
 
 @dataclass
 class Times:
-    """Seconds of each step, on the clock and of the processor."""
+    """Seconds of each step, by the clock and of the processor."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def add(self, begin: tuple[float, float]) -> None:
+        """Add a step that began at these times."""
         self.wall.append(time.perf_counter() - begin[0])
         self.cpu.append(time.process_time() - begin[1])
 
 
+Step = Callable[[dict[str, torch.Tensor]], float]
+"""Trains on a batch's inputs, and returns the loss."""
+
+
 def now() -> tuple[float, float]:
+    """Return the time by the clock and of the processor."""
     return time.perf_counter(), time.process_time()
 
 
@@ -61,43 +69,46 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        native = build(args, Path(folder))
-        trainer = set_up(native, args, Path(folder) / "run")
-        batches, decoding = in_memory(trainer, args)
-        rivals = {"bare step": bare(copy.deepcopy(native)), "open_clip_train": theirs(copy.deepcopy(native), args)}
-        found = measure(trainer, rivals, batches, args)
-        saved = checkpoint(found.pop("saves"), Path(folder) / "run", trainer.config)
-    result = {"model": facts(native, args), **summary(found, args), "checkpoint": saved, "decoding": decoding}
+        model = build_model(args, Path(folder))
+        trainer = build_trainer(model, args, Path(folder) / "run")
+        batches, decoding = load_batches(trainer, args)
+        other_steps = {
+            "bare step": bare_step(copy.deepcopy(model)),
+            "open_clip_train": open_clip_step(copy.deepcopy(model), args),
+        }
+        measurement = measure(trainer, other_steps, batches, args)
+        saved = checkpoint(measurement.save_seconds, Path(folder) / "run")
+    result = {"model": facts(model, args), **summary(measurement, args), "checkpoint": saved, "decoding": decoding}
     if args.to:
         write_json(args.to, result)
     print(table(result))
 
 
-# -- the three steps
+# -- the three loops
 
 
-def set_up(native: torch.nn.Module, args: argparse.Namespace, folder: Path) -> Trainer:
-    """clipkit's Trainer around the model, with everything on that is on by default."""
+def build_trainer(model: torch.nn.Module, args: argparse.Namespace, folder: Path) -> Trainer:
+    """Return clipkit's Trainer for a copy of the model, with its default checks."""
     preprocess = open_clip.image_transform(args.image_size, is_train=False)
     tokenizer = open_clip.SimpleTokenizer(context_length=args.context_length)
-    model = DualEncoder.from_open_clip(copy.deepcopy(native), preprocess, tokenizer, arch=NAME)
+    dual_encoder = DualEncoder.from_open_clip(copy.deepcopy(model), preprocess, tokenizer, arch=NAME)
     config = TrainConfig(
         str(folder),
         epochs=10**6,
         max_steps=args.steps,
         batch_size=args.batch_size,
-        learning_rate=RATE,
-        weight_decay=DECAY,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
         warmup=0.0,
-        save_steps=max(2, args.steps // 3),  # in place of the clock, so that some fall into so short a run
-        evaluate_every=max(1, args.steps // 3 - 1),  # before the first of them, which then holds best weights, too
+        save_steps=max(2, args.steps // 3),  # by steps and not by the clock: the run is short
+        evaluate_every=max(1, args.steps // 3 - 1),  # before the first checkpoint, which then has best weights, too
         precision="fp32",
     )
-    return Trainer(model, pairs(4 * args.batch_size), config, evaluators=[lambda _: {"none": 0.0}])
+    return Trainer(dual_encoder, make_pairs(4 * args.batch_size), config, evaluators=[lambda _: {"none": 0.0}])
 
 
-def bare(model: torch.nn.Module) -> Callable[[dict[str, torch.Tensor]], float]:
-    """The step as one writes it by hand."""
+def bare_step(model: torch.nn.Module) -> Step:
+    """Return a training step as one writes it by hand."""
     model.train()
     optimizer = adamw(model)
 
@@ -115,24 +126,26 @@ def bare(model: torch.nn.Module) -> Callable[[dict[str, torch.Tensor]], float]:
     return step
 
 
-def theirs(model: torch.nn.Module, args: argparse.Namespace) -> Callable[[dict[str, torch.Tensor]], float]:
-    """open_clip_train's `train_one_epoch` over one batch at a time."""
-    optimizer, losses = adamw(model), []
-    # as its parameters are by default, with the same clipping
+def open_clip_step(model: torch.nn.Module, args: argparse.Namespace) -> Step:
+    """Return a step by open_clip_train's `train_one_epoch`, over one batch at a time."""
+    optimizer = adamw(model)
+    losses = []
+    # its default parameters, with the same clipping
     settings = SimpleNamespace(
         device="cpu", precision="fp32", distill=False, accum_freq=1, skip_scheduler=True, grad_clip_norm=1.0,
         horovod=False, rank=0, local_rank=0, log_local=False, log_every_n_steps=100, batch_size=args.batch_size,
         world_size=1, wandb=False,
     )  # fmt: skip
-    plain = open_clip.ClipLoss()
+    clip_loss = open_clip.ClipLoss()
 
-    def loss(**given: Any) -> dict[str, torch.Tensor]:
-        found = plain(**given)
-        losses.append(float(found["contrastive_loss"].detach()))
-        return found
+    def loss(**outputs: Any) -> dict[str, torch.Tensor]:
+        named_losses = clip_loss(**outputs)
+        losses.append(float(named_losses["contrastive_loss"].detach()))
+        return named_losses
 
     class Batches:
-        num_batches, num_samples = 1, args.batch_size
+        num_batches = 1
+        num_samples = args.batch_size
 
         def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
             self.inputs = inputs
@@ -149,56 +162,81 @@ def theirs(model: torch.nn.Module, args: argparse.Namespace) -> Callable[[dict[s
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.AdamW:
-    decayed = [each for each in model.parameters() if each.ndim >= 2]
-    others = [each for each in model.parameters() if each.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    """Return the optimizer that the Trainer builds: no weight decay on vectors and scalars."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 # -- the measurement
 
 
-def measure(trainer: Trainer, rivals: dict[str, Any], batches: list[Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The times of each kind of step, taken while the Trainer waits for its next batch."""
-    found = {name: Times() for name in ("clipkit Trainer", *rivals)}
-    losses: dict[str, list[float]] = {name: [] for name in rivals}
+@dataclass
+class Measurement:
+    """What the three loops took.
 
-    def one_after_the_other(start: int, stop: int) -> Iterator[Any]:
+    Attributes:
+        times: of every step of each loop.
+        skipped: the steps that are not counted.
+        save_seconds: what the Trainer's steps with a checkpoint took longer than others.
+    """
+
+    times: dict[str, Times]
+    skipped: set[int]
+    save_seconds: list[float]
+
+
+def measure(
+    trainer: Trainer, other_steps: dict[str, Step], batches: list[Any], args: argparse.Namespace
+) -> Measurement:
+    """Train with the Trainer, and run the other loops while it waits for its next batch."""
+    times = {name: Times() for name in ("clipkit Trainer", *other_steps)}
+    losses: dict[str, list[float]] = {name: [] for name in other_steps}
+
+    def run_others(start: int, stop: int, names: list[str]) -> None:
+        for name in names:
+            for step in range(start, stop):
+                begin = now()
+                losses[name].append(other_steps[name](batches[step % len(batches)].inputs))
+                times[name].add(begin)
+
+    def interleaved(start: int, stop: int) -> Iterator[Any]:
         for step in range(start, stop):
             if step % BLOCK == 0:
-                for name in list(rivals)[:: 1 if step % (2 * BLOCK) else -1]:
-                    for ahead in range(step, min(step + BLOCK, stop)):
-                        begin = now()
-                        losses[name].append(rivals[name](batches[ahead % len(batches)].inputs))
-                        found[name].add(begin)
+                names = list(other_steps)
+                if step % (2 * BLOCK) == 0:  # in alternating order
+                    names.reverse()
+                run_others(step, min(step + BLOCK, stop), names)
             begin = now()
             yield batches[step % len(batches)]
-            found["clipkit Trainer"].add(begin)
+            times["clipkit Trainer"].add(begin)
 
-    trainer.loader.batches = one_after_the_other  # type: ignore[method-assign]
-    history = trainer.train().history
-    ours = history[0]["loss"]
+    trainer.loader.batches = interleaved  # type: ignore[method-assign]
+    first_loss = trainer.train().history[0]["loss"]
     for name, values in losses.items():
-        if abs(values[0] - ours) > 1e-4 * ours:
-            raise SystemExit(f"{name} does not do the same work: its first loss is {values[0]}, the Trainer's {ours}")
-    times = found["clipkit Trainer"]
-    saving, evaluating = (
-        {step for step in range(args.warmup, len(times.wall)) if (step + 1) % (every or 1) == 0}
-        for every in (trainer.config.save_steps, trainer.config.evaluate_every)
-    )
-    usual = statistics.median(times.wall)
-    saves = [times.wall[step] - usual for step in sorted(saving - evaluating)]
-    first = {step for step in range(len(times.wall)) if step < args.warmup or step % BLOCK == 0}
-    return {"times": found, "skip": first | saving | evaluating, "saves": saves}
+        if abs(values[0] - first_loss) > 1e-4 * first_loss:
+            raise SystemExit(
+                f"{name} does not do the same work: its first loss is {values[0]}, the Trainer's {first_loss}"
+            )
+    wall = times["clipkit Trainer"].wall
+    steps = range(len(wall))
+    saving = {step for step in steps if step >= args.warmup and (step + 1) % trainer.config.save_steps == 0}
+    evaluating = {step for step in steps if step >= args.warmup and (step + 1) % trainer.config.evaluate_every == 0}
+    usual = statistics.median(wall)
+    save_seconds = [wall[step] - usual for step in sorted(saving - evaluating)]
+    first = {step for step in steps if step < args.warmup or step % BLOCK == 0}
+    return Measurement(times, first | saving | evaluating, save_seconds)
 
 
-def summary(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Images a second of each, and the Trainer's share of the others' speed, step by step."""
-    kept = [step for step in range(len(found["times"]["clipkit Trainer"].wall)) if step not in found["skip"]]
-    wall = {name: np.array(each.wall)[kept] for name, each in found["times"].items()}
-    cpu = {name: np.array(each.cpu)[kept] for name, each in found["times"].items()}
+def summary(measurement: Measurement, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the images a second of each loop, and the Trainer's share of the others' speed, step by step."""
+    times = measurement.times
+    counted = [step for step in range(len(times["clipkit Trainer"].wall)) if step not in measurement.skipped]
+    wall = {name: np.array(loop_times.wall)[counted] for name, loop_times in times.items()}
+    cpu = {name: np.array(loop_times.cpu)[counted] for name, loop_times in times.items()}
     rows = {}
-    for name in wall:
+    for name in times:
         ratios = wall[name] / wall["clipkit Trainer"]
         low, high = interval(ratios)
         rows[name] = {
@@ -209,55 +247,56 @@ def summary(found: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
             "trainer_speed_of_this_95": [round(low, 4), round(high, 4)],
             "trainer_cpu_speed_of_this": round(float(np.median(cpu[name] / cpu["clipkit Trainer"])), 4),
         }
-    return {"steps": len(kept), "batch_size": args.batch_size, "loops": rows}
+    return {"steps": len(counted), "batch_size": args.batch_size, "loops": rows}
 
 
 def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """95 % of the median, by 2,000 resamples of the paired steps."""
+    """Return the 95 % interval of the median, by 2,000 resamples of the paired steps."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
     return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
-def checkpoint(seconds: list[float], folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """One save: what the steps with a checkpoint took longer, and its bytes on the disk."""
+def checkpoint(save_seconds: list[float], folder: Path) -> dict[str, Any]:
+    """Return the mean seconds of a save, its bytes on the disk, and its share of a run."""
     (newest,) = (folder / "checkpoints").glob("step_*")
     size = sum(path.stat().st_size for path in newest.iterdir())
-    took, every = statistics.mean(seconds) if seconds else 0.0, 60 * TrainConfig("x").save_minutes
+    seconds = statistics.mean(save_seconds) if save_seconds else 0.0
+    default_interval = 60 * TrainConfig("x").save_minutes
     return {
-        "saves": len(seconds),
-        "seconds": round(took, 3),
+        "saves": len(save_seconds),
+        "seconds": round(seconds, 3),
         "bytes": size,
-        "default_interval_seconds": every,
-        "share_of_run_time": round(took / (every + took), 5),
+        "default_interval_seconds": default_interval,
+        "share_of_run_time": round(seconds / (default_interval + seconds), 5),
     }
 
 
 # -- the data
 
 
-def pairs(count: int) -> list[dict[str, Any]]:
-    """Smooth noise as JPEG, 320 by 240, and captions of ten words."""
+def make_pairs(count: int) -> list[dict[str, Any]]:
+    """Return smooth noise as JPEG, 320 by 240, with captions of ten words."""
     rng = np.random.default_rng(0)
-    found = []
+    pairs = []
     for _ in range(count):
         small = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
         buffer = io.BytesIO()
         small.resize((320, 240), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        found.append({"image": buffer.getvalue(), "texts": [" ".join(rng.choice(WORDS, 10))]})
-    return found
+        pairs.append({"image": buffer.getvalue(), "texts": [" ".join(rng.choice(WORDS, 10))]})
+    return pairs
 
 
-def in_memory(trainer: Trainer, args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
-    """Four batches as the loader makes them, and how many images a second one process decodes, crops and resizes."""
+def load_batches(trainer: Trainer, args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Return four batches of the loader, and how many images a second one process decodes, crops and resizes."""
     begin = time.perf_counter()
     batches = list(trainer.loader.batches(0, 4))
     rate = 4 * args.batch_size / (time.perf_counter() - begin)
     return batches, {"images_per_second_of_one_process": round(rate, 1), "jpeg": "320 x 240", "to": args.image_size}
 
 
-def build(args: argparse.Namespace, folder: Path) -> torch.nn.Module:
-    """open_clip's CLIP with a ViT, of a size of our own."""
+def build_model(args: argparse.Namespace, folder: Path) -> torch.nn.Module:
+    """Return open_clip's CLIP with a ViT of the size that was asked for, with random weights."""
     vision = {"image_size": args.image_size, "layers": args.layers, "width": args.width, "patch_size": 8}
     vision["head_width"] = min(64, args.width)
     heads = max(1, args.width // 64)
@@ -270,7 +309,7 @@ def build(args: argparse.Namespace, folder: Path) -> torch.nn.Module:
 
 def facts(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "parameters": sum(each.numel() for each in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "image_size": args.image_size,
         "patch_size": 8,
         "width": args.width,
@@ -278,14 +317,14 @@ def facts(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, Any]:
         "context_length": args.context_length,
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "load_average": [round(each, 1) for each in os.getloadavg()],
+        "load_average": [round(load, 1) for load in os.getloadavg()],
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """For reading; the same figures as the JSON."""
+    """Return the figures of the JSON as Markdown."""
     model, saved, decoding = result["model"], result["checkpoint"], result["decoding"]
     lines = [
         f"{model['parameters'] / 1e6:.1f} M parameters, {model['image_size']} px, batch {result['batch_size']}, fp32, "
@@ -295,12 +334,12 @@ def table(result: dict[str, Any]) -> str:
         "| loop | images/s | s/step | CPU s/step | Trainer's speed of it (95 %) | by CPU seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for name, each in result["loops"].items():
-        low, high = each["trainer_speed_of_this_95"]
+    for name, loop in result["loops"].items():
+        low, high = loop["trainer_speed_of_this_95"]
         lines.append(
-            f"| {name} | {each['images_per_second']:.1f} | {each['seconds_per_step']:.3f} | "
-            f"{each['cpu_seconds_per_step']:.3f} | {each['trainer_speed_of_this']:.3f} ({low:.3f}–{high:.3f}) | "
-            f"{each['trainer_cpu_speed_of_this']:.3f} |"
+            f"| {name} | {loop['images_per_second']:.1f} | {loop['seconds_per_step']:.3f} | "
+            f"{loop['cpu_seconds_per_step']:.3f} | {loop['trainer_speed_of_this']:.3f} ({low:.3f}–{high:.3f}) | "
+            f"{loop['trainer_cpu_speed_of_this']:.3f} |"
         )
     lines += [
         "",

@@ -1,7 +1,7 @@
-"""What each trick of the trade is worth on the glyphs: the quickstart's job, one change at a time.
+"""Measure what each trick of the trade is worth on the glyphs: the quickstart's job, one change at a time.
 
-Trains the small model of `clipkit quickstart` for a few steps, once as it is and once for each change, with the
-same pairs seen, and prints recall on characters it has never seen: the figures of train/README.md.
+Train the small model of `clipkit quickstart` for a few steps, once unchanged and once for each change, on equally many
+pairs, and print recall on characters that are not in the training data: the figures of train/README.md.
 
     python train/tricks.py                          # all, about a minute a line and seed on two cores
     python train/tricks.py --only "sigmoid loss" --seeds 0 --steps 100
@@ -23,14 +23,14 @@ import torch.nn.functional as F
 
 from clipkit import DualEncoder, Paired, RetrievalEvaluator, SameGroup, Trainer, Views, average
 from clipkit.quickstart.glyphs import Glyphs, glyphs
-from clipkit.quickstart.job import RECIPE, build_model, repeated
+from clipkit.quickstart.job import RECIPE, build_model, repeat_letters
 
 GROUP = SameGroup("group")
 
 
 @dataclass(frozen=True)
 class Trick:
-    """One change. `batch` changes the number of steps, so that as many pairs are seen."""
+    """One change to the job."""
 
     similar: Any = GROUP
     loop: dict[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Trick:
     pairs: Callable[[Any], Any] = lambda pairs: pairs
     build: dict[str, Any] = field(default_factory=dict)
     dim: int | None = None
-    after: Callable[..., tuple[DualEncoder, float]] | None = None  # what follows a training as it is
+    after: Callable[..., tuple[DualEncoder, float]] | None = None  # follows an unchanged training
 
 
 def start_at(scale: float) -> Callable[[DualEncoder], None]:
@@ -49,21 +49,24 @@ def start_at(scale: float) -> Callable[[DualEncoder], None]:
 
 
 def other_case(pairs: Any) -> Any:
-    """Each letter's own name with the other case, as a caption that is always wrong."""
+    """Add each letter's name with the other case, as a caption that is always wrong."""
     swap = {"capital": "small", "small": "capital"}
 
     def wrong(name: str) -> list[str]:
         words = name.split()
-        return [" ".join(swap.get(word, word) for word in words)] if set(words) & set(swap) else []
+        if not set(words) & set(swap):
+            return []
+        return [" ".join(swap.get(word, word) for word in words)]
 
     return pairs.add_column("hard_texts", [wrong(name) for name in pairs["name"]])
 
 
-class Measured:
+class UnseenRecall:
     """Recall on unseen characters, of embeddings cut to `dim`."""
 
     def __init__(self, data: Glyphs, dim: int | None) -> None:
-        self.evaluator, self.dim = RetrievalEvaluator(data.unseen_characters, name="unseen", group="group"), dim
+        self.evaluator = RetrievalEvaluator(data.unseen_characters, name="unseen", group="group")
+        self.dim = dim
 
     def __call__(self, model: DualEncoder) -> dict[str, float]:
         if self.dim is None:
@@ -72,10 +75,12 @@ class Measured:
 
         def cut(**inputs: Any) -> Any:
             out = forward(**inputs)
-            sides = {
-                s: F.normalize(e[:, : self.dim], dim=1) for s in ("image", "text") if (e := getattr(out, s)) is not None
-            }
-            return out._replace(**{side: F.pad(e, (0, model.dim - e.shape[1])) for side, e in sides.items()})
+            for modality in ("image", "text"):
+                embedding = getattr(out, modality)
+                if embedding is not None:
+                    prefix = F.normalize(embedding[:, : self.dim], dim=1)
+                    out = out._replace(**{modality: F.pad(prefix, (0, model.dim - self.dim))})
+            return out
 
         model.forward = cut
         try:
@@ -85,8 +90,8 @@ class Measured:
 
 
 def fit(model: DualEncoder, data: Glyphs, trick: Trick, seed: int, steps: int) -> float:
-    """Train a model in place on `steps` batches of 128 pairs, or as many pairs in other batches; the seconds."""
-    pairs = repeated(trick.pairs(data.train))
+    """Train a model in place on `steps` batches of 128 pairs, or as many pairs in other batches; return the seconds."""
+    pairs = repeat_letters(trick.pairs(data.train))
     with tempfile.TemporaryDirectory() as folder:
         loop = replace(RECIPE, output_dir=str(Path(folder) / "run"), seed=seed, progress=False, **trick.loop)
         loop = replace(loop, max_steps=round(steps * RECIPE.batch_size / loop.batch_size), evaluate_every=10**9)
@@ -96,19 +101,19 @@ def fit(model: DualEncoder, data: Glyphs, trick: Trick, seed: int, steps: int) -
 
 
 def once(trick: Trick, data: Glyphs, seed: int, steps: int) -> tuple[dict[str, float], float]:
-    """Train one model; its metrics and the seconds that its own training took."""
+    """Train one model; return its metrics and the seconds of its own training."""
     model = build_model(data.train["texts"], seed, **trick.build)
     if trick.after:
         fit(model, data, Trick(), seed, steps)
         model, seconds = trick.after(model, data, seed, steps)
-        return Measured(data, None)(model), seconds
+        return UnseenRecall(data, None)(model), seconds
     trick.model(model)
     seconds = fit(model, data, trick, seed, steps)
-    return Measured(data, trick.dim)(model), seconds
+    return UnseenRecall(data, trick.dim)(model), seconds
 
 
 def locked(model: DualEncoder, data: Glyphs, seed: int, steps: int, **loop: Any) -> tuple[DualEncoder, float]:
-    """A new text tower learns to read the image tower of a trained model, which stands still (LiT)."""
+    """Train a new text tower against the frozen image tower of a trained model (LiT)."""
     fresh = build_model(data.train["texts"], seed + 100)
     for name in ("vision", "image_head"):
         getattr(fresh.backend, name).load_state_dict(getattr(model.backend, name).state_dict())
@@ -117,9 +122,9 @@ def locked(model: DualEncoder, data: Glyphs, seed: int, steps: int, **loop: Any)
 
 
 def longer(model: DualEncoder, data: Glyphs, seed: int, steps: int, runs: int) -> tuple[DualEncoder, float]:
-    """The mean of the weights of `runs` trainings that go on from one model, each with its own batches."""
+    """Return the mean of the weights of `runs` trainings that continue one model, each with its own batches."""
     models = [copy.deepcopy(model) for _ in range(runs)]
-    seconds = [fit(each, data, Trick(), seed + 10 + i, steps // 2) for i, each in enumerate(models)]
+    seconds = [fit(copied, data, Trick(), seed + 10 + i, steps // 2) for i, copied in enumerate(models)]
     return average(models), sum(seconds)
 
 
@@ -156,12 +161,14 @@ def main() -> None:
     print("| change | text → image R@1 | image → text R@1 | seconds |\n|---|---|---|---|")
     data = {seed: glyphs(seed) for seed in options.seeds}
     for name in options.only:
-        found = [once(TRICKS[name], data[seed], seed, options.steps) for seed in options.seeds]
+        runs = [once(TRICKS[name], data[seed], seed, options.steps) for seed in options.seeds]
         cells = []
-        for way in ("text_to_image", "image_to_text"):
-            each = [100 * metrics[f"unseen/{way}_recall@1"] for metrics, _ in found]
-            cells.append(f"{sum(each) / len(each):.1f} ({', '.join(f'{value:.1f}' for value in each)})")
-        print(f"| {name} | {' | '.join(cells)} | {sum(s for _, s in found) / len(found):.0f} |", flush=True)
+        for direction in ("text_to_image", "image_to_text"):
+            recalls = [100 * metrics[f"unseen/{direction}_recall@1"] for metrics, _ in runs]
+            by_seed = ", ".join(f"{recall:.1f}" for recall in recalls)
+            cells.append(f"{sum(recalls) / len(recalls):.1f} ({by_seed})")
+        seconds = sum(seconds for _, seconds in runs) / len(runs)
+        print(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

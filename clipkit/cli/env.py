@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from clipkit.cli.app import app
 from clipkit.cli.options import Json
 from clipkit.cli.output import print_json, say
-from clipkit.cli.shell import Verb
 
 
-@app.command(cls=Verb, epilog="Example: clipkit env --json")
 def env(as_json: Json = False) -> None:
     """Versions, devices and threads: what to put into a bug report."""
     from clipkit.evaluation.result import environment

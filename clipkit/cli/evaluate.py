@@ -7,38 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
-from clipkit.cli.app import app
-from clipkit.cli.inputs import open_model
 from clipkit.cli.options import (
-    BatchSize,
-    Encoding,
+    Batching,
+    DataArgument,
     ImageColumn,
     Json,
     LabelColumn,
-    MaxBad,
-    ModelName,
-    OnBad,
+    ModelOption,
     Overwrite,
-    Quoting,
-    Rejects,
-    Separator,
-    Split,
+    RejectPolicy,
+    TableFormat,
     Templates,
     TextColumn,
-    Workers,
+    open_model,
 )
 from clipkit.cli.output import print_json, print_metrics, tell
-from clipkit.cli.shell import Verb
 from clipkit.errors import UsageError
 from clipkit.prompts import DEFAULT_TEMPLATE
 
 
-@app.command(
-    cls=Verb, epilog="Example: clipkit evaluate birds.csv --model runs/birds/model --image file --text caption"
-)
 def evaluate(
-    data: Annotated[str, typer.Argument(help="A table, a folder, or a data set of the hub.")],
-    model: ModelName,
+    data: DataArgument,
+    model: ModelOption,
     image: ImageColumn = None,
     text: TextColumn = None,
     label: LabelColumn = None,
@@ -46,15 +36,10 @@ def evaluate(
         str | None, typer.Option(metavar="COLUMN", help="Column whose members all count as correct.")
     ] = None,
     template: Templates = None,
-    split: Split = "train",
-    separator: Separator = None,
-    encoding: Encoding = "utf-8-sig",
-    quoting: Quoting = "double",
-    on_bad: OnBad = "error",
-    max_bad: MaxBad = 0.1,
-    rejects: Rejects = Path("rejects.jsonl"),
-    batch_size: BatchSize = 64,
-    workers: Workers = 0,
+    *,
+    table: TableFormat,
+    policy: RejectPolicy,
+    batching: Batching,
     to: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -63,43 +48,34 @@ def evaluate(
     import time
 
     from clipkit import distributed
-    from clipkit.data.dataset import has_texts, key_values
     from clipkit.data.pairs import load_pairs
     from clipkit.data.reading.rejects import LoadReport
     from clipkit.evaluation.result import build_result
-    from clipkit.evaluation.retrieval import RetrievalEvaluator
-    from clipkit.evaluation.zero_shot import ZeroShotEvaluator
     from clipkit.files import require_free, write_json
 
     require_free(to, overwrite)
     distributed.start()
-    start, ledger = time.perf_counter(), LoadReport()
-    policy: dict[str, Any] = {"on_bad": on_bad, "max_bad": max_bad}
-    policy["rejects"] = rejects if distributed.is_main() else None
-    pairs = load_pairs(
-        data, image=image, text=text or None, label=label, split=split, separator=separator, encoding=encoding,
-        quoting=quoting, ledger=ledger, **policy,
-    )  # fmt: skip
+    start = time.perf_counter()
+
+    # 1. the pairs; one process lists what cannot be used
+    load_report = LoadReport()
+    reject_options = vars(policy) | {"rejects": policy.rejects if distributed.is_main() else None}
+    columns: dict[str, Any] = {"image": image, "text": text or None, "label": label}
+    pairs = load_pairs(data, **columns, **vars(table), ledger=load_report, **reject_options)
+
+    # 2. measure
     opened = open_model(model)
-    options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "on_bad": on_bad}
-    options["progress"] = not as_json
-    evaluators: list[Any] = []
-    if has_texts(pairs):
-        evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
-    elif group is not None:
-        raise UsageError(
-            "--group is of retrieval, and there are no texts to be retrieved", fix="--text COLUMN, or leave it out"
-        )
-    else:
-        tell("the images have labels, but no texts: retrieval is not measured")
-    if "label" in pairs.column_names and (label or None not in key_values(pairs, "label")):
-        evaluators.append(ZeroShotEvaluator(pairs, templates=template or DEFAULT_TEMPLATE, **options))
+    options = {**vars(batching), "on_bad": policy.on_bad, "progress": not as_json}
+    evaluators = _evaluators(pairs, label, group, template, options)
     metrics: dict[str, float] = {}
     for evaluator in evaluators:
         metrics |= evaluator(opened)
-    if undecoded := [reject for evaluator in evaluators for reject in evaluator.rejected]:
-        ledger.refuse(undecoded)
-        ledger.settle(data, **policy)
+    undecoded = [reject for evaluator in evaluators for reject in evaluator.rejected]
+    if undecoded:
+        load_report.refuse(undecoded)
+        load_report.settle(data, **reject_options)
+
+    # 3. the result
     result = build_result(opened, metrics, evaluators, 0, time.perf_counter() - start)
     if not distributed.is_main():
         return
@@ -109,3 +85,25 @@ def evaluate(
         print_json(result)
     else:
         print_metrics(metrics, result["chance"])
+
+
+def _evaluators(
+    pairs: Any, label: str | None, group: str | None, templates: list[str] | None, options: dict[str, Any]
+) -> list[Any]:
+    """Retrieval where there are texts, zero-shot classification where there are labels."""
+    from clipkit.data.dataset import has_texts, key_values
+    from clipkit.evaluation.retrieval import RetrievalEvaluator
+    from clipkit.evaluation.zero_shot import ZeroShotEvaluator
+
+    evaluators: list[Any] = []
+    if has_texts(pairs):
+        evaluators.append(RetrievalEvaluator(pairs, group=group, **options))
+    elif group is not None:
+        fix = "--text COLUMN, or leave it out"
+        raise UsageError("--group belongs to retrieval, and there are no texts to retrieve", fix=fix)
+    else:
+        tell("the images have labels, but no texts: retrieval is not measured")
+    has_labels = "label" in pairs.column_names
+    if has_labels and (label or None not in key_values(pairs, "label")):  # unasked only where every row has one
+        evaluators.append(ZeroShotEvaluator(pairs, templates=templates or DEFAULT_TEMPLATE, **options))
+    return evaluators

@@ -7,18 +7,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from clipkit.cli.app import app
-from clipkit.cli.options import Json
+from clipkit.cli.options import Json, ModelArgument
 from clipkit.cli.output import print_json, say
-from clipkit.cli.shell import Verb
 
 
-@app.command(cls=Verb, epilog="Example: clipkit export runs/birds/model birds-open-clip --to open_clip")
 def export(
-    model: Annotated[str, typer.Argument(help="A folder, org/name, open_clip:ARCH/TAG or open_clip:FOLDER.")],
+    model: ModelArgument,
     folder: Annotated[Path, typer.Argument(help="The folder to write.")],
     to: Annotated[Literal["transformers", "open_clip", "onnx"], typer.Option(help="The format.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model in another library's format, and compare the two."""

@@ -7,11 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipkit.cli.app import app
-from clipkit.cli.shell import Verb
 
-
-@app.command(cls=Verb, epilog="Example: clipkit quickstart --output runs/quickstart")
 def quickstart(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/quickstart"),
     overwrite: Annotated[

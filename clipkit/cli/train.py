@@ -7,20 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from clipkit.cli.app import app
-from clipkit.cli.inputs import run_config
-from clipkit.cli.options import Json
+from clipkit.cli.options import Json, load_config
 from clipkit.cli.output import print_json, print_metrics, tell
-from clipkit.cli.shell import Verb
 
 if TYPE_CHECKING:
     from clipkit.training.result import TrainResult
 
 
-@app.command(
-    cls=Verb,
-    epilog="Example: clipkit train model.name=openai/clip-vit-base-patch32 data.train=b.csv train.output_dir=runs/b",
-)
 def train(
     settings: Annotated[list[str], typer.Argument(help="A YAML file, key=value overrides, or both.")],
     print_config: Annotated[
@@ -28,7 +21,7 @@ def train(
     ] = False,
     resume: Annotated[
         Literal["never", "auto"] | None,
-        typer.Option(help="auto: go on with the run that the folder holds, or begin; sets train.resume."),
+        typer.Option(help="auto: continue the run in the output folder, or start one; sets train.resume."),
     ] = None,
     forget_budget: Annotated[
         float | None,
@@ -51,29 +44,32 @@ def train(
 ) -> None:
     """Train a model on pairs, from a config."""
     options = {"resume": resume, "forget_budget": forget_budget, "on_bad": on_bad, "max_bad": max_bad}
-    given = [f"train.{name}={value}" for name, value in options.items() if value is not None]
-    config = run_config([*settings, *given])
+    overrides = [f"train.{name}={value}" for name, value in options.items() if value is not None]
+    config = load_config([*settings, *overrides])
     if print_config:
         typer.echo(config.dump(), nl=False)
         return
     from clipkit import distributed
     from clipkit.training.run import run
 
-    done = run(config)
-    if distributed.is_main():
-        result = done.result
-        written = json.loads((done.folder / "result.json").read_text(encoding="utf-8"))
-        if as_json:
-            print_json(written)
-        else:
-            print_metrics(result.metrics, written["chance"])
-        tell(f"model:   {done.folder / 'model'}   ({_which(result)})")
-        if result.forgetting is not None:
-            tell(f"         {done.folder / 'last'}   (step {result.step} of {result.steps}, as it was trained)")
-        tell(f"results: {done.folder / 'result.json'}")
+    finished = run(config)
+    if not distributed.is_main():
+        return
+    result = finished.result
+    result_file = finished.folder / "result.json"
+    written = json.loads(result_file.read_text(encoding="utf-8"))
+    if as_json:
+        print_json(written)
+    else:
+        print_metrics(result.metrics, written["chance"])
+    tell(f"model:   {finished.folder / 'model'}   ({_kept_weights(result)})")
+    if result.forgetting is not None:
+        tell(f"         {finished.folder / 'last'}   (step {result.step} of {result.steps}, as it was trained)")
+    tell(f"results: {result_file}")
 
 
-def _which(result: TrainResult) -> str:
+def _kept_weights(result: TrainResult) -> str:
+    """Which weights the model folder holds, in words."""
     step = f"step {result.step} of {result.steps}"
     if result.forgetting is None:
         return step

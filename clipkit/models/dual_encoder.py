@@ -26,6 +26,7 @@ from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS
 from clipkit.models.image_transform import Resize
 from clipkit.models.loading.load import from_config, open_checked
+from clipkit.models.loading.proof import Verify
 from clipkit.models.processor import Processor
 from clipkit.models.saving.model_card import Card
 from clipkit.models.saving.save import Saved, save
@@ -342,6 +343,7 @@ class DualEncoder(nn.Module):
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        verify: Verify = "once",
     ) -> DualEncoder:
         """Open a model.
 
@@ -352,12 +354,17 @@ class DualEncoder(nn.Module):
             device, dtype: where to and in which precision, after the checks (fp32 on the CPU).
             revision: branch, tag or commit on the hub.
             trust_remote_code: whether a model may run Python code that it brings along.
+            verify: what is checked of a folder that `save_pretrained` wrote. Its files are, always: by XXH3, which
+                finds accidents, before their content is used. ``"once"`` also computes the golden embeddings, the
+                first time that this content is opened with these versions of the libraries, and remembers it in the
+                user's cache folder (`CLIPKIT_CACHE`); ``"always"`` does so every time, and checks SHA-256, which finds
+                tampering, too; ``"files"`` leaves it at the files.
 
         Raises:
             ModelError: no such model, or weights that would be random, not finite, pickled or misshapen.
             CorruptArtefact: files or embeddings that are not what was saved.
         """
-        backend, processor, body = open_checked(name, revision, trust_remote_code)
+        backend, processor, body = open_checked(name, revision, trust_remote_code, verify=verify)
         model = cls(backend, processor, str(name)).eval()
         if body is not None:
             model.card = Card.from_dict(body.get("card", {}))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipkit.allocator import keep_freed_memory
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe, load_image
@@ -52,6 +53,8 @@ def encode(
         raise UsageError(f"dim={dim}, but the model's embeddings have {backend.dim} components")
     if device is not None:
         backend.to(device)
+    if backend.device.type == "cpu":
+        keep_freed_memory()
     forward = forward or backend.embed
     embeddings = torch.empty(len(items), dim or backend.dim)
     done = 0

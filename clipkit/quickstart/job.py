@@ -1,4 +1,4 @@
-"""The main job on the embedded glyphs, through the same doors as anyone's own data.
+"""The main job on the embedded glyphs, by the same public functions as with your own data.
 
 pairs > model > train > evaluate > label > index > search > report
 """
@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from clipkit.errors import UsageError
+from clipkit.errors import UsageError, as_python, speaking
 from clipkit.evaluation.result import build_result
 from clipkit.evaluation.retrieval import RetrievalEvaluator
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
@@ -45,19 +45,13 @@ RECIPE = TrainConfig(
     augmentation="affine",
     evaluate_every=100,
 )
-
-
-IMAGE_SIZE, DIM, TOKENS = 64, 128, 48
-
-
-# The letters that the tests ask for are a third of all characters; in training they stand this many times.
-REPEATS = 8
-
+IMAGE_SIZE = 64
+DIM = 128
+TOKENS = 48
+REPEATS = 8  # of each letter in an epoch: the tests ask for letters, which are a third of all characters
 
 TEMPLATES = {"script": "a {} letter", "case": "a {} letter", "accent": "a letter with {}"}
-
-
-QUERIES = ["a letter with acute", "a cyrillic capital letter"]  # beside some of the test's own names
+QUERIES = ["a letter with acute", "a cyrillic capital letter"]  # and some names of the test
 
 
 def main(output: Path, *, overwrite: bool = False, seed: int = 0, max_steps: int | None = None) -> Job:
@@ -67,14 +61,20 @@ def main(output: Path, *, overwrite: bool = False, seed: int = 0, max_steps: int
     files in `glyphs/` and their index `glyphs.index`.
 
     Args:
-        output: folder; must not exist, unless `overwrite` and an earlier quickstart wrote it.
+        output: folder; it must not exist, unless `overwrite` is set and an earlier quickstart wrote it.
         overwrite: whether it may be replaced.
         seed: draws the unseen characters, the weights and the batches.
-        max_steps: fewer steps than the recipe has, for a try.
+        max_steps: fewer steps than the recipe has, to try the job out.
+
+    Returns:
+        Everything that the report shows.
+
+    Raises:
+        UsageError: the output folder exists and may not be replaced.
     """
     console = Console(stderr=True, highlight=False)
     start = time.perf_counter()
-    _claim(output, overwrite)
+    _clear_output(output, overwrite)
     config = replace(RECIPE, output_dir=str(output), seed=seed, max_steps=max_steps or RECIPE.max_steps)
 
     console.print("[bold]1. pairs[/bold]: drawing the characters of matplotlib's fonts")
@@ -86,46 +86,50 @@ def main(output: Path, *, overwrite: bool = False, seed: int = 0, max_steps: int
 
     console.print("[bold]2. model[/bold]: two small towers of transformers, from scratch")
     model = build_model(data.train["texts"], seed)
-    millions = sum(each.numel() for each in model.parameters()) / 1e6
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.print(f"   {model.name}, {millions:.1f} million weights, {model.processor.context_length} tokens at most")
 
     console.print(f"[bold]3. training[/bold]: {config.max_steps} steps of {config.batch_size} pairs")
-    # the tests are measured once, at the end: the weights are chosen on other characters
+    # The tests are measured once, at the end: the best weights are chosen by other characters.
     validation = RetrievalEvaluator(data.validation, name="validation/retrieval", group="group")
-    train = repeated(data.train)
+    train = repeat_letters(data.train)
     trainer = Trainer(model, train, config, similar=SameGroup("group"), evaluators=[validation])
     write_text(output / "config.yaml", dump_yaml({"data": "glyphs", "similar": "group", "train": vars(config)}))
-    trained = trainer.train()
+    with speaking(as_python):  # its advice names fields of RECIPE: the quickstart has no options for them
+        trained = trainer.train()
     console.print(f"   {trained.seconds:.0f} s; the weights of step {trained.step} were best on validation characters")
 
-    console.print("[bold]4. evaluation[/bold]: characters and a face it has never seen")
+    console.print("[bold]4. evaluation[/bold]: characters and a face that were not in the training data")
     unseen = RetrievalEvaluator(data.unseen_characters, name="unseen_characters/retrieval", group="group")
     face = RetrievalEvaluator(data.unseen_face, name="unseen_face/retrieval", group="group")
-    ideas = {idea: _idea(data, idea) for idea in TEMPLATES}
-    measured: list[Any] = [unseen, face, *ideas.values()]
-    metrics = {key: value for evaluator in measured for key, value in evaluator(model).items()}
+    ideas = {idea: _idea_evaluator(data, idea) for idea in TEMPLATES}
+    evaluators: list[Any] = [unseen, face, *ideas.values()]
+    metrics: dict[str, float] = {}
+    for evaluator in evaluators:
+        metrics |= evaluator(model)
 
     console.print("[bold]5. use[/bold]: label, index and search the unseen characters")
     folder = _write_images(data.unseen_characters, output / "glyphs")
     _label(model, folder, console)
     names = data.unseen_characters["name"]
-    searches = _search(model, folder, output / "glyphs.index", [*names[:: len(names) // 4][:4], *QUERIES], console)
+    four_names = names[:: len(names) // 4][:4]
+    searches = _search(model, folder, output / "glyphs.index", [*four_names, *QUERIES], console)
 
-    result = build_result(model, metrics, measured, seed, time.perf_counter() - start, step=trained.step)
+    result = build_result(model, metrics, evaluators, seed, time.perf_counter() - start, step=trained.step)
     write_json(output / "result.json", result)
     job = Job(config, model, data, trained, unseen, face, ideas, result, searches)
     write_text(output / "report.html", page(job).html())
-    _summary(job, output, time.perf_counter() - start)
+    _print_summary(job, output, time.perf_counter() - start)
     return job
 
 
-def build_model(captions: Sequence[Sequence[str]], seed: int, **joined: Any) -> DualEncoder:
-    """A small convolutional image tower and a small text transformer, from configs, random weights.
+def build_model(captions: Sequence[Sequence[str]], seed: int, **options: Any) -> DualEncoder:
+    """Build a dual encoder of a small convolutional image tower and a small text transformer, with random weights.
 
     Args:
         captions: the tokenizer learns its words from these alone.
         seed: of the weights.
-        joined: other arguments of `DualEncoder.from_towers`, such as ``head="mlp"``.
+        options: other arguments of `DualEncoder.from_towers`, such as ``head="mlp"``.
     """
     from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 
@@ -157,18 +161,18 @@ def build_model(captions: Sequence[Sequence[str]], seed: int, **joined: Any) -> 
         image_mean=[0.85],
         image_std=[0.3],
         context_length=TOKENS,
-        **joined,
+        **options,
     )
 
 
-def repeated(pairs: Any) -> Any:
-    """`pairs` with the rows of Latin, Greek and Cyrillic letters standing `REPEATS` times in an epoch."""
+def repeat_letters(pairs: Any) -> Any:
+    """Return `pairs` with each row of a Latin, Greek or Cyrillic letter `REPEATS` times."""
     letters = [row for row, name in enumerate(pairs["name"]) if name.split()[0] in SCRIPTS]
     return pairs.select([*range(len(pairs)), *letters * (REPEATS - 1)])
 
 
 def build_tokenizer(captions: Any) -> Any:
-    """One token a word: the names of characters are made of a few hundred words."""
+    """Return a tokenizer of whole words: the names of characters consist of a few hundred."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -182,22 +186,20 @@ def build_tokenizer(captions: Any) -> Any:
     )
 
 
-def _claim(output: Path, overwrite: bool) -> None:
+def _clear_output(output: Path, overwrite: bool) -> None:
+    """Delete the folder of an earlier quickstart, if it may be replaced; refuse any other that is not empty."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     config = output / "config.yaml"
-    ours = config.is_file() and config.read_text(encoding="utf-8").startswith("data: glyphs\n")
-    if overwrite and ours:
+    is_quickstart = config.is_file() and config.read_text(encoding="utf-8").startswith("data: glyphs\n")
+    if overwrite and is_quickstart:
         shutil.rmtree(output)
         return
-    raise UsageError(
-        "the output folder exists",
-        where=output,
-        fix="--overwrite replaces it" if ours else "--output ANOTHER: no quickstart wrote this one",
-    )
+    fix = "--overwrite replaces it" if is_quickstart else "--output ANOTHER: no quickstart wrote this one"
+    raise UsageError("the output folder exists", where=output, fix=fix)
 
 
-def _idea(data: Glyphs, idea: str) -> ZeroShotEvaluator:
+def _idea_evaluator(data: Glyphs, idea: str) -> ZeroShotEvaluator:
     return ZeroShotEvaluator(
         data.by_idea(data.unseen_characters, idea),
         templates=TEMPLATES[idea],
@@ -206,7 +208,7 @@ def _idea(data: Glyphs, idea: str) -> ZeroShotEvaluator:
 
 
 def _write_images(pairs: Any, folder: Path) -> Path:
-    """The images as files in `folder`, and beside it a table of them with every name: `folder`.csv."""
+    """Write the images as files to `folder`, and a table of them with every name to `folder`.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
@@ -219,33 +221,35 @@ def _write_images(pairs: Any, folder: Path) -> Path:
 
 
 def _label(model: DualEncoder, folder: Path, console: Console) -> None:
-    paths = sorted(folder.iterdir())[:: max(1, len(list(folder.iterdir())) // 3)][:3]
+    """Label three of the images, and print the labels."""
+    files = sorted(folder.iterdir())
+    some_files = files[:: max(1, len(files) // 3)][:3]
     classify = ZeroShotClassifier(model, CASES, templates=TEMPLATES["case"])
-    for path, found in zip(paths, classify(paths), strict=True):
-        console.print(f"   {path.stem[6:]}: {found.label} {found.score:.2f}", markup=False)
+    for path, prediction in zip(some_files, classify(some_files), strict=True):
+        console.print(f"   {path.stem[6:]}: {prediction.label} {prediction.score:.2f}", markup=False)
 
 
 def _search(
     model: DualEncoder, folder: Path, path: Path, queries: Sequence[str], console: Console
 ) -> list[tuple[str, list[Path]]]:
+    """Index the images at `path`, and return the six nearest to each query; print two of the answers."""
     EmbeddingIndex.build(model, folder, path)
-    index = EmbeddingIndex.open(path)  # as on the next day: it finds its model by itself
+    index = EmbeddingIndex.open(path)  # as in a later session: the index opens its model by itself
     searches = [(query, [hit.path for hit in index.search(query, k=6)]) for query in queries]
-    for query, found in searches[:2]:
-        console.print(f"   {query!r} finds {found[0].stem[6:]}", markup=False)
+    for query, images in searches[:2]:
+        console.print(f"   {query!r} finds {images[0].stem[6:]}", markup=False)
     return searches
 
 
-def _summary(job: Job, output: Path, seconds: float) -> None:
+def _print_summary(job: Job, output: Path, seconds: float) -> None:
     console = Console(highlight=False)
-    table = Table(title="What it can do with what it has never seen", title_justify="left")
-    for name in ("", "found", "chance", "majority"):
+    table = Table(title="On characters and a face that were not in the training data", title_justify="left")
+    for name in ("", "model", "chance", "majority"):
         table.add_column(name, justify="left" if not name else "right")
     chance, majority = job.result["chance"], job.result["majority"]
     for key, value in job.result["metrics"].items():
         if key.endswith(("@1", "@5", "top1")):
-            figures = (value, chance.get(key), majority.get(key))
-            table.add_row(plain_name(key), *(f"{100 * each:.1f} %" if each is not None else "" for each in figures))
+            table.add_row(plain_name(key), _percent(value), _percent(chance.get(key)), _percent(majority.get(key)))
     console.print(table)
     console.print(f"{seconds:.0f} s in all. The report, for a browser: {output / 'report.html'}", soft_wrap=True)
     console.print("\nTry next:")
@@ -253,8 +257,12 @@ def _summary(job: Job, output: Path, seconds: float) -> None:
         console.print(f"  {line}", markup=False, soft_wrap=True)
 
 
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.1f} %"
+
+
 def next_commands(folder: Path) -> list[str]:
-    """What to type next; a test runs each of them."""
+    """Return the commands to try next; a test runs each of them."""
     output = shlex.quote(str(folder))
     model = f"--model {output}/model"
     return [

@@ -16,7 +16,12 @@ from clipkit.quickstart.glyphs import Glyphs
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.result import TrainResult
 
-MAIN = [f"{test}/retrieval/text_to_image_recall@{k}" for test in ("unseen_characters", "unseen_face") for k in (1, 5)]
+HEADLINE_METRICS = [
+    "unseen_characters/retrieval/text_to_image_recall@1",
+    "unseen_characters/retrieval/text_to_image_recall@5",
+    "unseen_face/retrieval/text_to_image_recall@1",
+    "unseen_face/retrieval/text_to_image_recall@5",
+]
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,20 @@ class Job:
 
 
 def page(job: Job) -> Page:
-    """The whole report of a finished job."""
+    """Return the report of a finished job."""
     metrics, chance, n = job.result["metrics"], job.result["chance"], job.result["n"]
     return Page(
         title="clipkit quickstart: glyphs and their names",
         lead=(
-            f"Two towers learnt from {len(job.data.train):,} images of characters and their Unicode names which "
-            f"belong together. What counts as similar was decided by bitmap: characters that look exactly alike form "
-            f"one group. Below is what the model does with {n['unseen_characters/retrieval/images']} characters it has "
-            f"never seen in any face, and with {n['unseen_face/retrieval/images']} known ones in a face that is new."
+            f"Two towers learnt from {len(job.data.train):,} images of characters which Unicode name belongs to which "
+            f"image. Similarity was defined by bitmap: characters that look exactly alike form one group. The model is "
+            f"measured on {n['unseen_characters/retrieval/images']} characters that were in no face of the training "
+            f"data, and on {n['unseen_face/retrieval/images']} known ones in a new face."
         ),
-        figures={plain_name(key): (f"{100 * metrics[key]:.1f} %", f"chance {100 * chance[key]:.1f} %") for key in MAIN},
+        figures={
+            plain_name(key): (f"{100 * metrics[key]:.1f} %", f"chance {100 * chance[key]:.1f} %")
+            for key in HEADLINE_METRICS
+        },
         sections=[
             _curves(job),
             _recalls(job),
@@ -59,11 +67,11 @@ def page(job: Job) -> Page:
 
 
 def plain_name(key: str) -> str:
-    """A metric's key in words: "unseen face, text → image R@1"."""
-    test, _, what = key.partition("/")
-    what = what.removeprefix("retrieval/").replace("_to_", " → ").replace("_recall", " R")
-    what = what.removeprefix("zero_shot_").replace("/top1", " by prompt, top-1")
-    return f"{test.replace('_', ' ')}, {what}"
+    """Return a metric's key in words: "unseen face, text → image R@1"."""
+    test, _, metric = key.partition("/")
+    metric = metric.removeprefix("retrieval/").replace("_to_", " → ").replace("_recall", " R")
+    metric = metric.removeprefix("zero_shot_").replace("/top1", " by prompt, top-1")
+    return f"{test.replace('_', ' ')}, {metric}"
 
 
 def _curves(job: Job) -> Section:
@@ -90,94 +98,81 @@ def _recalls(job: Job) -> Section:
     metrics, chance = job.result["metrics"], job.result["chance"]
     bars = {}
     for test in ("unseen_characters", "unseen_face"):
-        for way in ("text_to_image", "image_to_text"):
+        for direction in ("text_to_image", "image_to_text"):
             for k in (1, 5, 10):
-                key = f"{test}/retrieval/{way}_recall@{k}"
+                key = f"{test}/retrieval/{direction}_recall@{k}"
                 bars[plain_name(key)] = (metrics[key], chance[key])
+    caption = "Share of queries with a right answer among the first k, beside chance."
     return Section(
         "Retrieval",
-        [
-            Figure(
-                bar_chart(bars, "recall, %"), "Share of queries with a right answer among the first k, beside chance."
-            )
-        ],
-        "A query is right if it finds any image, or any name, of its group.",
+        [Figure(bar_chart(bars, "recall, %"), caption)],
+        "Any image, or any name, of the query's group is a right answer.",
     )
 
 
 def _ideas(job: Job) -> Section:
-    result, rows = job.result, []
+    result = job.result
+    rows = []
     for idea, evaluator in job.ideas.items():
-        key = f"{evaluator.name}/top1"
-        rows.append(
-            [
-                idea,
-                f"{result['n'][f'{evaluator.name}/images']}",
-                *(f"{100 * result[kind][key]:.1f} %" for kind in ("metrics", "chance", "majority")),
-                f"{100 * result['metrics'][f'{evaluator.name}/mean_per_class']:.1f} %",
-            ]
-        )
+        top1 = f"{evaluator.name}/top1"
+        images = result["n"][f"{evaluator.name}/images"]
+        mean_per_class = result["metrics"][f"{evaluator.name}/mean_per_class"]
+        fractions = [result["metrics"][top1], result["chance"][top1], result["majority"][top1], mean_per_class]
+        rows.append([idea, str(images), *(f"{100 * fraction:.1f} %" for fraction in fractions)])
     return Section(
         "Zero-shot classification by an idea",
         [Table(["idea", "images", "top-1", "chance", "majority class", "mean per class"], rows)],
-        "The unseen characters, sorted by prompts that name no character: “a cyrillic letter”, “a capital letter”. "
-        "Majority is what one would reach by always naming the most frequent class.",
+        "The unseen characters, classified by prompts that name no character: “a cyrillic letter”, “a capital "
+        "letter”. Majority is the accuracy of always naming the most frequent class.",
     )
 
 
 def _searches(job: Job) -> Section:
     groups = dict(zip(job.data.unseen_characters["name"], job.data.unseen_characters["group"], strict=True))
 
-    def good(query: str, name: str) -> bool | None:
-        return groups[query] == groups[name] if query in groups else None
+    def tile(query: str, path: Path) -> Tile:
+        name = path.stem[6:]
+        good = groups[query] == groups[name] if query in groups else None
+        return Tile(thumbnail(load_image(path)), name, good)
 
-    rows = [
-        (query, [Tile(_file(path), path.stem[6:], good(query, path.stem[6:])) for path in paths])
-        for query, paths in job.searches
-    ]
-    return Section(
-        "Text queries", [Gallery(rows)], "The nearest unseen characters, from the index on disk; green is right."
-    )
+    rows = [(query, [tile(query, path) for path in paths]) for query, paths in job.searches]
+    text = "The nearest unseen characters, from the index on disk; green is right."
+    return Section("Text queries", [Gallery(rows)], text)
 
 
 def _names(job: Job) -> Section:
-    last, pairs = job.unseen.last, job.data.unseen_characters
+    last = job.unseen.last
     assert last is not None
+    pairs = job.data.unseen_characters
     rows: list[tuple[str | Tile, list[Choice]]] = []
     for image in range(0, len(last.images), max(1, len(last.images) // 8)):
         row = pairs[last.images[image]]
         names = [last.texts[i] for i in last.image_to_text.top[image, :3].tolist()]
-        rows.append((Tile(_pixels(row)), [Choice(name, name in row["texts"]) for name in names]))
+        rows.append((Tile(_thumbnail(row)), [Choice(name, name in row["texts"]) for name in names]))
     return Section("Images and their names", [Gallery(rows)], "The three nearest of all the names of the test.")
 
 
 def _mistakes(job: Job) -> Section:
-    return Section(
-        "The most confident mistakes",
-        [Gallery(_confused(job.unseen, job.data.unseen_characters) + _confused(job.face, job.data.unseen_face))],
-        "The name on the left found the image framed in red; the right one is framed in green.",
-    )
+    rows = _confused(job.unseen, job.data.unseen_characters)
+    rows += _confused(job.face, job.data.unseen_face)
+    text = "The name on the left found the image with the red frame; the right one has the green frame."
+    return Section("The most confident mistakes", [Gallery(rows)], text)
 
 
 def _confused(evaluator: RetrievalEvaluator, pairs: Any) -> list[tuple[str | Tile, list[Tile]]]:
     last = evaluator.last
     assert last is not None
     rows: list[tuple[str | Tile, list[Tile]]] = []
-    for each in last.most_confused("text_to_image", 6):
-        own = pairs[last.images[last.image_of_text[each.query]]]
-        wrong = pairs[last.images[each.found]]
-        rows.append(
-            (last.texts[each.query], [Tile(_pixels(wrong), wrong["name"], False), Tile(_pixels(own), "", True)])
-        )
+    for confusion in last.most_confused("text_to_image", 6):
+        own = pairs[last.images[last.image_of_text[confusion.query]]]
+        wrong = pairs[last.images[confusion.found]]
+        tiles = [Tile(_thumbnail(wrong), wrong["name"], False), Tile(_thumbnail(own), "", True)]
+        rows.append((last.texts[confusion.query], tiles))
     return rows
 
 
-def _pixels(row: Any) -> str:
+def _thumbnail(row: Any) -> str:
     return thumbnail(load_image(row["image"]))
-
-
-def _file(path: Path) -> str:
-    return thumbnail(load_image(path))
 
 
 def _facts(job: Job) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What became of an index's files since it was made: looked at by name, size and time, or by content."""
+"""How an index's files changed since it was built: compared by name, size and time, or by content."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from clipkit.files import content_hash
 from clipkit.images.load import bytes_of
 from clipkit.search.index_file import Entry
 
-Stat = tuple[int, int]
+SizeAndTime = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What `EmbeddingIndex.update` found.
+    """What `EmbeddingIndex.update` changed.
 
     Attributes:
-        added: images that were not there.
+        added: images that were not in the index.
         changed: images with another content under the name they had.
         moved: images under a new name, as (before, now); they are neither among the added nor the removed.
         removed: images that are gone, or cannot be used any more.
@@ -37,67 +37,81 @@ class Changes:
     kept: int
 
     def counts(self) -> dict[str, int]:
-        """How many of each kind."""
-        found = {name: len(getattr(self, name)) for name in ("added", "changed", "moved", "removed")}
-        return found | {"kept": self.kept}
+        """Return the number of images that were added, changed, moved, removed and kept."""
+        counts = {name: len(getattr(self, name)) for name in ("added", "changed", "moved", "removed")}
+        return counts | {"kept": self.kept}
 
     def __str__(self) -> str:
         words = ("new", "changed", "moved", "deleted", "as before")
         return ", ".join(f"{count:,} {word}" for count, word in zip(self.counts().values(), words, strict=True))
 
 
-def stat_of(file: Path) -> Stat:
-    """Size and time of change in nanoseconds; zeros if there is no such file."""
+def size_and_time(file: Path) -> SizeAndTime:
+    """Return size and time of change in nanoseconds; zeros if the file does not exist."""
     try:
         status = file.stat()
-    except OSError:  # gone or unreadable: embed() says so, with its reason
+    except OSError:  # missing or unreadable: embed() reports it, with its reason
         return 0, 0
     return status.st_size, status.st_mtime_ns
 
 
 def unchanged(
-    files: Sequence[Path], stats: Mapping[Path, Stat], old: Mapping[Path, Entry], *, verify: bool
+    files: Sequence[Path], stats: Mapping[Path, SizeAndTime], old: Mapping[Path, Entry], *, verify: bool
 ) -> set[Path]:
-    """Those of the files that need not be embedded: known by name, size and time, and with `verify` by content.
+    """Return the files that need not be embedded again.
 
     Under several processes each reads its share.
+
+    Args:
+        files: the images that exist now.
+        stats: their sizes and times.
+        old: the entries of the index, by path.
+        verify: compare contents, too, and not only name, size and time.
     """
     same = [file for file in files if file in old and (old[file].size, old[file].mtime_ns) == stats[file]]
     if not verify:
         return set(same)
 
-    def mine() -> list[Path]:
+    def verify_share() -> list[Path]:
         share = same[distributed.rank() :: distributed.world_size()]
         return [file for file in share if _content(file) == old[file].content]
 
-    return {file for part in distributed.together(mine) for file in part}
+    verified: set[Path] = set()
+    for share in distributed.together(verify_share):
+        verified.update(share)
+    return verified
 
 
 def _content(file: Path) -> bytes | None:
     try:
         return content_hash(bytes_of(file))
-    except BadImage:  # embed() says so, with its reason
+    except BadImage:  # embed() reports it, with its reason
         return None
 
 
 def compare(old: Mapping[Path, Entry], new: Mapping[Path, Entry], same: set[Path], rejected: list[Reject]) -> Changes:
-    """What tells two states of an index apart, whose entries are given by their paths.
+    """Return the differences between two states of an index.
 
     Args:
-        same: those of both that were not looked at again.
+        old: the entries before, by path.
+        new: the entries now, by path.
+        same: files of both that were not read again.
+        rejected: images that cannot be used now.
     """
-    gone: dict[bytes, list[Path]] = {}
+    missing: dict[bytes, list[Path]] = {}  # content -> files of the old state that the new one lacks
     for file, entry in old.items():
         if file not in new:
-            gone.setdefault(entry.content, []).append(file)
+            missing.setdefault(entry.content, []).append(file)
     added, moved = [], []
     for file, entry in new.items():
         if file in old:
             continue
-        if before := gone.get(entry.content):
-            moved.append((before.pop(0), file))
+        same_content = missing.get(entry.content)
+        if same_content:
+            moved.append((same_content.pop(0), file))
         else:
             added.append(file)
-    changed = [file for file in new if file in old and file not in same and new[file].content != old[file].content]
-    kept = sum(file in old for file in new) - len(changed)
-    return Changes(added, changed, moved, [file for files in gone.values() for file in files], rejected, kept)
+    in_both = [file for file in new if file in old]
+    changed = [file for file in in_both if file not in same and new[file].content != old[file].content]
+    removed = [file for files in missing.values() for file in files]
+    return Changes(added, changed, moved, removed, rejected, kept=len(in_both) - len(changed))

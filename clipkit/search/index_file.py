@@ -1,33 +1,41 @@
-"""What an index file holds beside the embeddings: which files, by which model, and the proof that it is whole."""
+"""The index file: which image files it lists, the model that embedded them, and a digest that detects damage."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import secrets
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import xxhash
 
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import ClipkitError, CorruptArtefact, UsageError
+from clipkit.errors import ClipkitError, CorruptArtefact, ResourceError, UsageError, typed
+from clipkit.files import publish
 from clipkit.models.fingerprint.fingerprint import Fingerprint
+from clipkit.paths import did_you_mean
+from clipkit.search.matrix import Matrix, matrix_path, open_matrix, write_matrix
 
-_FORMAT = 1
-
-
-_ROWS = 10_000  # read at once
-
-
+_FORMAT = 2  # 2: a generation, a hash of each row, and the matrix beside the file
+_ROWS_AT_ONCE = 10_000
+_LOOKUP = 500  # rows of one statement; SQLite's oldest limit on its variables is 999
 _BROKEN = "the index file is damaged or was changed: {}"
-
-
 _REBUILD = "build it again; check the disk"
+_ENTRIES = """CREATE TABLE IF NOT EXISTS entries (row INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE,
+    size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, content BLOB NOT NULL, hash BLOB NOT NULL)"""
+_VECTORS = """
+    SELECT e.row, e.content, v.vector, v.crc FROM entries e
+    LEFT JOIN spaces s ON s.kind = 'image' AND s.tower = ?
+    LEFT JOIN embeddings v ON v.space = s.id AND v.content = e.content
+    WHERE e.row >= ? AND e.row < ? ORDER BY e.row"""
 
 
 class Entry(NamedTuple):
@@ -35,8 +43,8 @@ class Entry(NamedTuple):
 
     Attributes:
         path: the bytes of its name, below the root if there is one: a name need not be valid UTF-8.
-        size, mtime_ns: as the file system had them; they tell whether it changed.
-        content: SHA-256 of its bytes, by which the store knows its embedding.
+        size, mtime_ns: as the file system had them; they show whether the file changed.
+        content: SHA-256 of its bytes, under which the store keeps its embedding.
     """
 
     path: bytes
@@ -46,119 +54,264 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Catalogue:
-    """An index in memory.
+class Header:
+    """What an index file says of itself.
 
     Attributes:
         model: name or folder of the model.
         fingerprint: of the model.
         root: the folder that was indexed; None for a list of files.
-        entries: in the order of the rows.
-        vectors: (entries, dim) float32.
+        rows: how many images.
+        generation: drawn anew whenever the entries change: rows of two generations must not be mixed.
     """
 
     model: str
     fingerprint: Fingerprint
     root: Path | None
-    entries: list[Entry]
-    vectors: Tensor
+    rows: int = 0
+    generation: str = ""
 
     def path_of(self, entry: Entry) -> Path:
+        """Return the path of an entry's file."""
         name = Path(os.fsdecode(entry.path))
         return self.root / name if self.root else name
 
-    def about(self) -> dict[str, Any]:
+    def as_json(self) -> str:
         root = None if self.root is None else os.fsencode(self.root).hex()
-        return {"format": _FORMAT, "model": self.model, "fingerprint": self.fingerprint.as_dict(), "root": root}
+        fields = {"format": _FORMAT, "model": self.model, "fingerprint": self.fingerprint.as_dict(), "root": root}
+        return json.dumps(fields | {"rows": self.rows, "generation": self.generation}, sort_keys=True)
 
 
-def write(store: EmbeddingStore, catalogue: Catalogue) -> None:
-    """Makes the store an index of these entries, in one transaction; embeddings of nothing in it are dropped."""
-    about = json.dumps(catalogue.about(), sort_keys=True)
-    digest = _digest(about, catalogue.entries)
-    with store.transaction():
-        store.query("CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
-        store.query(
-            "CREATE TABLE IF NOT EXISTS entries (row INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, "
-            "size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, content BLOB NOT NULL)"
+class ChangedError(Exception):
+    """The index file was updated after its header was read."""
+
+
+def open_index(path: Path) -> Header:
+    """Read the header of an index file, and bring an older format up to date.
+
+    Raises:
+        UsageError: there is no such file; or a newer clipkit wrote it.
+        CorruptArtefact: it is damaged, or not an index.
+    """
+    if path.is_dir():
+        raise UsageError("expected an index file; it is a folder", where=path, fix="give the index file")
+    if not path.is_file():
+        build = typed(
+            python="EmbeddingIndex.build(model, folder, path)",
+            shell=f"clipkit index FOLDER --model MODEL --to {shlex.quote(str(path))}",
         )
-        store.query("DELETE FROM entries")
-        store.change("INSERT OR REPLACE INTO about VALUES (?, ?)", [("about", about), ("digest", digest)])
-        store.change("INSERT INTO entries VALUES (?, ?, ?, ?, ?)", [(i, *e) for i, e in enumerate(catalogue.entries)])
-        own = "SELECT id FROM spaces WHERE kind = 'image' AND tower = ?"
-        tower = (catalogue.fingerprint.image,)
-        store.query(f"DELETE FROM embeddings WHERE space NOT IN ({own})", tower)
-        store.query("DELETE FROM embeddings WHERE content NOT IN (SELECT content FROM entries)")
-        store.query("DELETE FROM spaces WHERE kind <> 'image' OR tower <> ?", tower)
+        fix = did_you_mean(path) or f"build it first: {build}"
+        raise UsageError("expected an index file; it does not exist", where=path, fix=fix)
+    with EmbeddingStore(path, readonly=True) as store, store.transaction(write=False):
+        version, header = _read_header(store)
+    if version == 1:
+        _upgrade(path)
+        return open_index(path)
+    return header
 
 
-def is_index(path: Path) -> bool:
-    """Whether a file is an index, whole or damaged."""
+def read_entries(path: Path, generation: str) -> list[Entry]:
+    """Return all entries in the order of their rows, each of them verified.
+
+    Raises:
+        ChangedError: the index is of another generation by now.
+        CorruptArtefact: it is damaged.
+    """
+    with EmbeddingStore(path, readonly=True) as store, store.transaction(write=False):
+        _require_generation(store, generation)
+        rows = store.query("SELECT row, path, size, mtime_ns, content, hash FROM entries ORDER BY row")
+        if [row[0] for row in rows] != list(range(_read_header(store)[1].rows)):
+            raise CorruptArtefact(_BROKEN.format("the list of files"), where=path, fix=_REBUILD)
+    return [_verified(*row, where=path) for row in rows]
+
+
+def look_up(path: Path, generation: str, rows: Iterable[int]) -> dict[int, Entry]:
+    """Return the entries of some rows, each of them verified; errors as for `read_entries`."""
+    numbers = list(dict.fromkeys(rows))
+    entries: dict[int, Entry] = {}
+    with EmbeddingStore(path, readonly=True) as store, store.transaction(write=False):
+        _require_generation(store, generation)
+        for start in range(0, len(numbers), _LOOKUP):
+            chunk = numbers[start : start + _LOOKUP]
+            marks = ",".join("?" * len(chunk))
+            columns = "row, path, size, mtime_ns, content, hash"
+            for row in store.query(f"SELECT {columns} FROM entries WHERE row IN ({marks})", chunk):
+                entries[row[0]] = _verified(*row, where=path)
+    if len(entries) < len(numbers):
+        raise CorruptArtefact(_BROKEN.format("the list of files"), where=path, fix=_REBUILD)
+    return entries
+
+
+def read_vectors(store: EmbeddingStore, header: Header) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield the embeddings in the order of the rows, some thousand at once, each of them verified.
+
+    Raises:
+        CorruptArtefact: one is missing or damaged.
+    """
+    for start in range(0, header.rows, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, header.rows)
+        rows = store.query(_VECTORS, (header.fingerprint.image, start, stop))
+        complete = [row[0] for row in rows] == list(range(start, stop))
+        if not complete or any(row[2] is None for row in rows):
+            raise CorruptArtefact(_BROKEN.format("an embedding is missing"), where=store.path, fix=_REBUILD)
+        yield np.stack([store.unpack(*row[1:]) for row in rows])
+
+
+def load_matrix(path: Path, header: Header) -> Matrix:
+    """Map the matrix beside an index file; make it again where it is missing, stale or damaged.
+
+    Where nothing can be written, the embeddings are read into memory.
+
+    Raises:
+        ChangedError, CorruptArtefact: as for `read_entries`.
+    """
+    file = matrix_path(path)
+    matrix = open_matrix(file, header.generation)
+    if matrix is not None:
+        return matrix
+    with EmbeddingStore(path, readonly=True) as store, store.transaction(write=False):
+        _require_generation(store, header.generation)
+        dim = store.dim("image", header.fingerprint.image) or 0
+        with contextlib.suppress(ResourceError):
+            write_matrix(file, header.generation, header.rows, dim, read_vectors(store, header))
+            matrix = open_matrix(file, header.generation)
+        if matrix is None:
+            vectors = torch.zeros(header.rows, dim)
+            start = 0
+            for chunk in read_vectors(store, header):
+                vectors[start : start + len(chunk)] = torch.from_numpy(chunk)
+                start += len(chunk)
+            matrix = Matrix(vectors)
+    return matrix
+
+
+def write_index(path: Path, header: Header, entries: Sequence[Entry]) -> Header:
+    """Turn a store of embeddings into an index of these entries, in one transaction; return its header.
+
+    Embeddings that no entry needs are deleted. Rows and generation are set here.
+    """
+    header = replace(header, rows=len(entries), generation=secrets.token_hex(16))
+    with EmbeddingStore(path) as store:
+        _write(store, header, entries)
+        store.seal()
+    return header
+
+
+def publish_index(draft: Path, target: Path, *, replace: bool) -> None:
+    """Copy a draft to where the index belongs, entirely or not at all, and delete the draft."""
+
+    def copy(fresh: Path) -> None:
+        with EmbeddingStore(draft) as store:
+            store.query("VACUUM INTO ?", (os.fspath(fresh),))
+        with EmbeddingStore(fresh) as store:
+            store.seal()
+
+    publish(target, copy, replace=replace)
+    for suffix in ("", "-wal", "-shm"):
+        draft.with_name(draft.name + suffix).unlink(missing_ok=True)
+
+
+def require_free_path(target: Path, *, overwrite: bool) -> None:
+    """Refuse a path that is taken, unless an index is there that may be overwritten.
+
+    Raises:
+        UsageError: the path is taken.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
+        fix = "open it with EmbeddingIndex.open and call update(), choose another path, or pass overwrite=True"
+        raise UsageError("there is something at this path already", where=target, fix=fix)
+    if not _is_index(target):
+        message = "only an index may be overwritten, and this is not one"
+        raise UsageError(message, where=target, fix="choose another path")
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a file is an index, intact or damaged."""
     try:
         with EmbeddingStore(path, readonly=True) as store:
-            return bool(store.query("SELECT 1 FROM sqlite_master WHERE name = 'entries'"))
+            return _has_entries(store)
     except ClipkitError:
         return False
 
 
-def read(store: EmbeddingStore) -> Catalogue:
-    """The index in a store, every byte of it verified.
-
-    Raises:
-        CorruptArtefact: it is none, or damaged.
-        UsageError: it was written by a newer clipkit.
-    """
-    with store.transaction(write=False):
-        if not store.query("SELECT 1 FROM sqlite_master WHERE name = 'entries'"):
-            fix = "give an index file, or build one"
-            raise CorruptArtefact("expected an index, found a store of embeddings", where=store.path, fix=fix)
-        values = dict(store.query("SELECT key, value FROM about"))
-        about = _about(values, store.path)
-        fingerprint = Fingerprint.from_dict(about["fingerprint"])
-        vectors, entries = _rows(store, fingerprint.image)
-    if _digest(values["about"], entries) != values.get("digest"):
-        raise CorruptArtefact(_BROKEN.format("the list of files"), where=store.path, fix=_REBUILD)
-    root = None if about["root"] is None else Path(os.fsdecode(bytes.fromhex(about["root"])))
-    return Catalogue(about["model"], fingerprint, root, entries, vectors)
+def _has_entries(store: EmbeddingStore) -> bool:
+    return bool(store.query("SELECT 1 FROM sqlite_master WHERE name = 'entries'"))
 
 
-def _about(values: Mapping[str, str], path: Path | None) -> dict[str, Any]:
+def _write(store: EmbeddingStore, header: Header, entries: Sequence[Entry]) -> None:
+    text = header.as_json()
+    tower = header.fingerprint.image
+    with store.transaction():
+        store.query("CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
+        store.query("DROP TABLE IF EXISTS entries")
+        store.query(_ENTRIES)
+        about = {"about": text, "digest": hashlib.sha256(text.encode()).hexdigest(), "generation": header.generation}
+        store.change("INSERT OR REPLACE INTO about VALUES (?, ?)", list(about.items()))
+        rows = ((row, *entry, _hash(row, entry)) for row, entry in enumerate(entries))
+        store.change("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+        own_space = "SELECT id FROM spaces WHERE kind = 'image' AND tower = ?"
+        store.query(f"DELETE FROM embeddings WHERE space NOT IN ({own_space})", (tower,))
+        store.query("DELETE FROM embeddings WHERE content NOT IN (SELECT content FROM entries)")
+        store.query("DELETE FROM spaces WHERE kind <> 'image' OR tower <> ?", (tower,))
+
+
+def _read_header(store: EmbeddingStore) -> tuple[int, Header]:
+    """The format, and the header; both verified."""
+    if not _has_entries(store):
+        fix = "give an index file, or build one"
+        raise CorruptArtefact("expected an index, found a store of embeddings", where=store.path, fix=fix)
+    values = dict(store.query("SELECT key, value FROM about"))
     try:
-        about: dict[str, Any] = json.loads(values["about"])
-        found = about["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptArtefact(_BROKEN.format("what it says of itself"), where=path, fix=_REBUILD) from error
-    if found != _FORMAT:
-        raise UsageError(
-            f"the index has format {found}; this clipkit reads {_FORMAT}", where=path, fix="update clipkit"
-        )
-    return about
+        fields: dict[str, Any] = json.loads(values["about"])
+        version = fields["format"]
+        if version not in (1, _FORMAT):
+            message = f"the index has format {version}; this clipkit reads up to {_FORMAT}"
+            raise UsageError(message, where=store.path, fix="update clipkit")
+        digest = hashlib.sha256(values["about"].encode()).hexdigest()
+        if version == _FORMAT and (values["digest"], values["generation"]) != (digest, fields["generation"]):
+            raise CorruptArtefact(_BROKEN.format("its header"), where=store.path, fix=_REBUILD)
+        root = None if fields["root"] is None else Path(os.fsdecode(bytes.fromhex(fields["root"])))
+        fingerprint = Fingerprint.from_dict(fields["fingerprint"])
+        header = Header(fields["model"], fingerprint, root, fields.get("rows", 0), fields.get("generation", ""))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptArtefact(_BROKEN.format("its header"), where=store.path, fix=_REBUILD) from error
+    return version, header
 
 
-def _rows(store: EmbeddingStore, tower: str) -> tuple[Tensor, list[Entry]]:
-    ((count,),) = store.query("SELECT count(*) FROM entries")
-    vectors = torch.zeros(count, store.dim("image", tower) or 0)
-    entries: list[Entry] = []
-    for low in range(0, count, _ROWS):
-        rows = store.query(_JOINED, (tower, low, low + _ROWS))
-        if any(row[5] is None for row in rows) or [row[0] for row in rows] != list(range(low, min(low + _ROWS, count))):
-            raise CorruptArtefact(_BROKEN.format("an embedding is missing"), where=store.path, fix=_REBUILD)
-        some = [Entry(*row[1:5]) for row in rows]
-        own = [store.unpack(entry.content, *row[5:]) for entry, row in zip(some, rows, strict=True)]
-        vectors[low : low + len(own)] = torch.from_numpy(np.stack(own))
-        entries += some
-    return vectors, entries
+def _require_generation(store: EmbeddingStore, generation: str) -> None:
+    """Raise ChangedError where the index is of another generation than the header that was read."""
+    if store.query("SELECT value FROM about WHERE key = 'generation'") != [(generation,)]:
+        raise ChangedError
 
 
-_JOINED = """
-    SELECT e.row, e.path, e.size, e.mtime_ns, e.content, v.vector, v.crc FROM entries e
-    LEFT JOIN spaces s ON s.kind = 'image' AND s.tower = ?
-    LEFT JOIN embeddings v ON v.space = s.id AND v.content = e.content
-    WHERE e.row >= ? AND e.row < ? ORDER BY e.row"""
+def _upgrade(path: Path) -> None:
+    """Rewrite an index of format 1, which clipkit 0.1 wrote, after every entry of it was verified."""
+    with EmbeddingStore(path, readonly=True) as store, store.transaction(write=False):
+        _, header = _read_header(store)
+        values = dict(store.query("SELECT key, value FROM about"))
+        rows = store.query("SELECT path, size, mtime_ns, content FROM entries ORDER BY row")
+    entries = [Entry(*row) for row in rows]
+    digest = hashlib.sha256(values["about"].encode())
+    for name, size, mtime, content in entries:
+        digest.update(b"%d %d %d " % (len(name), size, mtime) + name + content)
+    if digest.hexdigest() != values.get("digest"):
+        raise CorruptArtefact(_BROKEN.format("the list of files"), where=path, fix=_REBUILD)
+    try:
+        write_index(path, header, entries)
+    except ResourceError as error:
+        message = "the index was written by clipkit 0.1, and cannot be brought up to date here"
+        raise ResourceError(message, where=path, fix="make it writable, or copy it, and open it once") from error
 
 
-def _digest(about: str, entries: Sequence[Entry]) -> str:
-    digest = hashlib.sha256(about.encode())
-    for path, size, mtime, content in entries:
-        digest.update(b"%d %d %d " % (len(path), size, mtime) + path + content)
-    return digest.hexdigest()
+def _hash(row: int, entry: Entry) -> bytes:
+    name, size, mtime, content = entry
+    return xxhash.xxh3_64_digest(b"%d %d %d %d " % (row, len(name), size, mtime) + name + content)
+
+
+def _verified(row: int, name: bytes, size: int, mtime: int, content: bytes, check: bytes, *, where: Path) -> Entry:
+    entry = Entry(name, size, mtime, content)
+    if _hash(row, entry) != check:
+        raise CorruptArtefact(_BROKEN.format("the list of files"), where=where, fix=_REBUILD)
+    return entry

@@ -1,4 +1,4 @@
-"""Which image files are meant by a folder, one file, or a list."""
+"""The image files of a folder, of one path, or of a list."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ log = logging.getLogger("clipkit")
 
 @dataclass(frozen=True)
 class Listing:
-    """What is to be labelled or indexed.
+    """The image files to label or to index.
 
     Attributes:
         root: the folder, if one was given.
         files: the images, each once; below a folder sorted by name.
         unreadable: folders below the root that could not be listed.
-        rejected: those again, as entries of a list of rejects, numbered after the files.
+        rejected: the same folders as rejects, numbered after the files.
     """
 
     root: Path | None
@@ -32,36 +32,38 @@ class Listing:
     unreadable: Sequence[Path] = ()
     rejected: list[Reject] = field(default_factory=list)
 
-    def ledger(self) -> LoadReport:
-        """The sum of what was listed, to which what cannot be decoded is yet to be added."""
+    def load_report(self) -> LoadReport:
+        """Return the counts so far; the caller adds the images that cannot be decoded."""
         n = len(self.files)
         return LoadReport(rows=n + len(self.rejected), used=n, images=n, rejects=list(self.rejected))
 
 
 def list_images(path: str | os.PathLike[str], *, on_bad: OnBad = "skip") -> Listing:
-    """The images below a folder, or the one file that `path` is.
+    """Return the images below a folder, or `path` itself if it is a file.
 
     Raises:
-        DataError: there is nothing at `path`, or a folder without an image; or a folder cannot be listed, and
+        DataError: `path` does not exist, or is a folder without an image; or a folder cannot be listed, and
             `on_bad` is "error".
     """
     if Path(path).is_file():
         return Listing(None, [Path(path)])
-    listing = _folder(Path(path), on_bad)
+    listing = _list_folder(Path(path), on_bad)
     if not listing.files:
-        raise DataError("there is no image here", where=path, fix="check the folder; images are told by their suffix")
+        raise DataError(
+            "there is no image here", where=path, fix="check the folder; images are recognised by their suffix"
+        )
     return listing
 
 
-def listed(images: str | os.PathLike[str] | Iterable[object], *, on_bad: OnBad = "skip") -> Listing:
-    """The images below a folder, or those of a list, by their absolute paths.
+def list_files(images: str | os.PathLike[str] | Iterable[object], *, on_bad: OnBad = "skip") -> Listing:
+    """Return the absolute paths of the images below a folder, or of those in a list.
 
     Raises:
         DataError: the folder does not exist; or one below it cannot be listed, and `on_bad` is "error".
-        UsageError: an item of a list is no path.
+        UsageError: an item of a list is not a path.
     """
     if isinstance(images, (str, os.PathLike)):
-        return _folder(Path(images).absolute(), on_bad)
+        return _list_folder(Path(images).absolute(), on_bad)
     files: list[Path] = []
     for row, item in enumerate(images):
         if not isinstance(item, (str, os.PathLike)):
@@ -71,12 +73,13 @@ def listed(images: str | os.PathLike[str] | Iterable[object], *, on_bad: OnBad =
     return Listing(None, list(dict.fromkeys(files)))
 
 
-def _folder(root: Path, on_bad: OnBad) -> Listing:
+def _list_folder(root: Path, on_bad: OnBad) -> Listing:
     tree = walk(root)
     files = find_images(tree)
     rejected = unreadable_folders(tree, row=len(files))
     if rejected and on_bad == "error":
         raise DataError(f"{rejected[0].code}: {rejected[0].message}", where=rejected[0].where)
-    if (line := tree.passed_over(files)) is not None:
-        log.info(line)
+    unused = tree.passed_over(files)
+    if unused is not None:
+        log.info(unused)
     return Listing(root, files, list(tree.unreadable), rejected)

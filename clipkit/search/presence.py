@@ -4,83 +4,90 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from clipkit.errors import DataError, UsageError, option
 from clipkit.paths import show
-from clipkit.search.index_file import Catalogue
+from clipkit.search.index_file import Header, look_up
 
 log = logging.getLogger("clipkit")
 
 
-class Present:
-    """Which rows of an index have their file; each is looked up once, and only if it is asked for.
+class FilePresence:
+    """Which files of an index exist; each is looked up once.
 
     Args:
-        paths: one a row.
-        root: the folder that was indexed.
-        index: the index file, for messages.
-        needed: whether files that are gone are to be left out.
-
-    Raises:
-        DataError: files are needed, and there is no such folder.
+        paths: the paths of some rows.
+        required: whether missing files are to be left out.
     """
 
-    def __init__(self, paths: Sequence[Path], root: Path | None, index: Path | None, *, needed: bool) -> None:
-        self.paths, self.needed = paths, needed
-        self._known: dict[int, bool] = {}
-        if needed:
-            require_root(root, index)
+    def __init__(self, paths: Callable[[Iterable[int]], Mapping[int, Path]], *, required: bool) -> None:
+        self.required = required
+        self._read_paths = paths
+        self._paths: dict[int, Path] = {}
+        self._exists: dict[int, bool] = {}
 
-    def __getitem__(self, row: int) -> bool:
-        if row not in self._known:
-            self._known[row] = os.path.exists(self.paths[row])  # noqa: PTH110 (raises nothing)
-        return self._known[row]
+    def add(self, rows: Iterable[int]) -> None:
+        """Look up the files of these rows."""
+        new = self._read_paths(set(rows) - self._paths.keys())
+        self._paths.update(new)
+        self._exists.update({row: os.path.exists(path) for row, path in new.items()})  # noqa: PTH110 (raises nothing)
 
-    def tell(self) -> None:
-        """Says what was left out."""
-        gone = [row for row, there in self._known.items() if not there]
-        if self.needed and gone:
-            asked = option("missing", python="missing=True")
+    def path(self, row: int) -> Path:
+        return self._paths[row]
+
+    def exists(self, row: int) -> bool:
+        return self._exists[row]
+
+    def log_missing(self) -> None:
+        """Log how many files were left out."""
+        missing = [row for row, exists in self._exists.items() if not exists]
+        if self.required and missing:
             log.warning(
                 "left out: %d files that are no longer there, such as %s (update the index; %s shows them)",
-                len(gone), show(self.paths[gone[0]]), asked,
+                len(missing), show(self._paths[min(missing)]), option("missing", python="missing=True"),
             )  # fmt: skip
 
 
 def require_root(root: Path | None, index: Path | None) -> None:
-    """Refuses a folder that is not there: it moved, or its disk is not mounted.
+    """Refuse a folder that does not exist: it moved, or its disk is not mounted.
+
+    Args:
+        root: the folder that was indexed; None for a list of files, which is not refused.
+        index: the index file, for the message.
 
     Raises:
-        DataError: so it is.
+        DataError: the folder does not exist.
     """
     if root is None or root.is_dir():
         return
-    now = option("root", "FOLDER", python="EmbeddingIndex.open(path, root=FOLDER)")
+    new_root = option("root", "FOLDER", python="EmbeddingIndex.open(path, root=FOLDER)")
     raise DataError(
         f"the folder that was indexed is not there: {show(root)}",
         where=None if index is None else show(index),
-        fix=f"mount it; or, if it moved, say where it is now: {now}",
+        fix=f"mount it; or, if it moved, say where it is now: {new_root}",
     )
 
 
-def moved_to(catalogue: Catalogue, root: Path, index: Path) -> Catalogue:
-    """The same index, of the same files below another folder.
+def relocated(header: Header, root: Path, index: Path) -> Header:
+    """Return the same header, with its files below another folder.
 
     Raises:
         UsageError: it is an index of a list of files, which have no common folder.
-        DataError: none of its files is there.
+        DataError: none of its files is below `root`.
     """
-    if catalogue.root is None:
+    if header.root is None:
         fix = "leave the folder out, or index the folder"
         raise UsageError("this is an index of a list of files, not of a folder", where=show(index), fix=fix)
-    moved = replace(catalogue, root=root.absolute())
-    if catalogue.entries and not any(os.path.exists(moved.path_of(entry)) for entry in catalogue.entries):  # noqa: PTH110
-        raise DataError(
-            f"none of the {len(catalogue.entries):,} files of the index is below this folder",
-            where=show(root),
-            fix=f"give the folder that was {show(catalogue.root)}",
-        )
-    return moved
+    moved = replace(header, root=root.absolute())
+    for start in range(0, header.rows, 1000):
+        entries = look_up(index, header.generation, range(start, min(start + 1000, header.rows)))
+        if any(os.path.exists(moved.path_of(entry)) for entry in entries.values()):  # noqa: PTH110
+            return moved
+    raise DataError(
+        f"none of the {header.rows:,} files of the index is below this folder",
+        where=show(root),
+        fix=f"give the folder that was {show(header.root)}",
+    )

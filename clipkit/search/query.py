@@ -1,4 +1,4 @@
-"""What can be asked of an index, and its embedding."""
+"""Queries to an index: how they are read, and their embeddings."""
 
 from __future__ import annotations
 
@@ -21,41 +21,47 @@ from clipkit.texts import checked_text, is_blank
 log = logging.getLogger("clipkit")
 
 Query: TypeAlias = "ImageSource | Tensor"
+QueryType = Literal["text", "image", "vector"]
 
 
 def embed_queries(queries: Sequence[Query], model: Callable[[], DualEncoder], dim: int) -> Tensor:
-    """(queries, dim) float32, unit length. What the model cannot see of a text is told in the log.
+    """Return (queries, dim) float32 embeddings of unit length.
 
-    Encoded here and not by `embed`: a search is one process's own affair, not work that ranks share. The model is asked
-    for only where a query is not an embedding already.
+    The log names what the model cannot see of a text. This does not use `embed`: one process searches by itself, and
+    ranks do not share the work.
+
+    Args:
+        queries: texts, images and embeddings, mixed.
+        model: opens the model; not called if all queries are embeddings.
+        dim: length of an embedding.
 
     Raises:
-        BadText: a text with bytes that are no UTF-8.
-        UsageError: an empty text, something that is no query, or an embedding of another size.
+        BadText: a text has bytes that are not UTF-8.
+        UsageError: a text is empty, something is not a query, or an embedding has another size.
     """
-    kinds = [kind_of(query) for query in queries]
+    rows_of: dict[QueryType, list[int]] = {"text": [], "image": [], "vector": []}
+    for row, query in enumerate(queries):
+        rows_of[query_type(query)].append(row)
     vectors = torch.zeros(len(queries), dim)
-    for kind in ("text", "image", "vector"):
-        rows = [row for row, found in enumerate(kinds) if found == kind]
-        some: list[Any] = [queries[row] for row in rows]
-        if not rows:
-            continue
-        if kind == "vector":
-            vectors[rows] = torch.stack([_unit(vector, dim) for vector in some])
-        elif kind == "image":
-            vectors[rows] = model().encode_images(some)
-        else:
-            vectors[rows] = model().encode_texts(some)
-            tell(text_notices(model().processor, some), model().processor.text_side)
+    if rows := rows_of["text"]:
+        texts: list[Any] = [queries[row] for row in rows]
+        vectors[rows] = model().encode_texts(texts)
+        tell(text_notices(model().processor, texts), model().processor.text_side)
+    if rows := rows_of["image"]:
+        images: list[Any] = [queries[row] for row in rows]
+        vectors[rows] = model().encode_images(images)
+    for row in rows_of["vector"]:
+        embedding: Any = queries[row]
+        vectors[row] = _normalized(embedding, dim)
     return vectors
 
 
-def kind_of(query: object) -> Literal["text", "image", "vector"]:
-    """How a query is read.
+def query_type(query: object) -> QueryType:
+    """Return how a query is read.
 
     Raises:
-        BadImage: it is a path, and no image that can be opened is there.
-        UsageError: it is empty, or no query.
+        BadImage: it is the path of an image that does not exist or cannot be opened.
+        UsageError: it is empty, or not a query.
     """
     if isinstance(query, Tensor):
         return "vector"
@@ -66,31 +72,33 @@ def kind_of(query: object) -> Literal["text", "image", "vector"]:
             checked_text(query)
             return "text"
     if isinstance(query, (str, os.PathLike)):
-        probe_image(query)  # before a model is opened for it
+        probe_image(query)  # fails before a model is opened
     if isinstance(query, (str, os.PathLike, bytes, Image.Image, np.ndarray, Mapping)):
         return "image"
     raise UsageError(f"a query is a text, an image or an embedding; found {type(query).__name__}")
 
 
 def is_path(query: str) -> bool:
-    """Whether a query means a file: there is one, or it has an image's suffix and either a separator or no space.
+    """Whether a query is a path: the file exists, or the name has an image's suffix and either a separator or no space.
 
-    A word that is also the name of a folder, such as a class, is a text, and the log says so.
+    A word that is also the name of a folder, such as a class, is read as a text, and the log says so.
 
     >>> is_path("photos/a dog.jpg"), is_path("dog.jpg"), is_path("a dog, not a .jpg"), is_path("cat/dog")
     (True, True, False, False)
     """
     separated = "/" in query or os.sep in query
-    if (is_image_name(query) and (separated or " " not in query)) or os.path.isfile(query):  # noqa: PTH113
+    if is_image_name(query) and (separated or " " not in query):
         return True
-    if os.path.isdir(query):  # noqa: PTH112 (Path raises for a long text)
+    if os.path.isfile(query):  # noqa: PTH113 (Path raises for a long text)
+        return True
+    if os.path.isdir(query):  # noqa: PTH112
         if separated:
             return True
         log.info("there is a folder %s; it is searched for as a text", query)
     return False
 
 
-def _unit(vector: Tensor, dim: int) -> Tensor:
+def _normalized(vector: Tensor, dim: int) -> Tensor:
     v = vector.detach().float().cpu()
     if v.shape != (dim,) or not bool(torch.isfinite(v).all()) or not bool(v.any()):
         raise UsageError(f"expected a finite embedding of shape ({dim},), found {tuple(v.shape)}")

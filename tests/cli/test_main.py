@@ -11,7 +11,7 @@ import pytest
 import tiny
 from command import clipkit
 
-from clipkit.cli import output, shell
+from clipkit.cli import output
 from clipkit.cli.main import main
 
 VERBS = ["quickstart", "train", "evaluate", "label", "index", "search", "export", "check data", "env"]
@@ -104,7 +104,7 @@ def test_train_evaluate_label_index_search(tmp_path, table, model):
 def test_no_name_costs_the_output(monkeypatch):
     bytes_written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
-    shell.never_fail_on_a_name()
+    output.replace_unencodable_characters()
     output.say("caf\udce9 漢字.png")
     output.print_json({"path": "caf\udce9 漢字.png"})
     sys.stdout.flush()
@@ -303,7 +303,7 @@ def test_train_says_which_weights_it_kept(tmp_path, table, model):
         ("train.output_dir", "train.output_dir=runs"),
     ],
 )
-def test_what_is_missing_is_named_with_its_mend(tmp_path, left_out, fix):
+def test_what_is_missing_is_named_with_its_fix(tmp_path, left_out, fix):
     given = {"model.name": "x", "data.train": "y.csv", "train.output_dir": tmp_path / "run"}
     done = clipkit("train", *(f"{key}={value}" for key, value in given.items() if key != left_out), "--print-config")
     assert done.code == 2
@@ -361,8 +361,8 @@ def test_label_reads_a_table_and_writes_what_was_found(tmp_path, model, monkeypa
     rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
     assert [row["image"] for row in rows] == names
     for row in rows:
-        found = [row["label"], row["label_2"], row["label_3"]]
-        assert sorted(found) == ["=cat", "a dog, black", "sea_lion"]
+        labels = [row["label"], row["label_2"], row["label_3"]]
+        assert sorted(labels) == ["=cat", "a dog, black", "sea_lion"]
         scores = [float(row[name]) for name in ("score", "score_2", "score_3")]
         assert scores == sorted(scores, reverse=True)
         assert sum(scores) == pytest.approx(1, abs=2e-4)

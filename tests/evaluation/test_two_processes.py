@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import toy
 
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
@@ -61,9 +62,10 @@ from pathlib import Path
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-model = runpy.run_path(sys.argv[2])["toy_model"]()
-found = runpy.run_path(sys.argv[1])["measure"](Path(sys.argv[3]), model)
-Path(sys.argv[4] + os.environ["RANK"]).write_text(json.dumps(found))
+sys.path.insert(0, sys.argv[2])
+import toy
+figures = runpy.run_path(sys.argv[1])["measure"](Path(sys.argv[3]), toy.toy_model())
+Path(sys.argv[4] + os.environ["RANK"]).write_text(json.dumps(figures))
 dist.destroy_process_group()
 """
 
@@ -76,7 +78,8 @@ def test_two_processes_give_the_figures_of_one(tiny, tmp_path: Path, monkeypatch
         port = probe.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     out = str(tmp_path / "out")
-    command = [sys.executable, "-c", CHILD, __file__, tiny.__file__, str(tmp_path / "two" / "photos"), out]
+    helpers = str(Path(toy.__file__).parent)
+    command = [sys.executable, "-c", CHILD, __file__, helpers, str(tmp_path / "two" / "photos"), out]
     children = [subprocess.Popen(command, env={**shared, "RANK": str(r)}, stderr=subprocess.PIPE) for r in range(2)]
     try:
         errors = [child.communicate(timeout=300)[1].decode() for child in children]
@@ -86,7 +89,7 @@ def test_two_processes_give_the_figures_of_one(tiny, tmp_path: Path, monkeypatch
     assert [child.returncode for child in children] == [0, 0], "\n".join(errors)
     tiny.write_pictures(tmp_path / "one" / "photos", range(N))
     monkeypatch.setattr(ranking, "_TILE", ranking._TILE)
-    alone = json.loads(json.dumps(measure(tmp_path / "one" / "photos", tiny.toy_model())))
+    alone = json.loads(json.dumps(measure(tmp_path / "one" / "photos", toy.toy_model())))
     alone["error"][1] = alone["error"][1].replace("/one/", "/two/")
     for rank in range(2):
         found = json.loads(Path(f"{out}{rank}").read_text())

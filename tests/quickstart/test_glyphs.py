@@ -12,15 +12,17 @@ import pytest
 from PIL import Image, ImageFont
 
 from clipkit.errors import ResourceError, UsageError
+from clipkit.quickstart import drawing
 from clipkit.quickstart import glyphs as module
-from clipkit.quickstart.glyphs import FACES, Glyph, Glyphs, glyphs
+from clipkit.quickstart.drawing import FACES, Glyph
+from clipkit.quickstart.glyphs import Glyphs, glyphs
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[Glyph]:
-    return module.draw_all()
+    return drawing.draw_all()
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,8 @@ def test_every_letter_of_the_three_alphabets_is_drawn(sans: dict[str, np.ndarray
 
 
 def test_no_picture_is_blank_or_the_box_of_a_missing_character(sans: dict[str, np.ndarray]) -> None:
-    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", module.EM, layout_engine=ImageFont.Layout.BASIC)
-    box = module.draw("\U000e0fff", [font])  # no font has it, so FreeType draws the box
+    font = ImageFont.truetype(FONTS / "DejaVuSans.ttf", drawing.EM, layout_engine=ImageFont.Layout.BASIC)
+    box = drawing.draw("\U000e0fff", [font])  # no font has it, so FreeType draws the box
     assert box is not None
     assert not [char for char, picture in sans.items() if (picture == np.asarray(box)).all()]
     assert all((picture < 255).any() for picture in sans.values())
@@ -83,9 +85,9 @@ def test_size_and_position_survive(sans: dict[str, np.ndarray]) -> None:
 def test_ink_that_does_not_fit_is_moved_or_shrunk_but_never_cut() -> None:
     file = FONTS / "DejaVuSans.ttf"
     sizes = [ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC) for size in range(27, 3, -1)]
-    wide = module.draw("⨌", sizes)  # four integral signs
+    wide = drawing.draw("⨌", sizes)  # four integral signs
     assert wide is not None
-    assert module.draw("⨌", sizes[:1]) is None  # at full size it does not fit
+    assert drawing.draw("⨌", sizes[:1]) is None  # at full size it does not fit
     ink = np.asarray(wide) < 255
     columns = np.flatnonzero(ink.any(axis=0))
     assert 24 <= columns[-1] - columns[0] + 1 <= 32
@@ -174,8 +176,8 @@ def test_rows_by_idea_carry_a_class_label(built: Glyphs, idea: str) -> None:
     assert [names[label] for label in rows["label"]] == rows[idea]
     for row in rows:
         if idea != "accent":
-            found = {row[idea] in text.split() for text in row["texts"] if text.split()[0] in module.SCRIPTS}
-            assert found == {True}
+            texts = [text.split() for text in row["texts"]]
+            assert {row[idea] in words for words in texts if words[0] in module.SCRIPTS} == {True}
 
 
 def test_an_unknown_idea_is_refused(built: Glyphs) -> None:

@@ -1,44 +1,17 @@
+"""Searching an index: hits, queries, and the model that the index opens."""
+
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import BadImage, CorruptArtefact, DataError, ModelMismatch, UsageError
-from clipkit.search import index as module
-from clipkit.search.changes import Changes
+from clipkit.errors import BadImage, ModelMismatch, UsageError
+from clipkit.search import matrix
+from clipkit.search.hits import highest
 from clipkit.search.index import EmbeddingIndex
-from clipkit.search.index_file import Catalogue, Entry
-from clipkit.search.standing import index_of_folder
-
-
-@pytest.fixture(scope="session")
-def saved(tiny, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny.tiny_model(seed=1).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def named(saved: Path):
-    from clipkit.models.dual_encoder import DualEncoder
-
-    return DualEncoder.from_pretrained(saved)
-
-
-@pytest.fixture
-def photos(tiny, tmp_path: Path) -> Path:
-    tiny.write_pictures(tmp_path / "photos", range(12))
-    tiny.write_pictures(tmp_path / "photos" / "more", range(12, 20))
-    return tmp_path / "photos"
 
 
 def brute_force(vectors: torch.Tensor, query: torch.Tensor, k: int) -> list[int]:
@@ -46,9 +19,9 @@ def brute_force(vectors: torch.Tensor, query: torch.Tensor, k: int) -> list[int]
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
 
 
-@pytest.mark.parametrize("tile", [2**24, 1])
+@pytest.mark.parametrize("tile", [2**16, 7, 1])
 def test_search_equals_brute_force(named, tiny, photos: Path, tmp_path: Path, monkeypatch, tile: int) -> None:
-    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(matrix, "ROWS_PER_TILE", tile)
     index = EmbeddingIndex.build(named, photos, tmp_path / "photos.index", batch_size=7)
     files = sorted(photos.rglob("*.png"))
     assert index.paths == files
@@ -80,7 +53,7 @@ def test_the_next_day_it_knows_its_model(named, photos: Path, tmp_path: Path, mo
     assert index.search(torch.ones(16), k=2) == built.search(torch.ones(16), k=2)
     assert index._model is None
     assert index.search("a red photo", k=3) == built.search("a red photo", k=3)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "photos.index"]  # no side files, no draft
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "photos.index", "photos.index.matrix"]  # no draft
 
 
 def test_equal_scores_come_in_the_order_of_the_index(named, tiny, tmp_path: Path) -> None:
@@ -121,51 +94,6 @@ def test_model_that_was_never_saved(model, photos: Path, tmp_path: Path) -> None
         EmbeddingIndex.open(tmp_path / "i").search("a photo")
 
 
-def test_bad_images_are_listed_or_stop(named, photos: Path, tmp_path: Path) -> None:
-    (photos / "zero.jpg").write_bytes(b"")
-    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
-    assert len(index) == 20
-    assert [(r.code, Path(str(r.where)).name) for r in index.rejected] == [("EMPTY", "zero.jpg")]
-    with pytest.raises(BadImage):
-        EmbeddingIndex.build(named, photos, tmp_path / "j", on_bad="error")
-    assert not (tmp_path / "j").exists()
-
-
-def test_paths_that_cannot_be_used(named, tiny, photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("mine")
-    with pytest.raises(UsageError, match="already"):
-        EmbeddingIndex.build(named, photos, tmp_path / "taken")
-    with pytest.raises(UsageError, match="only an index"):
-        EmbeddingIndex.build(named, photos, tmp_path / "taken", overwrite=True)
-    assert (tmp_path / "taken").read_text() == "mine"
-    with pytest.raises(UsageError, match="does not exist"):
-        EmbeddingIndex.open(tmp_path / "none.index")
-    with pytest.raises(UsageError, match="is a folder"):
-        EmbeddingIndex.open(photos)
-    with pytest.raises(CorruptArtefact):
-        EmbeddingIndex.open(tmp_path / "taken")
-    with EmbeddingStore(tmp_path / "store.db") as store:
-        store.seal()
-    with pytest.raises(CorruptArtefact, match="store of embeddings"):
-        EmbeddingIndex.open(tmp_path / "store.db")
-    (tmp_path / "no").mkdir()
-    with pytest.raises(DataError, match="no image here"):
-        EmbeddingIndex.build(named, tmp_path / "no", tmp_path / "i")
-    (tmp_path / "no" / "a.png").write_bytes(b"")
-    with pytest.raises(DataError, match="1 of 1 rows are rejected: none is left"):
-        EmbeddingIndex.build(named, tmp_path / "no", tmp_path / "i")
-    with pytest.raises(DataError):
-        EmbeddingIndex.build(named, tmp_path / "nowhere", tmp_path / "i")
-    with pytest.raises(UsageError, match="made of files"):
-        EmbeddingIndex.build(named, [tiny.picture(0)], tmp_path / "i")
-
-
-def test_overwrite(named, photos: Path, tmp_path: Path) -> None:
-    EmbeddingIndex.build(named, photos, tmp_path / "i")
-    EmbeddingIndex.build(named, photos / "more", tmp_path / "i", overwrite=True)
-    assert len(EmbeddingIndex.open(tmp_path / "i")) == 8
-
-
 def test_queries_that_are_none(named, photos: Path, tmp_path: Path) -> None:
     index = EmbeddingIndex.build(named, photos, tmp_path / "i")
     for query, message in (
@@ -178,225 +106,6 @@ def test_queries_that_are_none(named, photos: Path, tmp_path: Path) -> None:
             index.search(query)
     with pytest.raises(UsageError, match="list of queries"):
         index.search_many("a photo")
-
-
-def test_every_flip_that_matters_and_every_cut_is_detected(named, photos: Path, tmp_path: Path) -> None:
-    path = tmp_path / "i"
-    built = EmbeddingIndex.build(named, photos, path)
-    whole = path.read_bytes()
-    g = np.random.default_rng(0)
-    unnoticed = 0
-    places = [*range(100), *g.integers(100, len(whole), 150)]  # all of SQLite's header, and some
-    for place in places:
-        data = bytearray(whole)
-        data[place] ^= 1 << g.integers(8)
-        path.write_bytes(data)
-        try:
-            found = EmbeddingIndex.open(path)
-        except (CorruptArtefact, UsageError):  # UsageError: a version number was hit
-            continue
-        unnoticed += 1  # free space of a page: harmless, if everything is still what it was
-        assert found.paths == built.paths
-        assert torch.equal(found.vectors, built.vectors)
-        assert found.fingerprint == built.fingerprint
-        assert found.model_name == built.model_name
-    assert unnoticed < len(places)
-    for cut in g.integers(1, len(whole), 30):
-        path.write_bytes(whole[:cut])
-        with pytest.raises(CorruptArtefact):
-            EmbeddingIndex.open(path)
-
-
-def test_a_flip_in_the_list_of_files_is_detected(named, photos: Path, tmp_path: Path) -> None:
-    path = tmp_path / "i"
-    EmbeddingIndex.build(named, photos, path)
-    whole = path.read_bytes()
-    for needle in (b"more/015.png", b'"root"', b'"size": "16x16'):  # a name, and what the index says of itself
-        data = whole.replace(needle, needle[:-1] + bytes([needle[-1] ^ 1]))
-        assert data != whole
-        path.write_bytes(data)
-        with pytest.raises(CorruptArtefact):
-            EmbeddingIndex.open(path)
-
-
-def test_read_only_place(named, photos: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "ro"
-    EmbeddingIndex.build(named, photos, folder / "i")
-    (folder / "i").chmod(0o444)
-    folder.chmod(0o555)
-    try:
-        assert EmbeddingIndex.open(folder / "i").search(torch.ones(16), k=1)
-        assert [p.name for p in folder.iterdir()] == ["i"]
-    finally:
-        folder.chmod(0o755)
-
-
-def test_a_name_that_is_no_utf8(named, tiny, tmp_path: Path) -> None:
-    folder = tmp_path / "photos"
-    tiny.write_pictures(folder, range(2))
-    (folder / "000.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
-    EmbeddingIndex.build(named, folder, tmp_path / "i")
-    (hit,) = EmbeddingIndex.open(tmp_path / "i").search(tiny.picture(0), k=1)
-    assert hit.path.is_file()
-    assert os.fsencode(hit.path).endswith(b"caf\xe9.png")
-    odd = os.fsdecode(os.fsencode(folder) + b"/\xe4.png")
-    Path(odd).write_bytes(b"")
-    (reject,) = EmbeddingIndex.open(tmp_path / "i", named).update().rejected
-    assert reject.path == odd  # as it comes out of rejects.jsonl
-    str(reject).encode()  # as it is shown
-
-
-def test_update(named, tiny, photos: Path, tmp_path: Path) -> None:
-    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
-    assert index.update() == Changes([], [], [], [], [], kept=20)
-    (photos / "000.png").unlink()
-    tiny.picture(50).save(photos / "new.png")
-    tiny.picture(51).save(photos / "001.png")
-    (photos / "bad.png").write_bytes(b"x")
-    os.utime(photos / "001.png", ns=(1, 1))
-    changes = index.update()
-    names = [[p.name for p in part] for part in (changes.added, changes.changed, changes.removed)]
-    assert names == [["new.png"], ["001.png"], ["000.png"]]
-    assert [r.code for r in changes.rejected] == ["NOT_IMAGE"]
-    assert (changes.kept, changes.moved) == (18, [])
-    again = EmbeddingIndex.open(tmp_path / "i", named)
-    for found in (index, again):
-        assert found.search(tiny.picture(51), k=1)[0].path == photos / "001.png"
-        assert found.search(tiny.picture(0), k=1)[0].score < 0.9999
-    fresh = EmbeddingIndex.build(named, photos, tmp_path / "j")
-    assert (again.paths, len(again)) == (fresh.paths, 20)
-    assert torch.allclose(again.vectors, fresh.vectors, atol=1e-6)
-    with EmbeddingStore(tmp_path / "i") as store:
-        assert len(store) == 20  # nothing is kept of what is gone
-    for path in photos.rglob("*.png"):
-        path.unlink()
-    assert len(index.update().removed) == 20
-    assert index.search(torch.ones(16)) == []
-
-
-def counted(model, monkeypatch) -> list[int]:
-    """How many images each batch that the model embeds from now on has."""
-    embedded: list[int] = []
-    original = model.vision_features
-    monkeypatch.setattr(model, "vision_features", lambda x: (embedded.append(len(x)), original(x))[1])
-    return embedded
-
-
-def test_moved_files_are_known_by_their_content(named, tiny, photos: Path, tmp_path: Path, monkeypatch) -> None:
-    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
-    (photos / "000.png").rename(photos / "more" / "zero.png")
-    (photos / "copy.png").write_bytes((photos / "001.png").read_bytes())
-    tiny.picture(77).save(photos / "new.png")
-    embedded = counted(named, monkeypatch)
-    changes = index.update()
-    assert changes.moved == [(photos / "000.png", photos / "more" / "zero.png")]
-    assert ([p.name for p in changes.added], changes.removed, changes.kept) == (["copy.png", "new.png"], [], 19)
-    assert str(changes) == "2 new, 0 changed, 1 moved, 0 deleted, 19 as before"
-    assert sum(embedded) == 1  # the one content that was not there
-
-
-def test_a_file_of_the_same_size_and_time_is_seen_by_its_content(named, tiny, photos: Path, tmp_path: Path) -> None:
-    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
-    victim = photos / "000.png"
-    whole, status = victim.read_bytes(), victim.stat()
-    shade = next(n for n in range(100, 10_000) if len(_png(tiny, n)) <= len(whole) and _png(tiny, n) != whole)
-    victim.write_bytes(_png(tiny, shade).ljust(len(whole), b"\0"))
-    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert victim.stat().st_size == status.st_size
-    assert index.update().changed == []
-    assert index.update(verify=True) == Changes([], [victim], [], [], [], kept=19)
-    assert index.search(tiny.picture(shade), k=1)[0].path == victim
-    assert index.update(verify=True).kept == 20
-
-
-def _png(tiny, number: int) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    tiny.picture(number).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def test_files_that_are_gone_are_left_out_or_flagged(named, tiny, photos: Path, tmp_path: Path, caplog) -> None:
-    index = EmbeddingIndex.build(named, photos, tmp_path / "i")
-    before = index.search(tiny.picture(3), k=20)
-    gone = {before[0].path, before[1].path, before[4].path}
-    for path in gone:
-        path.unlink()
-    for k in (1, 3, 17, 20):
-        hits = index.search(tiny.picture(3), k=k)
-        assert [hit.path for hit in hits] == [hit.path for hit in before if hit.path not in gone][:k]
-        assert [hit.rank for hit in hits] == list(range(1, min(k, 17) + 1))
-    assert "left out: 3 files that are no longer there" in caplog.text
-    flagged = index.search(tiny.picture(3), k=20, missing=True)
-    assert [(hit.path, hit.missing) for hit in flagged] == [(hit.path, hit.path in gone) for hit in before]
-
-
-def test_a_folder_that_moved(named, tiny, photos: Path, tmp_path: Path, monkeypatch) -> None:
-    EmbeddingIndex.build(named, photos, tmp_path / "i")
-    there = tmp_path / "elsewhere" / "pictures"
-    there.parent.mkdir()
-    photos.rename(there)
-    with pytest.raises(DataError, match=r"is not there: .*photos[\s\S]*root=") as error:
-        EmbeddingIndex.open(tmp_path / "i").search(torch.ones(16))
-    assert error.value.exit_code == 3
-    assert EmbeddingIndex.open(tmp_path / "i").search(torch.ones(16), k=1, missing=True)[0].missing
-    with pytest.raises(DataError, match="is not there"):
-        EmbeddingIndex.open(tmp_path / "i", named).update()  # would drop every one
-    index = EmbeddingIndex.open(tmp_path / "i", named, root=there)
-    assert index.search(tiny.picture(3), k=1)[0].path == there / "003.png"
-    assert len(EmbeddingIndex.open(tmp_path / "i")) == 20  # nothing is written yet
-    embedded = counted(named, monkeypatch)
-    assert (index.update().kept, embedded) == (20, [])
-    assert EmbeddingIndex.open(tmp_path / "i").root == there
-    with pytest.raises(DataError, match="none of the 20 files"):
-        EmbeddingIndex.open(tmp_path / "i", root=tmp_path)
-    EmbeddingIndex.build(named, [there / "000.png"], tmp_path / "list")
-    with pytest.raises(UsageError, match="a list of files"):
-        EmbeddingIndex.open(tmp_path / "list", root=there)
-
-
-def test_the_index_that_stands_there(named, photos: Path, tmp_path: Path, monkeypatch) -> None:
-    assert index_of_folder(tmp_path / "i", photos) is None
-    EmbeddingIndex.build(named, photos, tmp_path / "i")
-    monkeypatch.chdir(tmp_path)
-    for same in (photos, Path("photos"), photos / "more" / ".."):
-        found = index_of_folder(tmp_path / "i", same)
-        assert found is not None
-        assert found.root == photos
-    with pytest.raises(UsageError, match=r"another folder: .*photos[\s\S]*overwrite=True"):
-        index_of_folder(tmp_path / "i", photos / "more")
-    (tmp_path / "other").mkdir()
-    photos.rename(tmp_path / "moved")
-    with pytest.raises(UsageError, match="another folder"):
-        index_of_folder(tmp_path / "i", tmp_path / "other")
-    found = index_of_folder(tmp_path / "i", tmp_path / "moved")
-    assert found is not None
-    assert found.root == tmp_path / "moved"
-    EmbeddingIndex.build(named, [tmp_path / "moved" / "000.png"], tmp_path / "list")
-    with pytest.raises(UsageError, match="a list of files"):
-        index_of_folder(tmp_path / "list", tmp_path / "moved")
-
-
-def test_what_lies_in_a_folder_that_cannot_be_listed(named, tiny, photos: Path, tmp_path: Path, monkeypatch) -> None:
-    built = EmbeddingIndex.build(named, photos, tmp_path / "i")
-    scandir = os.scandir
-
-    def deny(path):
-        if str(path).endswith("more"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", deny)
-    index = EmbeddingIndex.open(tmp_path / "i", named)
-    changes = index.update()
-    assert (changes.kept, changes.removed) == (20, [])  # not known to be gone
-    assert [(r.code, r.row, r.path) for r in changes.rejected] == [("UNREADABLE", 12, str(photos / "more"))]
-    assert index.paths == built.paths
-    fresh = EmbeddingIndex.build(named, photos, tmp_path / "j")
-    assert (len(fresh), [r.code for r in fresh.rejected]) == (12, ["UNREADABLE"])
-    with pytest.raises(DataError, match="UNREADABLE"):
-        EmbeddingIndex.build(named, photos, tmp_path / "k", on_bad="error")
 
 
 @pytest.mark.parametrize("query", ["photos/gone.png", "gone.jpg", "a folder/of a dog.webp", Path("gone")])
@@ -416,45 +125,20 @@ def test_a_query_that_looks_like_a_path_is_one(named, photos: Path, tmp_path: Pa
         index.search("photos/more")
 
 
-BUILD = """
-import runpy, sys, time
-from clipkit.embedding.store import EmbeddingStore
-from clipkit.search.index import EmbeddingIndex
-put = EmbeddingStore.put
-def slow(self, keys, vectors):
-    put(self, keys, vectors); sys.stdout.write(f"{len(keys)}\\n"); sys.stdout.flush(); time.sleep(0.05)
-EmbeddingStore.put = slow
-EmbeddingIndex.build(runpy.run_path(sys.argv[1])["toy_model"](), sys.argv[2], sys.argv[3], batch_size=2)
-"""
+def test_the_nearest_are_those_of_the_whole_product(large: Path) -> None:
+    index = EmbeddingIndex.open(large)
+    queries = torch.nn.functional.normalize(torch.randn(5, 16))
+    scores = (queries.double() @ index.vectors.double().T).numpy()
+    for query, hits in zip(scores, index.search_many(list(queries), k=7, missing=True), strict=True):
+        best = np.argsort(-query, kind="stable")[:7]
+        assert [hit.path for hit in hits] == [Path(f"/nowhere/{row}") for row in best]
+        assert [hit.score for hit in hits] == pytest.approx(query[best].tolist(), abs=1e-6)
 
 
-def test_a_killed_build_goes_on_where_it_was(tiny, photos: Path, tmp_path: Path, monkeypatch) -> None:
-    target = tmp_path / "i"
-    child = subprocess.Popen(
-        [sys.executable, "-c", BUILD, tiny.__file__, photos, target], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    done = sum(int(child.stdout.readline()) for _ in range(4))
-    os.kill(child.pid, signal.SIGKILL)
-    child.stdout.close()
-    child.wait()
-    assert done == 8
-    assert not target.exists()
-    named, embedded = tiny.toy_model(), []
-    original = named.vision_features
-    monkeypatch.setattr(named, "vision_features", lambda x: (embedded.append(len(x)), original(x))[1])
-    index = EmbeddingIndex.build(named, photos, target)
-    assert sum(embedded) <= 20 - done
-    assert torch.allclose(index.vectors, named.encode_images(index.paths), atol=1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["i", "photos"]
-
-
-def test_speed_of_open_and_search(named, tmp_path: Path) -> None:
-    begin = time.perf_counter()
-    entries = [Entry(b"%d" % i, 0, 0, b"") for i in range(20_000)]
-    vectors = torch.nn.functional.normalize(torch.randn(20_000, 512), dim=1)
-    catalogue = Catalogue("none", named.fingerprint(), None, entries, vectors)
-    index = EmbeddingIndex(tmp_path / "i", catalogue, None, [])
-    assert len(index.search(torch.randn(512), k=10, missing=True)) == 10
-    assert index.search(torch.randn(512), k=10) == []  # every file is gone, and every one was looked for
-    assert time.perf_counter() - begin < 5
+def test_of_equal_scores_the_first_rows_win() -> None:
+    scores = torch.tensor([[0.5, 0.9, 0.5, 0.1, 0.5, 0.5], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.5] * 6])
+    for k in range(1, 8):
+        values, columns = highest(scores, k)
+        best = np.argsort(-scores.numpy(), axis=1, kind="stable")[:, :k]
+        assert columns.tolist() == best.tolist()
+        assert torch.equal(values, scores.gather(1, columns))

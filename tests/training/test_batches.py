@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import tiny
-from ranks import together
+from runs import on_ranks
 
 from clipkit import TrainConfig, Trainer, distributed
 from clipkit.errors import ConfigError
@@ -51,7 +51,7 @@ def _seen(folder, pairs):
 
 def test_two_ranks_and_their_chunks_hold_nothing_twice(tmp_path, pairs):
     twins = [{**row, "texts": row["texts"] if i % 3 else [f"{row['place']} square"]} for i, row in enumerate(pairs)]
-    one, two = _seen(tmp_path / "one", twins), together(_seen, 2, tmp_path / "two", twins)
+    one, two = _seen(tmp_path / "one", twins), on_ranks(_seen, 2, tmp_path / "two", twins)
     assert (len(one), len(two)) == (1, 2)
     for step in range(6):
         texts = [[text for rank in rank_chunks for chunk in rank[step] for text in chunk] for rank_chunks in (one, two)]

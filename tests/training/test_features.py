@@ -5,7 +5,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import ranks
+import runs
 import tiny
 
 from clipkit import DualEncoder, EmbeddingStore, RetrievalEvaluator, RunConfig, TrainConfig, Trainer, run
@@ -132,11 +132,11 @@ def shared(path):
 
 
 def test_two_processes_share_the_work(tmp_path):
-    counts, shared_features = ranks.together(shared, 2, tmp_path / "features.sqlite")
+    counts, shared_features = runs.on_ranks(shared, 2, tmp_path / "features.sqlite")
     assert counts == [15, 15]  # 7 batches; the last, of two images, is not counted
     alone = with_image_features(locked(), tiny.make_pairs(), batch_size=5)["image_features"]
     assert np.array_equal(np.asarray(shared_features), np.asarray(alone))
-    assert ranks.together(shared, 2, tmp_path / "features.sqlite")[0] == [0, 0]
+    assert runs.on_ranks(shared, 2, tmp_path / "features.sqlite")[0] == [0, 0]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import ranks
+import runs
 import tiny
 import torch
 
@@ -23,7 +23,7 @@ def seen(folder, world, program, *options, launcher="forked"):
     folder.mkdir()
     program = PROGRAM.with_name(program)
     if launcher == "forked":
-        ranks.started(program, world, folder, *options)
+        runs.run_program(program, world, folder, *options)
     else:
         command = [*TORCHRUN, str(world), str(program), str(folder), *options]
         done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import ranks
+import runs
 import step_matrix
 from step_matrix import BUGS, CASES, MODES
 
@@ -57,7 +57,7 @@ def test_one_process():
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return ranks.together(step_matrix.errors, 2, ALL, BOTH, list(BUGS))
+    return runs.on_ranks(step_matrix.errors, 2, ALL, BOTH, list(BUGS))
 
 
 def test_two_uneven_ranks(two_ranks):
@@ -70,7 +70,7 @@ def test_every_known_bug_is_seen(two_ranks, bug):
 
 
 def test_four_ranks():
-    check(ranks.together(step_matrix.errors, 4, SOME, BOTH), SOME, BOTH)
+    check(runs.on_ranks(step_matrix.errors, 4, SOME, BOTH), SOME, BOTH)
 
 
 @pytest.mark.full

@@ -4,17 +4,17 @@
 #     GPUS=4 bash train/launch/torchrun.sh train/recipes/full.yaml model.name=… data.train=birds.csv \
 #         train.output_dir=runs/birds
 #
-# On several, the same on each node, with the name of one of them; they see the same data and output_dir:
+# On several nodes, the same command on each, with the name of one of them; all need the same data and output_dir:
 #
 #     NODES=2 HEAD=node0 GPUS=4 bash train/launch/torchrun.sh train/recipes/full.yaml …
 #
-# How the signals go: Ctrl-C and `kill -TERM` of torchrun reach every process once, through torchrun. They finish their
-# step, save a checkpoint and end; torchrun waits 30 seconds for that, then kills, and what came after the last
-# checkpoint is lost. torchrun knows no USR1 and would die of it: send that to the processes themselves
-# (`pkill -USR1 -P PID_OF_TORCHRUN`). Whatever their code was, torchrun's is 1: the same command goes on with the run.
+# Signals: Ctrl-C and `kill -TERM` of torchrun reach every process once, through torchrun. They finish their step, save
+# a checkpoint and end; torchrun waits 30 seconds for that, then kills them, and the steps after the last checkpoint are
+# lost. torchrun does not handle USR1 and would die of it: send USR1 to the processes themselves
+# (`pkill -USR1 -P PID_OF_TORCHRUN`). torchrun returns 1 for any code of theirs: the same command resumes the run.
 #
-# A process that dies takes the others down within 30 seconds. RESTARTS=3 starts all of them again up to three times;
-# each time they go on from the newest checkpoint.
+# When a process dies, torchrun ends the others within 30 seconds. RESTARTS=3 starts all of them again up to three times,
+# each time from the newest checkpoint.
 set -eu
 
 nodes=${NODES:-1}

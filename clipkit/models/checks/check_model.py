@@ -123,7 +123,7 @@ def _open(
     report: Report, name: str | os.PathLike[str], folder: Path | None, trust_remote_code: bool
 ) -> tuple[DualEncoder | None, dict[str, Any] | None]:
     try:
-        backend, processor, body, _ = open_model(name, None, trust_remote_code, check=False)
+        backend, processor, body, _ = open_model(name, None, trust_remote_code)
     except Exception as error:  # a damaged folder fails in any way; what was found so far is to be told
         if folder is None and isinstance(error, ClipkitError):
             raise  # there is nothing to examine

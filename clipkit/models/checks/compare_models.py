@@ -111,7 +111,7 @@ def _opened(model: str | os.PathLike[str] | DualEncoder, trust_remote_code: bool
     if isinstance(model, DualEncoder):
         return DualEncoder(as_fp32_cpu(lora.merged(model.backend)), model.processor, model.name)
     try:
-        backend, processor, _, _ = open_model(model, None, trust_remote_code, check=False)
+        backend, processor, _, _ = open_model(model, None, trust_remote_code)
     except ClipkitError as error:
         if not _path(model).is_dir():
             raise

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipkit.errors import ClipkitError
 from clipkit.extras import upgrade_command
+from clipkit.files import read_json
 from clipkit.models.checks.finding import Finding
 from clipkit.models.loading import manifest as artefact
 
@@ -63,8 +64,9 @@ def file_findings(folder: Path) -> Iterator[Finding]:
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
+    path = folder / artefact.NAME
     try:
-        return artefact.read(folder, check=False)
+        return read_json(path) if path.is_file() else None
     except ClipkitError:
         return None  # named by its damage
 

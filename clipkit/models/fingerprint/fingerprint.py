@@ -96,10 +96,18 @@ class Fingerprint:
 def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
     """The fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
     record = dict(settings_fingerprint(backend, processor).record)
-    for part in MODALITIES:
-        weights = {name: tensor for name, tensor in backend.state_dict().items() if backend.belongs_to(part, name)}
-        record[part] = {"weights": hash_weights(weights), **record[part]}
+    for part, weights in hash_towers(backend).items():
+        record[part] = {"weights": weights, **record[part]}
     return Fingerprint(record)
+
+
+def hash_towers(backend: Backend) -> dict[Modality, str]:
+    """`hash_weights` of each tower with its head."""
+    state = backend.state_dict()
+    return {
+        part: hash_weights({name: tensor for name, tensor in state.items() if backend.belongs_to(part, name)})
+        for part in MODALITIES
+    }
 
 
 def tower_hash(backend: Backend, processor: Processor) -> str:

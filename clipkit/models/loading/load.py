@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from clipkit.errors import ModelError
+from clipkit.errors import ModelError, UsageError
 from clipkit.files import read_json
 from clipkit.models.backend import Backend
 from clipkit.models.fingerprint.fingerprint import settings_fingerprint
 from clipkit.models.fingerprint.golden import golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.loading.hub import download, find_folder
+from clipkit.models.loading.proof import Proof, Verify
 from clipkit.models.processor import Processor
 
 Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
@@ -21,40 +22,67 @@ Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
 OPEN_CLIP, HUB = "open_clip:", "hf-hub:"
 
 
-def open_model(
-    name: str | os.PathLike[str], revision: str | None, trust_remote_code: bool, *, check: bool = True
-) -> Opened:
-    """The backend, its processor, and for a folder what its clipkit.json promises.
-
-    `check=False` opens what it can of a damaged folder, for the doctor.
-    """
+def open_model(name: str | os.PathLike[str], revision: str | None, trust_remote_code: bool) -> Opened:
+    """The backend, its processor, and for a folder what its clipkit.json promises, of which nothing is checked."""
     text = os.fspath(name)
-    rest = text.removeprefix(OPEN_CLIP)
-    as_open_clip = rest != text
-    if as_open_clip and not rest.startswith(HUB) and not Path(rest).expanduser().is_dir():
-        from clipkit.models.loading.open_clip import open_by_name
-
-        return *open_by_name(rest, trust_remote_code), None, None
-    folder = _find(rest, revision, as_open_clip)
-    body = artefact.read(folder, check=check)
+    folder, rest, as_open_clip = _locate(text, revision)
+    if folder is None:
+        return *_open_by_name(rest, trust_remote_code), None, None
+    body = read_json(folder / artefact.NAME) if (folder / artefact.NAME).is_file() else None
     return *_open_folder(folder, text, body, as_open_clip, trust_remote_code), body, folder
 
 
 def open_checked(
-    name: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+    name: str | os.PathLike[str],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    verify: Verify | Literal["prove"] = "once",
 ) -> tuple[Backend, Processor, dict[str, Any] | None]:
     """The backend in eval mode, its processor and clipkit.json, to which both have been held; None without one.
+
+    Args:
+        name, revision, trust_remote_code, verify: as in `DualEncoder.from_pretrained`; ``"prove"``, of a folder that
+            was just written: golden embeddings are compared whatever is remembered, files by XXH3.
 
     Raises:
         ModelError, CorruptArtefact: as `DualEncoder.from_pretrained`.
     """
-    backend, processor, body, folder = open_model(name, revision, trust_remote_code)
+    if verify not in (*get_args(Verify), "prove"):
+        raise UsageError(f"verify is one of {', '.join(get_args(Verify))}; found {verify!r}")
+    text = os.fspath(name)
+    folder, rest, as_open_clip = _locate(text, revision)
+    if folder is None:
+        backend, processor = _open_by_name(rest, trust_remote_code)
+        return backend.eval(), processor, None
+    body = artefact.read(folder)
+    if body is None:
+        backend, processor = _open_folder(folder, text, None, as_open_clip, trust_remote_code)
+        return backend.eval(), processor, None
+    with artefact.verified_files(folder, body, "sha256" if verify == "always" else "xxh3"):
+        backend, processor = _open_folder(folder, text, body, as_open_clip, trust_remote_code)
     backend.eval()
-    if body is None or folder is None:
-        return backend, processor, None
-    golden = golden_embeddings(backend, processor)
-    artefact.check(body, folder, settings_fingerprint(backend, processor), golden)
+    proof = Proof(body)
+    if "golden" in body and verify != "files" and (verify != "once" or not proof.is_known()):
+        golden = golden_embeddings(backend, processor)
+        artefact.check(body, folder, settings_fingerprint(backend, processor), golden)
+        proof.remember()
     return backend, processor, body
+
+
+def _locate(text: str, revision: str | None) -> tuple[Path | None, str, bool]:
+    """The folder, what follows `open_clip:`, and whether that stood before it; no folder for open_clip's own names."""
+    rest = text.removeprefix(OPEN_CLIP)
+    as_open_clip = rest != text
+    if as_open_clip and not rest.startswith(HUB) and not Path(rest).expanduser().is_dir():
+        return None, rest, True
+    return _find(rest, revision, as_open_clip), rest, as_open_clip
+
+
+def _open_by_name(name: str, trust: bool) -> tuple[Backend, Processor]:
+    from clipkit.models.loading.open_clip import open_by_name
+
+    return open_by_name(name, trust)
 
 
 def _find(name: str, revision: str | None, as_open_clip: bool) -> Path:

@@ -1,18 +1,24 @@
 """clipkit.json: what a saved model folder promises, and the check at load that it still holds.
 
-It lists the size and SHA-256 of every file, the fingerprint, the logit scale and bias, and golden
+It lists the size and two hashes of every file, the fingerprint, the logit scale and bias, and golden
 embeddings: what the model gave for four built-in images and texts. So bit rot is found in the files,
 a changed library, transform or activation in the embeddings, and the fingerprint names it.
+
+XXH3 finds every accident, at the speed of memory, and is checked at each opening. SHA-256 also finds what someone
+changed on purpose, who did not change clipkit.json with it; it is checked with ``verify="always"`` and by
+`clipkit check model`.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,7 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.extras import upgrade_command
-from clipkit.files import dump_json, read_json, sha256_file
+from clipkit.files import FILE_HASHES, FileHash, dump_json, hash_file, read_json
 from clipkit.models.fingerprint.fingerprint import Fingerprint, words
 from clipkit.models.fingerprint.golden import GoldenEmbeddings
 
@@ -39,20 +45,41 @@ CARD = "README.md"  # the model card: people edit it by hand, and no library rea
 SCHEMA = 2  # 2: the fingerprint is measured
 
 
+_LARGE = 2**24  # bytes: hashed beside the opening
+
+
+_HASH_NAMES = {"sha256": "SHA-256", "xxh3": "XXH3"}
+
+
 TOLERANCE = 1e-4  # of any component; other CPUs and thread counts move fp32 by some 1e-6
 
 
 def write(
-    folder: Path, *, form: str, settings: Mapping[str, Any], about: Mapping[str, Any], golden: GoldenEmbeddings
+    folder: Path,
+    *,
+    form: str,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+    golden: GoldenEmbeddings | None = None,
+    tamper_proof: bool = True,
 ) -> None:
-    """Write clipkit.json into a folder whose other files are all there."""
+    """Write clipkit.json into a folder whose other files are all there.
+
+    Args:
+        folder: of the model.
+        form, settings, about: what else is written.
+        golden: golden embeddings; None where a later save follows, which has them.
+        tamper_proof: whether SHA-256 is written beside XXH3.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != NAME]
+    kinds = FILE_HASHES if tamper_proof else ("xxh3",)
     files = {
-        str(path.relative_to(folder).as_posix()): {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != NAME
+        str(path.relative_to(folder).as_posix()): {"size": path.stat().st_size, **hash_file(path, *kinds)}
+        for path in paths
     }
     body = {"schema": SCHEMA, "form": form, **about, "settings": dict(settings), "files": files}
-    body["golden"] = {side: _pack(vectors) for side, vectors in golden.items()}
+    if golden is not None:
+        body["golden"] = {side: _pack(vectors) for side, vectors in golden.items()}
     body["sha256"] = _own_hash(body)
     (folder / NAME).write_text(dump_json(body), encoding="utf-8")
 
@@ -69,7 +96,7 @@ class Damage:
         return CorruptArtefact(self.message, where=self.path, fix=_AGAIN)
 
 
-def damages(folder: Path) -> Iterator[Damage]:
+def damages(folder: Path, kind: FileHash = "sha256") -> Iterator[Damage]:
     """Every file that is missing or differs from what was saved, clipkit.json included. Opens no model."""
     path = folder / NAME
     if not path.is_file():
@@ -79,38 +106,69 @@ def damages(folder: Path) -> Iterator[Damage]:
     except CorruptArtefact as error:
         yield Damage(path, error.message)
         return
-    # byte by byte: JSON of other spelling (1E-5, no last newline) would read the same
-    if body.get("sha256") != _own_hash(body) or path.read_bytes() != dump_json(body).encode():
+    if not _is_intact(body, path):
         yield Damage(path, "its content is not what was saved")
     for name, expected in _files(body):
-        if message := _damage(folder / name, expected):
-            yield Damage(folder / name, message, prose=name == CARD)
+        damage = _damage(folder / name, expected, kind)
+        if damage is not None:
+            yield Damage(folder / name, damage, prose=name == CARD)
 
 
-def read(folder: Path, *, check: bool = True) -> dict[str, Any] | None:
-    """clipkit.json after its files have been checked; None where clipkit did not write the folder.
+def _is_intact(body: Mapping[str, Any], path: Path) -> bool:
+    # byte by byte: JSON of other spelling (1E-5, no last newline) would read the same
+    return body.get("sha256") == _own_hash(body) and path.read_bytes() == dump_json(body).encode()
 
-    Args:
-        folder: of the model.
-        check: False reads what is there, for the doctor.
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """clipkit.json, not yet compared with the folder's files; None where clipkit did not write the folder.
 
     Raises:
-        CorruptArtefact: a file is missing or differs from what was saved; it is named. Of the model card a line
-            in the log says so: it is meant to be edited.
+        CorruptArtefact: it is not what was saved.
         ModelError: a newer or an older clipkit wrote the folder.
     """
     path = folder / NAME
     if not path.is_file():
         return None
     body = read_json(path)
-    if not check:
-        return body
-    for damage in damages(folder):
-        if not damage.prose:
-            raise damage.error()
-        logger.warning("%s: %s; the model itself is the one that was saved", damage.path, damage.message)
+    if not _is_intact(body, path):
+        raise Damage(path, "its content is not what was saved").error()
     _check_schema(body.get("schema"), path)
     return body
+
+
+@contextlib.contextmanager
+def verified_files(folder: Path, body: Mapping[str, Any], kind: FileHash) -> Iterator[None]:
+    """Compare a folder's files with clipkit.json: small ones at once, large ones in a thread beside the block.
+
+    So weights are hashed while they are loaded, and compared before the block's result can be used.
+
+    Raises:
+        CorruptArtefact: a file is missing or differs from what was saved; it is named, also where the block fails of
+            it. Of the model card a line in the log says so: it is meant to be edited.
+    """
+    listed = _files(body)
+    large = [(name, expected) for name, expected in listed if int(expected.get("size") or 0) > _LARGE]
+    for name, expected in listed:
+        if (name, expected) not in large:
+            _require_intact(folder / name, expected, kind)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        checks = [thread.submit(_damage, folder / name, expected, kind) for name, expected in large]
+        try:
+            yield
+        finally:
+            for (name, _), check in zip(large, checks, strict=True):
+                damage = check.result()
+                if damage is not None:
+                    raise Damage(folder / name, damage).error()
+
+
+def _require_intact(path: Path, expected: Mapping[str, Any], kind: FileHash) -> None:
+    message = _damage(path, expected, kind)
+    if message is None:
+        return
+    if path.name != CARD:
+        raise Damage(path, message).error()
+    logger.warning("%s: %s; the model itself is the one that was saved", path, message)
 
 
 def _check_schema(schema: Any, path: Path) -> None:
@@ -131,14 +189,16 @@ def _files(body: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(name, each) for name, each in found if isinstance(each, dict)]
 
 
-def _damage(path: Path, expected: Mapping[str, Any]) -> str | None:
+def _damage(path: Path, expected: Mapping[str, Any], kind: FileHash) -> str | None:
     if not path.is_file():
         return "a file of the model is missing"
     size = path.stat().st_size
     if size != expected.get("size"):
         return f"a file of the model has {size} bytes instead of {expected.get('size')}"
-    if sha256_file(path) != expected.get("sha256"):
-        return "a file of the model is not what was saved (its SHA-256 differs)"
+    if kind not in expected:
+        kind = "sha256" if "sha256" in expected else "xxh3"  # one of the two alone: an older save, a new best
+    if hash_file(path, kind)[kind] != expected.get(kind):
+        return f"a file of the model is not what was saved (its {_HASH_NAMES[kind]} differs)"
     return None
 
 

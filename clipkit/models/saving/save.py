@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from clipkit.files import publish
 from clipkit.models.adapting import lora
 from clipkit.models.backend import Backend, check_finite
 from clipkit.models.backends.towers import TowersBackend
-from clipkit.models.fingerprint.fingerprint import full_fingerprint
+from clipkit.models.fingerprint.fingerprint import full_fingerprint, hash_towers
 from clipkit.models.fingerprint.golden import GoldenEmbeddings, as_fp32_cpu, golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.loading.load import open_checked
@@ -55,14 +56,23 @@ def save(
 
     Args:
         name: where the model came from.
-        proven: what saving this model gave before, when only its weights have changed since: it is written in that
-            form, and not opened again (`check_saved` does, at the end).
+        proven: what saving this model gave before, when only its weights have changed since and a full save follows
+            later: weights and files are written with their XXH3 and not opened again, and clipkit.json has neither
+            fingerprint nor golden embeddings.
     """
     check_place(folder, overwrite)
     check_finite(backend, name)
     plain = lora.merged(backend)
     written: list[tuple[Saved, Card]] = []
-    publish(folder, lambda fresh: written.append(_write(plain, processor, fresh, name, card, proven)), replace=True)
+
+    def write(fresh: Path) -> None:
+        if proven is None:
+            written.append(_write(plain, processor, fresh, name, card))
+        else:
+            _write_quickly(plain, processor, fresh, name, card, proven)
+            written.append((proven, card))
+
+    publish(folder, write, replace=True)
     saved, settled = written[-1]
     if proven is None:
         logger.info("%s: saved as %s: %s", folder, saved.form, saved.why)
@@ -81,12 +91,14 @@ def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) ->
         raise UsageError("only a model may be overwritten, and this is none", where=folder, fix="another folder")
 
 
-def _write(
-    backend: Backend, processor: Processor, folder: Path, name: str, card: Card, proven: Saved | None
-) -> tuple[Saved, Card]:
-    expected = golden_embeddings(backend, processor)
-    saved = _write_native(backend, processor, folder, expected, proven)
-    fingerprint = full_fingerprint(as_fp32_cpu(backend), processor)  # bf16 weights open as fp32: of what opens
+def _write(backend: Backend, processor: Processor, folder: Path, name: str, card: Card) -> tuple[Saved, Card]:
+    plain = as_fp32_cpu(backend)  # bf16 weights open as fp32: the fingerprint is of what opens
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        hashed = thread.submit(hash_towers, plain)  # SHA-256 of all weights takes as long as what follows
+        expected = golden_embeddings(plain, processor)
+        saved = _write_native(backend, processor, folder, expected, None)
+        hashed.result()
+    fingerprint = full_fingerprint(plain, processor)
     card = card.settled(name, fingerprint)
     model_card.write(folder, card, backend, processor, fingerprint, saved.form)
     about = {
@@ -99,26 +111,31 @@ def _write(
         "card": card.as_dict(),
     }
     artefact.write(folder, form=saved.form, settings=backend.settings(), about=about, golden=expected)
-    if proven is None:
-        check_saved(folder, name)  # while an older model still stands: what cannot be opened is not published
+    check_saved(folder, name)  # while an older model still stands: what cannot be opened is not published
     return saved, card
 
 
+def _write_quickly(backend: Backend, processor: Processor, folder: Path, name: str, card: Card, proven: Saved) -> None:
+    _write_native(backend, processor, folder, None, proven)
+    about = {"name": name, "why": proven.why, "similarity": backend.similarity, "card": card.as_dict()}
+    artefact.write(folder, form=proven.form, settings=backend.settings(), about=about, tamper_proof=False)
+
+
 def check_saved(folder: Path, name: str) -> None:
-    """Open a folder that the model called `name` was saved in.
+    """Open a folder that the model called `name` was just saved in.
 
     Raises:
         ModelError: it does not open, or gives other embeddings.
     """
     try:
-        open_checked(folder)
+        open_checked(folder, verify="prove")
     except ClipkitError as error:
         message = f"the saved model does not open as it was: {error.message}"
         raise ModelError(message, where=name, fix="check what is special about its processor or arch") from error
 
 
 def _write_native(
-    backend: Backend, processor: Processor, folder: Path, expected: GoldenEmbeddings, proven: Saved | None
+    backend: Backend, processor: Processor, folder: Path, expected: GoldenEmbeddings | None, proven: Saved | None
 ) -> Saved:
     folder.mkdir()
     if isinstance(backend, TowersBackend):
@@ -128,11 +145,16 @@ def _write_native(
 
 
 def _write_towers(
-    backend: TowersBackend, processor: Processor, folder: Path, expected: GoldenEmbeddings, proven: Saved | None
+    backend: TowersBackend,
+    processor: Processor,
+    folder: Path,
+    expected: GoldenEmbeddings | None,
+    proven: Saved | None,
 ) -> Saved:
     from clipkit.models.saving import vision_text as vtde
 
     if proven is None:
+        assert expected is not None  # golden embeddings of the model, before it is written
         reason = vtde.attempt(backend, processor, folder, expected)
         if reason is None:
             return Saved(vtde.FORM, _TRANSFORMERS)

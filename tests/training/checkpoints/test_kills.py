@@ -61,7 +61,7 @@ def kill_one_of_two(tmp_path, draw, wanted, length):
         return runs.train(folder, evaluators=False)
 
     victim = draw.randrange(2)
-    children = runs.ranks(2, work, log)
+    children = runs.fork_ranks(2, work, log)
     end = time.monotonic() + 60
     while not (folder / "attempts.jsonl").exists():  # before they have met, none can know of the other's end
         assert time.monotonic() < end
@@ -74,13 +74,13 @@ def kill_one_of_two(tmp_path, draw, wanted, length):
         assert code == 0 or (code == 1 and "another process of this run is gone" in text), text  # 0: it was done
     else:
         assert runs.wait(children[1 - victim]) == 0
-    assert [runs.wait(child) for child in runs.ranks(2, work, log)] == [0, 0]
+    assert [runs.wait(child) for child in runs.fork_ranks(2, work, log)] == [0, 0]
     assert runs.outcome(folder) == wanted
 
 
 def two_ranks(tmp_path, times, seed):
     begin = time.monotonic()
-    whole = runs.ranks(2, lambda: runs.train(tmp_path / "whole", evaluators=False), tmp_path / "whole.log")
+    whole = runs.fork_ranks(2, lambda: runs.train(tmp_path / "whole", evaluators=False), tmp_path / "whole.log")
     assert [runs.wait(child) for child in whole] == [0, 0], (tmp_path / "whole.log.0").read_text()
     length, draw = time.monotonic() - begin, random.Random(seed)
     for _ in range(times):
@@ -115,7 +115,7 @@ def test_three_ranks_resume_bit_for_bit(tmp_path):
     def wait(children):
         return [runs.wait(child) for child in children]
 
-    assert wait(runs.ranks(3, lambda: runs.train(tmp_path / "whole", batch_size=10))) == [0, 0, 0]
-    assert 0 not in wait(runs.ranks(3, stop_at_five))
-    assert wait(runs.ranks(3, lambda: runs.train(tmp_path / "run", batch_size=10))) == [0, 0, 0]
+    assert wait(runs.fork_ranks(3, lambda: runs.train(tmp_path / "whole", batch_size=10))) == [0, 0, 0]
+    assert 0 not in wait(runs.fork_ranks(3, stop_at_five))
+    assert wait(runs.fork_ranks(3, lambda: runs.train(tmp_path / "run", batch_size=10))) == [0, 0, 0]
     assert runs.outcome(tmp_path / "run") == runs.outcome(tmp_path / "whole")

@@ -255,7 +255,7 @@ def test_ranks_that_see_other_data_are_named(tmp_path):
         rank = int(os.environ["RANK"])
         return runs.train(tmp_path / "run", seed=rank)
 
-    codes = [runs.wait(child) for child in runs.ranks(2, work, tmp_path / "log")]
+    codes = [runs.wait(child) for child in runs.fork_ranks(2, work, tmp_path / "log")]
     assert codes == [2, 2]
     for rank in range(2):
         text = (tmp_path / f"log.{rank}").read_text()
@@ -265,7 +265,7 @@ def test_ranks_that_see_other_data_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_one_signal_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path):
-    children = runs.ranks(2, lambda: runs.train(tmp_path / "run", epochs=50, evaluators=False), tmp_path / "log")
+    children = runs.fork_ranks(2, lambda: runs.train(tmp_path / "run", epochs=50, evaluators=False), tmp_path / "log")
     while not (tmp_path / "run/checkpoints/step_00000003").exists():
         time.sleep(0.005)
     os.kill(children[1], signal.SIGUSR1)
@@ -284,7 +284,7 @@ def test_a_broken_image_on_one_rank_ends_all_with_its_message(tmp_path, batch):
         broken = type(pairs).from_list(rows, features=pairs.features)
         Trainer(tiny.make_model(), broken, settings).train()
 
-    assert [runs.wait(child) for child in runs.ranks(2, work, tmp_path / "log")] == [3, 3]
+    assert [runs.wait(child) for child in runs.fork_ranks(2, work, tmp_path / "log")] == [3, 3]
     for rank in range(2):
         assert "NOT_IMAGE" in (tmp_path / f"log.{rank}").read_text()
 
@@ -303,7 +303,7 @@ def test_metrics_that_differ_between_ranks_are_those_of_rank_0(tmp_path):
         trainer = Trainer(tiny.make_model(), tiny.make_pairs(), settings, evaluators=[evaluator])
         assert trainer.train().metrics == {"score": 4.0}
 
-    codes = [runs.wait(child) for child in runs.ranks(2, work, tmp_path / "log")]
+    codes = [runs.wait(child) for child in runs.fork_ranks(2, work, tmp_path / "log")]
     assert codes == [0, 0], (tmp_path / "log.1").read_text()
 
 

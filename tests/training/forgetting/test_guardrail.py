@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-import ranks
+import runs
 import tiny
 import torch
 from choiceprogram import Moved, config, start
@@ -192,7 +192,7 @@ def test_frozen_weights_are_not_on_the_line(tmp_path):
 
 def seen(folder, budget, world=1, dies_at=()):
     """What the program writes, in processes of its own; `dies_at`: see there."""
-    ranks.started(PROGRAM, world, folder, budget, *dies_at)
+    runs.run_program(PROGRAM, world, folder, budget, *dies_at)
     return torch.load(folder / "seen.pt")
 
 

@@ -158,8 +158,8 @@ def test_two_ranks_write_once(tmp_path):
         runs.train(tmp_path / "birds", trackers=("tensorboard", "mlflow"), epochs=1)
 
     log = tmp_path / "log"
-    codes = [runs.wait(child) for child in runs.ranks(2, work, log)]
-    assert codes == [0, 0], "\n".join(log.read_text() for log in tmp_path.glob("log.*"))
+    codes = [runs.wait(child) for child in runs.fork_ranks(2, work, log)]
+    assert codes == [0, 0], "\n".join(rank_log.read_text() for rank_log in tmp_path.glob("log.*"))
     assert len(list((tmp_path / "birds/tensorboard").glob("events*"))) == 1
     _, history = read_mlflow(tmp_path / "birds")
     assert history["loss"] == series(tmp_path / "birds", "loss")

@@ -9,7 +9,7 @@ import pytest
 import runs
 import tiny
 import torch
-from choiceprogram import Moved, config, start
+from forgetting_program import Moved, config, start
 from torch.multiprocessing import ProcessExitedException
 
 from clipkit import DualEncoder, RetrievalEvaluator, RunConfig, Trainer, interpolate, run
@@ -19,7 +19,7 @@ from clipkit.training.forgetting import guardrail as forgetting
 from clipkit.training.forgetting.guardrail import Point, choose
 from clipkit.training.forgetting.similarity_reference import SimilarityReference, kept
 
-PROGRAM = Path(__file__).parents[2] / "choiceprogram.py"
+PROGRAM = Path(__file__).parents[2] / "forgetting_program.py"
 
 
 def trained(folder, budget, model=None, domain=None, reference=None, **changes):

@@ -3,8 +3,10 @@ them again."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import resource
 from functools import cache
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
@@ -21,12 +23,15 @@ def keep_freed_memory() -> bool:
     need instead: 4 % more at batch 16, 40 % at batch 64.
 
     Called where clipkit embeds or trains, once a process. Whoever has set malloc up themselves (`MALLOC_…`,
-    `GLIBC_TUNABLES`, another allocator by `LD_PRELOAD`) keeps their settings.
+    `GLIBC_TUNABLES`, another allocator by `LD_PRELOAD`) keeps their settings; and where the address space is limited
+    (`ulimit -v`), it is not spent on buffers that nothing uses now.
 
     Returns:
         Whether anything was set; false where there is no glibc.
     """
     if any(name in os.environ for name in _SETTINGS):
+        return False
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -34,3 +39,9 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # TypeError: Windows
         return False
     return bool(mallopt(_MMAP_THRESHOLD, 2**30)) and bool(mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back_freed_memory() -> None:
+    """Give freed memory back to the system where glibc can, so that what is free can be told."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

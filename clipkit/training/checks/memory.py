@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipkit.allocator import give_back_freed_memory
 from clipkit.data.batches.batch import Batch
 from clipkit.errors import ResourceError, option
 from clipkit.training.config.train import TrainConfig
@@ -212,6 +213,7 @@ def _free(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     limits = []
+    give_back_freed_memory()
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable"):

@@ -67,6 +67,7 @@ def train_within(limit: int, folder: str, **changes):
     libc = ctypes.CDLL(None)
     assert libc.mallopt(max_arenas, 1)  # not a heap of 64 MiB for each thread that meets another one in malloc
     assert libc.mallopt(mmap_threshold, 2**18)
+    resource.setrlimit(resource.RLIMIT_AS, (2**50, 2**50))  # a limit, so that clipkit does not keep freed memory
     trainer = wide_trainer(folder, batch_size=16, **changes)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + limit, held + limit))

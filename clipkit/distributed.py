@@ -74,9 +74,9 @@ def together(work: Callable[[], T]) -> list[T]:
         error = ClipkitError(f"rank {rank()}: {type(own).__name__}: {own}")
         error.__cause__ = own
     shares = all_gather_object((result, error))
-    for _, found in shares:
-        if found is not None:
-            raise error or found
+    for _, failure in shares:
+        if failure is not None:
+            raise error or failure
     return [share for share, _ in shares]  # type: ignore[misc]
 
 

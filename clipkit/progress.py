@@ -111,7 +111,7 @@ class Progress:
         if self.own:
             Progress._display, self.before = self.bar, sys.stderr
             self.bar.start()
-            self.moved = [each for each in _handlers() if each.stream is self.before]
+            self.moved = [handler for handler in _handlers() if handler.stream is self.before]
             for handler in self.moved:
                 handler.setStream(_Above(self.bar.console))
         self.bar.refresh()
@@ -174,9 +174,12 @@ def pace(done: int, seconds: float, unit: str) -> str:
     >>> pace(4, 6.0, "step"), pace(600, 4.0, "image")
     ('1.5 s/step', '150 images/s')
     """
-    each = seconds / max(1, done)
-    value, what = (each, f"s/{unit}") if each >= 1 else (1 / max(each, 1e-9), f"{unit}s/s")
-    return f"{value:,.0f} {what}" if value >= 100 else f"{value:.3g} {what}"
+    seconds_each = seconds / max(1, done)
+    if seconds_each >= 1:
+        value, measure = seconds_each, f"s/{unit}"
+    else:
+        value, measure = 1 / max(seconds_each, 1e-9), f"{unit}s/s"
+    return f"{value:,.0f} {measure}" if value >= 100 else f"{value:.3g} {measure}"
 
 
 def clock(seconds: float) -> str:
@@ -195,5 +198,5 @@ def _watched() -> bool:
 
 def _handlers() -> list[logging.StreamHandler[Any]]:
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-    handlers = [handler for each in loggers for handler in getattr(each, "handlers", ())]
-    return [each for each in dict.fromkeys(handlers) if isinstance(each, logging.StreamHandler)]
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    return [handler for handler in dict.fromkeys(handlers) if isinstance(handler, logging.StreamHandler)]

@@ -84,16 +84,15 @@ def embed(
     keys = [Key(content, kind, tower) for content in work.content]
     vectors = torch.zeros(len(work.first), model.dim)
     known = _recall(store, keys, vectors) if store is not None else set()
-    missing = {
-        n for part in distributed.together(lambda: set(range(len(vectors))) - known) for n in part
-    }  # of any process
+    missing_by_rank = distributed.together(lambda: set(range(len(vectors))) - known)
+    missing = set().union(*missing_by_rank)  # what any process lacks
     batches = list(batched(sorted(missing), batch_size))
     encode = Encoder(model, items, kind, work.first, work.content, workers, skip=on_bad == "skip")
     done: list[int] = []
 
     def compute() -> tuple[list[int], dict[int, Reject]]:
         mine = batches[distributed.rank() :: distributed.world_size()]
-        with closing(shown(encode.batches(mine), [len(each) for each in mine], kind, progress)) as encoded:
+        with closing(shown(encode.batches(mine), [len(batch) for batch in mine], kind, progress)) as encoded:
             for numbers, fresh in encoded:
                 vectors[numbers] = fresh
                 done.extend(numbers)
@@ -174,15 +173,15 @@ def _identify(items: Sequence[Any], kind: Modality, *, hashed: bool, skip: bool,
     names = [shares[row % world][row // world] if hashed or kind == "text" else row for row in range(len(items))]
     codes: dict[Hashable, int] = {}
     work = _Work([], [], [], {})
-    for row, found in enumerate(names):
-        if isinstance(found, Reject):
-            work.rejected[row] = found
+    for row, identity in enumerate(names):
+        if isinstance(identity, Reject):
+            work.rejected[row] = identity
             work.number.append(None)
             continue
-        if found not in codes:
-            codes[found] = len(codes)
+        if identity not in codes:
+            codes[identity] = len(codes)
             work.first.append(row)
-        work.number.append(codes[found])
+        work.number.append(codes[identity])
     work.content = [code for code in codes if isinstance(code, bytes)] if hashed else []
     return work
 
@@ -191,10 +190,10 @@ def _recall(store: EmbeddingStore, keys: Sequence[Key], vectors: Tensor) -> set[
     """Copies what the store has into ``vectors``; which rows those are."""
     known = set()
     for numbers in batched(range(len(keys)), _GET):
-        found = store.get([keys[n] for n in numbers])
-        rows = [n for n in numbers if keys[n] in found]
+        stored = store.get([keys[n] for n in numbers])
+        rows = [n for n in numbers if keys[n] in stored]
         if rows:
-            vectors[rows] = torch.from_numpy(np.stack([found[keys[n]] for n in rows]))
+            vectors[rows] = torch.from_numpy(np.stack([stored[keys[n]] for n in rows]))
         known.update(rows)
     return known
 

@@ -84,7 +84,7 @@ def with_image_features(
 
 
 def is_locked(model: DualEncoder) -> bool:
-    """Whether the whole image tower stands still; its head may train."""
+    """Whether the whole image tower is frozen; its head may train."""
     return not _trained(model)
 
 
@@ -105,8 +105,8 @@ def embed_locked(
     vectors = torch.zeros(len(rows), model.dim)
     with evaluating(model):
         for part in batched(range(len(rows)), batch_size):
-            found = torch.from_numpy(np.asarray([cells[rows[each]] for each in part], dtype=np.float32))
-            embedded = model(image_features=found.to(model.device)).image
+            features = torch.from_numpy(np.asarray([cells[rows[number]] for number in part], dtype=np.float32))
+            embedded = model(image_features=features.to(model.device)).image
             vectors[part] = embedded.float().cpu()
     if not vectors.isfinite().all():
         bad = rows[int((~vectors.isfinite().all(dim=1)).int().argmax())]
@@ -133,26 +133,27 @@ def _cells(
     read = track(images, len(images), "reading images", unit="image", shown=hashed and main)
     contents = [_content(image, on_bad) if hashed else b"" for image in read]
     numbers = range(draws)
-    versions = [AugmentedImage(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
+    usable = [row for row, content in enumerate(contents) if content is not None]
+    versions = [AugmentedImage(row, draw) for row in usable for draw in numbers]
     keys: dict[AugmentedImage, Key] = {}
-    found: dict[AugmentedImage, Vector] = {}
+    features: dict[AugmentedImage, Vector] = {}
     if store is not None:
         tower = tower_hash(model.backend, model.processor)
         kinds = ["image_features" if augmentation == "none" else f"image_features {augmentation} {n}" for n in numbers]
-        keys = {each: Key(contents[each.row] or b"", kinds[each.draw], tower) for each in versions}
+        for version in versions:
+            keys[version] = Key(contents[version.row] or b"", kinds[version.draw], tower)
         stored = store.get(list(keys.values()))
-        found = {each: stored[key] for each, key in keys.items() if key in stored}
+        features = {version: stored[key] for version, key in keys.items() if key in stored}
     # of any process: another one may have put a row into the store a moment ago
-    missing = {
-        each for share in distributed.together(lambda: [v for v in versions if v not in found]) for each in share
-    }
+    missing_by_rank = distributed.together(lambda: [version for version in versions if version not in features])
+    missing = set().union(*missing_by_rank)
     batches = list(batched(sorted(missing), batch_size))[distributed.rank() :: distributed.world_size()]
     source = _Versions(images, contents, model.processor, augmentation, on_bad)
 
     def compute() -> dict[AugmentedImage, Vector]:
         done: dict[AugmentedImage, Vector] = {}
         loaded = DataLoader(source, batch_size=None, sampler=batches, num_workers=min(workers, len(batches)))
-        with closing(shown(iter(loaded), [len(each) for each in batches], "image", progress)) as parts:
+        with closing(shown(iter(loaded), [len(batch) for batch in batches], "image", progress)) as parts:
             for part in parts:
                 if isinstance(part, BadImage):
                     raise part
@@ -160,13 +161,13 @@ def _cells(
                 if fresh:
                     vectors = _features(model, pixels, fresh)
                     if store is not None:
-                        store.put([keys[each] for each in fresh], vectors)
+                        store.put([keys[version] for version in fresh], vectors)
                     done.update(zip(fresh, vectors, strict=True))
         return done
 
     for share in distributed.together(compute):
-        found |= share
-    return [_cell(found, row, draws) for row in range(len(images))]
+        features |= share
+    return [_cell(features, row, draws) for row in range(len(images))]
 
 
 def _trained(model: DualEncoder) -> list[str]:
@@ -185,9 +186,12 @@ def _content(image: Any, on_bad: str) -> bytes | None:
         return None
 
 
-def _cell(found: dict[AugmentedImage, Vector], row: int, draws: int) -> Vector | list[Vector] | None:
-    cells = [found[each] for draw in range(draws) if (each := AugmentedImage(row, draw)) in found]
-    return None if not cells else cells[0] if draws == 1 else cells
+def _cell(features: dict[AugmentedImage, Vector], row: int, draws: int) -> Vector | list[Vector] | None:
+    versions = [AugmentedImage(row, draw) for draw in range(draws)]
+    cells = [features[version] for version in versions if version in features]
+    if not cells:
+        return None
+    return cells[0] if draws == 1 else cells
 
 
 def _features(model: DualEncoder, pixels: torch.Tensor, versions: list[AugmentedImage]) -> Vector:
@@ -215,14 +219,14 @@ class _Versions(Dataset[Any]):
 
     def __getitem__(self, batch: list[AugmentedImage]) -> tuple[list[AugmentedImage], torch.Tensor] | BadImage:
         opened = []
-        for each in batch:
+        for version in batch:
             try:
-                opened.append((each, self._open(each)))
+                opened.append((version, self._open(version)))
             except BadImage as error:
                 if self.on_bad == "error":
                     return error.or_skip()
         pixels = self.processor.images([image for _, image in opened]) if opened else torch.zeros(0)
-        return [each for each, _ in opened], pixels
+        return [version for version, _ in opened], pixels
 
     def _open(self, version: AugmentedImage) -> Image.Image:
         image, content = self.images[version.row], self.contents[version.row]

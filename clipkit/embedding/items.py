@@ -55,14 +55,14 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def reject(row: int, item: Any, error: DataError) -> Reject:
-    """The entry of the ledger for an item that was refused."""
+    """The load report's entry for an item that was refused."""
     code = error.code if isinstance(error, (BadImage, BadText)) else "BAD_DATA"
     return Reject(row, code, error.message.removeprefix(f"{code}: "), error.where or f"item {row}", _path(item))
 
 
 def _path(item: object) -> str | None:
-    found = item.get("path") if isinstance(item, Mapping) else item
-    return os.fsdecode(found) if isinstance(found, (str, os.PathLike)) else None
+    path = item.get("path") if isinstance(item, Mapping) else item
+    return os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
 
 
 @contextmanager

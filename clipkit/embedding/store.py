@@ -71,7 +71,7 @@ class EmbeddingStore:
         readonly: open an existing, sealed file, also from a folder that cannot be written to.
 
     Raises:
-        CorruptArtefact: the file is no embedding store, or a damaged one.
+        CorruptArtefact: the file is not an embedding store, or it is damaged.
         ResourceError: the file cannot be opened, or the disk is full, or another writer does not let go.
         UsageError: the store is of a newer clipkit.
     """
@@ -101,10 +101,10 @@ class EmbeddingStore:
 
     def _prepare(self, readonly: bool) -> None:
         with self.transaction(write=False):  # one view: another process may be making this very file
-            ((found,),) = self._db.execute("PRAGMA application_id")
+            ((application,),) = self._db.execute("PRAGMA application_id")
             ((schema,),) = self._db.execute("PRAGMA user_version")
             ((tables,),) = self._db.execute("SELECT count(*) FROM sqlite_master")
-        if found != _APPLICATION and (found or tables or readonly):
+        if application != _APPLICATION and (application or tables or readonly):
             message = "expected an embedding store, found another kind of SQLite file"
             raise CorruptArtefact(message, where=self.path, fix="choose another path")
         if schema > _SCHEMA:
@@ -137,11 +137,11 @@ class EmbeddingStore:
         Raises:
             CorruptArtefact: a row's checksum is wrong.
         """
-        found: dict[Key, Vector] = {}
+        stored: dict[Key, Vector] = {}
         for (kind, tower), contents in _by_space(keys):
             rows = self._lookup(kind, tower, contents, "content, vector, crc")
-            found |= {Key(c, kind, tower): self.unpack(c, vector, crc) for c, vector, crc in rows}
-        return found
+            stored |= {Key(c, kind, tower): self.unpack(c, vector, crc) for c, vector, crc in rows}
+        return stored
 
     def has(self, keys: Sequence[Key]) -> set[Key]:
         """The keys that are there; reads no vector."""
@@ -193,7 +193,7 @@ class EmbeddingStore:
             )
         return np.frombuffer(vector, dtype="<f4")
 
-    # ------------------------------------------------------------------ for what is kept beside the vectors (the index)
+    # ------------------------------------------------------------ for the other tables in this file (the search index)
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of one statement."""
@@ -295,8 +295,8 @@ def _by_space(keys: Sequence[Key]) -> Iterator[tuple[tuple[str, str], list[bytes
     def space(key: Key) -> tuple[str, str]:
         return key.kind, key.tower
 
-    for found, group in groupby(sorted(set(keys), key=space), space):
-        yield found, [key.content for key in group]
+    for kind_and_tower, group in groupby(sorted(set(keys), key=space), space):
+        yield kind_and_tower, [key.content for key in group]
 
 
 def _translated(error: Exception, path: Path | None) -> ClipkitError:

@@ -77,13 +77,13 @@ def build_result(
 
 def versions() -> dict[str, str]:
     """Of Python and of the libraries that can change a figure; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
+            installed["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def environment() -> dict[str, str]:

@@ -85,6 +85,13 @@ class RetrievalEvaluator(Evaluator):
     ``group``, whatever stands in a row with the same value in that column. `last.n` says how many duplicates there are.
     Ties give their exact expectation, see `metrics.ranking`.
 
+    Inputs: a model, on every process where there are several. It returns ``{name}/text_to_image_recall@1``,
+    ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
+
+    When to prefer it: images with captions, and search in either direction.
+
+    Relations: `ZeroShotEvaluator` scores labels; `ValidationLoss` gives the loss of the same pairs.
+
     Args:
         pairs: a data set with ``image`` and ``texts``, as `load_pairs` gives it.
         name: the prefix of the metric keys.
@@ -101,8 +108,14 @@ class RetrievalEvaluator(Evaluator):
     ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
     captions.
 
-    Call it with a model, on every process where there are several; keys are ``{name}/text_to_image_recall@1``,
-    ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
+    References:
+        Radford et al. 2021 (CLIP), table 13; Karpathy and Fei-Fei 2015, for recall@k and the median rank.
+
+    Example: with `model` a `DualEncoder` and `pairs` from `load_pairs`.
+        >>> evaluator = RetrievalEvaluator(pairs, ks=(1,))
+        >>> metrics = evaluator(model)
+        >>> list(metrics)[:2]
+        ['retrieval/text_to_image_recall@1', 'retrieval/image_to_text_recall@1']
     """
 
     def __init__(
@@ -145,13 +158,17 @@ class RetrievalEvaluator(Evaluator):
         images = self._image_vectors(model)  # first: it may leave images out
         texts = self._embed(model, self._distinct_texts(), "text").vectors
         towards_images, towards_texts = self._relevance(self._image_codes())
-        found = {
+        ranks = {
             "text_to_image": _shared_rank(texts, images, towards_images, model.device),
             "image_to_text": _shared_rank(images, texts, towards_texts, model.device),
         }
-        metrics = {f"{self.name}/{way}_recall@{k}": r.recall_at(k) for way, r in found.items() for k in self.ks}
-        metrics |= {f"{self.name}/{way}_median_rank": r.median_rank() for way, r in found.items()}
-        self.last = self._result(metrics, found)
+        metrics = {}
+        for direction, ranked in ranks.items():
+            for k in self.ks:
+                metrics[f"{self.name}/{direction}_recall@{k}"] = ranked.recall_at(k)
+        for direction, ranked in ranks.items():
+            metrics[f"{self.name}/{direction}_median_rank"] = ranked.median_rank()
+        self.last = self._result(metrics, ranks)
         self.notices = [*self._small(self._image_codes()), *self._unseen(model.processor)]
         return metrics
 
@@ -167,19 +184,19 @@ class RetrievalEvaluator(Evaluator):
         tell(self._captions[1], self)
         return self._captions[1]
 
-    def _result(self, metrics: dict[str, float], found: dict[str, Ranks]) -> RetrievalResult:
+    def _result(self, metrics: dict[str, float], ranks: dict[str, Ranks]) -> RetrievalResult:
         codes, texts = self._image_codes(), self._distinct_texts()
         first = {text: codes[row] for text, row in reversed(list(zip(self.texts, self.image_of_text, strict=True)))}
         rows = [self._rows[row] for row in _first(codes)]
         return RetrievalResult(
-            metrics, self._n(), **found, texts=texts, images=rows, image_of_text=[first[t] for t in texts]
+            metrics, self._n(), **ranks, texts=texts, images=rows, image_of_text=[first[t] for t in texts]
         )
 
     def keys(self) -> list[str]:
         """The keys of the metrics, in their order."""
-        ways = get_args(Direction)
-        recalls = [f"{self.name}/{way}_recall@{k}" for way in ways for k in self.ks]
-        return recalls + [f"{self.name}/{way}_median_rank" for way in ways]
+        directions = get_args(Direction)
+        recalls = [f"{self.name}/{direction}_recall@{k}" for direction in directions for k in self.ks]
+        return recalls + [f"{self.name}/{direction}_median_rank" for direction in directions]
 
     def chance(self) -> dict[str, float]:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
@@ -198,12 +215,15 @@ class RetrievalEvaluator(Evaluator):
         }
 
     def _chance(self, images: list[int]) -> dict[str, float]:
-        ways = zip(("text_to_image", "image_to_text"), self._relevance(images), strict=True)
-        return {f"{self.name}/{way}_recall@{k}": chance(relevant, k) for way, relevant in ways for k in self.ks}
+        figures = {}
+        for direction, relevance in zip(get_args(Direction), self._relevance(images), strict=True):
+            for k in self.ks:
+                figures[f"{self.name}/{direction}_recall@{k}"] = chance(relevance, k)
+        return figures
 
     def counts(self) -> dict[str, int]:
         """How many images and texts that differ there are, by ``{name}/images``, and how many more are duplicates."""
-        return {f"{self.name}/{what}": count for what, count in self._n().items()}
+        return {f"{self.name}/{item}": count for item, count in self._n().items()}
 
     def _n(self) -> dict[str, int]:
         images, texts = len(set(self._image_codes())), len(self._distinct_texts())
@@ -217,11 +237,11 @@ class RetrievalEvaluator(Evaluator):
     def _image_vectors(self, model: DualEncoder) -> Tensor:
         """(distinct images, dim)"""
         codes = self._image_codes()
-        found = self._embed(model, Subset(self.images, _first(codes)), "image")
-        if found.rejected:
-            refused = {reject.row: reject for reject in found.rejected}
+        embedded = self._embed(model, Subset(self.images, _first(codes)), "image")
+        if embedded.rejected:
+            refused = {reject.row: reject for reject in embedded.rejected}
             self._drop({row: refused[code] for row, code in enumerate(codes) if code in refused})
-        return found.vectors
+        return embedded.vectors
 
     def _drop(self, refused: Mapping[int, Reject]) -> None:
         """Leaves images out, with their captions, for this and every later call."""
@@ -261,10 +281,10 @@ class RetrievalEvaluator(Evaluator):
             read = track(rows, len(rows), "reading images", unit="image", shown=main)
             shares = distributed.together(lambda: [self._content(row) for row in read])
             hashes = [shares[i % world][i // world] for i in range(n)]
-            refused = {row: found for row, found in enumerate(hashes) if isinstance(found, Reject)}
+            refused = {row: content for row, content in enumerate(hashes) if isinstance(content, Reject)}
             if refused:
                 self._drop(refused)
-            self._hashes = [found for found in hashes if not isinstance(found, Reject)]
+            self._hashes = [content for content in hashes if not isinstance(content, Reject)]
         return _codes(self._hashes)
 
     def _content(self, row: int) -> bytes | Reject:
@@ -301,11 +321,11 @@ class Subset(Sequence[Any]):
 
 def require_columns(pairs: Any, columns: Iterable[str]) -> None:
     """Raises UsageError unless the data set has these columns, DataError if it has no row."""
-    found = list(pairs.column_names)
+    present = list(pairs.column_names)
     for column in columns:
-        if column not in found:
+        if column not in present:
             fix = f"name the column of the class: {option('label', 'COLUMN')}" if column == "label" else None
-            raise UsageError(f"expected a column {column!r}; the data set has {', '.join(found)}", fix=fix)
+            raise UsageError(f"expected a column {column!r}; the data set has {', '.join(present)}", fix=fix)
     if not len(pairs):
         raise DataError("the data set has no row, so there is nothing to evaluate")
 
@@ -322,11 +342,11 @@ def _captions(texts: Iterable[Sequence[str]]) -> tuple[list[str], list[int]]:
 
 
 def _filled(values: Iterable[Any], column: str) -> list[Any]:
-    found = list(values)
-    if None in found:
-        message = f"every row needs a group; {found.count(None)} have none in {column!r}"
-        raise DataError(message, where=f"row {found.index(None)}", fix="fill it, or leave such rows out")
-    return found
+    groups = list(values)
+    if None in groups:
+        message = f"every row needs a group; {groups.count(None)} have none in {column!r}"
+        raise DataError(message, where=f"row {groups.index(None)}", fix="fill it, or leave such rows out")
+    return groups
 
 
 def _codes(values: Iterable[Hashable]) -> list[int]:
@@ -343,10 +363,10 @@ def _first(codes: list[int]) -> list[int]:
 
 def _keys(codes: list[int], keys: list[int]) -> list[frozenset[int]]:
     """For each code all keys that it has in one row or another."""
-    found: list[set[int]] = [set() for _ in range(max(codes) + 1)]
+    keys_of_code: list[set[int]] = [set() for _ in range(max(codes) + 1)]
     for code, key in zip(codes, keys, strict=True):
-        found[code].add(key)
-    return [frozenset(own) for own in found]
+        keys_of_code[code].add(key)
+    return [frozenset(own) for own in keys_of_code]
 
 
 def _shared_rank(queries: Tensor, items: Tensor, relevance: Relevance, device: torch.device) -> Ranks:

@@ -132,7 +132,7 @@ class ZeroShotClassifier:
             raise UsageError("expected a list of images, found one", fix="put it in a list: classify([image])[0]")
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, found {top_k}")
-        found = embed(
+        embedded = embed(
             self.model,
             images if isinstance(images, Sequence) else list(images),
             store=self.store,
@@ -141,7 +141,7 @@ class ZeroShotClassifier:
             progress=progress,
             on_bad=on_bad,
         )
-        return Labelled(self.predict(found.vectors, found.rows, top_k=top_k), found.rejected)
+        return Labelled(self.predict(embedded.vectors, embedded.rows, top_k=top_k), embedded.rejected)
 
     def predict(self, vectors: Tensor, rows: Sequence[int], *, top_k: int = 5) -> list[Prediction]:
         """Predictions from (n, dim) image embeddings; ``rows`` are the numbers to call the images by."""

@@ -18,23 +18,16 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.errors import ClipkitError, CorruptArtefact, ResourceError, UsageError
+from clipkit.embedding.store_errors import translate
+from clipkit.errors import ClipkitError, CorruptArtefact, UsageError
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
-
 _APPLICATION = 0x436C4B74  # "ClKt": marks the file as ours
-
 
 _SCHEMA = 1
 
-
 _LOOKUP = 500  # SQLite's oldest limit on the variables of one statement is 999
-
-
-# SQLITE_ERROR is a statement that does not fit the tables: ours do, unless the tables are damaged
-_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA)
-
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS spaces (
@@ -288,7 +281,7 @@ class EmbeddingStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise _translated(error, self.path) from error
+            raise translate(error, self.path) from error
 
 
 def _by_space(keys: Sequence[Key]) -> Iterator[tuple[tuple[str, str], list[bytes]]]:
@@ -297,18 +290,3 @@ def _by_space(keys: Sequence[Key]) -> Iterator[tuple[tuple[str, str], list[bytes
 
     for kind_and_tower, group in groupby(sorted(set(keys), key=space), space):
         yield kind_and_tower, [key.content for key in group]
-
-
-def _translated(error: Exception, path: Path | None) -> ClipkitError:
-    if isinstance(error, sqlite3.ProgrammingError):
-        return ClipkitError("the store is closed", where=path, fix="open it again")
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # Python's own: text that is no UTF-8
-    if isinstance(error, sqlite3.Error) and code in _BROKEN:
-        fix = "check the path; if a store was there, it is lost: build it again"
-        return CorruptArtefact(f"expected an embedding store: {error}", where=path, fix=fix)
-    if isinstance(error, sqlite3.Error) and code == sqlite3.SQLITE_BUSY:
-        return ResourceError("another process keeps writing to the store", where=path, fix="wait for it to end")
-    if isinstance(error, sqlite3.Error) and code == sqlite3.SQLITE_FULL:
-        return ResourceError("the disk is full", where=path, fix="free some space and run again: stored rows are kept")
-    fix = "check that it is a file, and that you may write to it and to its folder"
-    return ResourceError(f"the store cannot be read or written: {error}", where=path, fix=fix)

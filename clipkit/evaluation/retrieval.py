@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.items import EmbedResult, reject
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import BadImage, DataError, UsageError, option
+from clipkit.errors import BadImage, DataError, UsageError
+from clipkit.evaluation.dataset import Subset, caption_rows, filled, require_columns
 from clipkit.evaluation.evaluator import Evaluator
+from clipkit.evaluation.retrieval_result import Direction, RetrievalResult
 from clipkit.evaluation.small import small_test
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of
@@ -25,54 +27,8 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide
 from clipkit.models.text_notices import Notice, caption_notices, tell
 from clipkit.progress import track
-from clipkit.texts import is_blank
-
-Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
 _TOP = 10  # items kept for each query, for reports
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """A query whose best item is wrong.
-
-    Attributes:
-        query: its place among the ``texts`` or ``images`` of the result.
-        found: the place of the item it found among the others.
-        margin: best correct score minus the score of what was found; the more negative, the more confident.
-    """
-
-    query: int
-    found: int
-    margin: float
-
-
-@dataclass(frozen=True)
-class RetrievalResult:
-    """What the last evaluation saw, beyond its figures.
-
-    Attributes:
-        metrics: the figures.
-        n: "images" and "texts" that differ, and how many repeat an earlier one: "duplicate_images", "duplicate_texts".
-        text_to_image, image_to_text: where the best correct item of every query stands, and its best items.
-        texts: the distinct captions; queries and items are places here.
-        images: the distinct images, as the row of the data set where each stands first.
-        image_of_text: for each text the place among ``images`` of the first image that carries it.
-    """
-
-    metrics: dict[str, float]
-    n: dict[str, int]
-    text_to_image: Ranks
-    image_to_text: Ranks
-    texts: list[str]
-    images: list[int]
-    image_of_text: list[int]
-
-    def most_confused(self, direction: Direction, limit: int = 20) -> list[Confusion]:
-        """The queries that find a wrong item by the widest margin."""
-        ranks: Ranks = getattr(self, direction)
-        order = ranks.margin.argsort(stable=True)[:limit].tolist()
-        return [Confusion(q, int(ranks.top[q, 0]), float(ranks.margin[q])) for q in order if ranks.margin[q] < 0]
 
 
 class RetrievalEvaluator(Evaluator):
@@ -139,8 +95,8 @@ class RetrievalEvaluator(Evaluator):
         self.name, self.ks, self.store, self.features = name, tuple(ks), store, features
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
-        self.texts, self.image_of_text = _captions(pairs["texts"])
-        self.groups = None if group is None else _codes(_filled(key_values(pairs, group), group))
+        self.texts, self.image_of_text = caption_rows(pairs["texts"])
+        self.groups = None if group is None else _codes(filled(key_values(pairs, group), group))
         self.last: RetrievalResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
@@ -304,49 +260,6 @@ class RetrievalEvaluator(Evaluator):
         of_images = _keys(images, keys)
         of_texts = _keys(_codes(self.texts), [keys[row] for row in self.image_of_text])
         return Relevance.by_keys(of_texts, of_images), Relevance.by_keys(of_images, of_texts)
-
-
-class Subset(Sequence[Any]):
-    """Some rows of a sequence, read when asked for."""
-
-    def __init__(self, items: Sequence[Any], rows: Sequence[int]) -> None:
-        self.items, self.rows = items, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[self.rows[index]]
-
-
-def require_columns(pairs: Any, columns: Iterable[str]) -> None:
-    """Raises UsageError unless the data set has these columns, DataError if it has no row."""
-    present = list(pairs.column_names)
-    for column in columns:
-        if column not in present:
-            fix = f"name the column of the class: {option('label', 'COLUMN')}" if column == "label" else None
-            raise UsageError(f"expected a column {column!r}; the data set has {', '.join(present)}", fix=fix)
-    if not len(pairs):
-        raise DataError("the data set has no row, so there is nothing to evaluate")
-
-
-def _captions(texts: Iterable[Sequence[str]]) -> tuple[list[str], list[int]]:
-    captions: list[str] = []
-    owner: list[int] = []
-    for row, own in enumerate(texts):
-        if not own or not all(isinstance(text, str) and not is_blank(text) for text in own):
-            raise DataError("every image needs a caption, and none may be empty", where=f"row {row}")
-        captions += own
-        owner += [row] * len(own)
-    return captions, owner
-
-
-def _filled(values: Iterable[Any], column: str) -> list[Any]:
-    groups = list(values)
-    if None in groups:
-        message = f"every row needs a group; {groups.count(None)} have none in {column!r}"
-        raise DataError(message, where=f"row {groups.index(None)}", fix="fill it, or leave such rows out")
-    return groups
 
 
 def _codes(values: Iterable[Hashable]) -> list[int]:

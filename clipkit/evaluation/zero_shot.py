@@ -13,8 +13,8 @@ from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError, option
+from clipkit.evaluation.dataset import Subset, require_columns
 from clipkit.evaluation.evaluator import Evaluator
-from clipkit.evaluation.retrieval import Subset, require_columns
 from clipkit.evaluation.small import small_test
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
 from clipkit.metrics import classification as metrics

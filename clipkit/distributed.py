@@ -87,7 +87,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 @contextmanager
 def lost_processes() -> Iterator[None]:
-    """Says so in words where a collective ends because another process is gone.
+    """Raise a plain error where a collective ends because another process is gone.
 
     Gloo notices a closed connection at once; a process that hangs is noticed by the time-out of the group.
     """

@@ -1,4 +1,4 @@
-"""How far a long job is, on standard error: a bar where a person watches, a line now and then where a log is kept."""
+"""Progress of a long job, on standard error: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class Progress:
         self.first = self.now
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Add `count` to what is done."""
         self.show(self.now + count)
 
     def show(self, done: int, **values: float) -> None:
-        """So many are done; `values` are of this very moment."""
+        """Set how much is done; `values` are shown beside it."""
         self.now = done
         self.values = "".join(f"  {name} {value:.3g}" for name, value in values.items())
         if self.bar is not None:
@@ -88,7 +88,7 @@ class Progress:
             self._line()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self.silent:
             console = _console() if Progress._display is None else Progress._display.console
             console.print(text, markup=False, soft_wrap=True)
@@ -165,7 +165,7 @@ class _Above:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: every write prints at once."""
 
 
 def pace(done: int, seconds: float, unit: str) -> str:

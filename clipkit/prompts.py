@@ -1,4 +1,4 @@
-"""The one place that turns a class into words: prompts for labelling and evaluation, captions for training.
+"""Texts from class names: prompts for labelling and evaluation, captions for training.
 
 >>> prompts(["sea_lion"])
 {'sea_lion': ['a photo of a sea lion.']}
@@ -105,7 +105,8 @@ def names_of(class_names: Names) -> dict[str, list[str]]:
         raise UsageError("expected at least one class name, found none")
     _check_named(own)
     by_name: dict[str, str] = {}
-    for c, name in ((c, name) for c, names in own.items() for name in names):
+    named = [(c, name) for c, names in own.items() for name in names]
+    for c, name in named:
         if name in by_name:
             fix = "make them one class, or give each a name of its own"
             if by_name[name] == c:

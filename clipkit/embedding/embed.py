@@ -1,4 +1,4 @@
-"""embed(): every embedding outside the training step is made here."""
+"""embed(): makes every embedding outside the training step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.decoding import ImageBatches
 from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
 from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, ClipkitError, DataError, ModelError, UsageError
@@ -22,7 +23,7 @@ from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe
 from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.encode import _Images, encode, report_cut, text_chunks
+from clipkit.models.encode import encode, report_cut, text_chunks
 from clipkit.progress import track
 from clipkit.texts import checked_text
 
@@ -187,7 +188,7 @@ def _identify(items: Sequence[Any], kind: Modality, *, hashed: bool, skip: bool,
 
 
 def _recall(store: EmbeddingStore, keys: Sequence[Key], vectors: Tensor) -> set[int]:
-    """Copies what the store has into ``vectors``; which rows those are."""
+    """Copy what the store has into ``vectors``, and return the numbers of those rows."""
     known = set()
     for numbers in batched(range(len(keys)), _GET):
         stored = store.get([keys[n] for n in numbers])
@@ -244,7 +245,7 @@ class Encoder:
             yield numbers, encode(self.model.backend, chunks, "text", texts, forward=self.model)
 
     def _images(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        source = _Images(self.items, self.first, self.content, self.model.processor)
+        source = ImageBatches(self.items, self.first, self.content, self.model.processor)
         # batch_size None: one element of the sampler is one whole batch
         for loaded in DataLoader(source, batch_size=None, sampler=batches, num_workers=self.workers):
             numbers, pixels, refused = loaded

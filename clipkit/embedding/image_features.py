@@ -1,4 +1,4 @@
-"""What a locked image tower sees, computed once: training then costs the text side alone."""
+"""Features of a frozen image tower, computed once: training then costs the text side alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from clipkit.data.batches.augment import Augmentation, augment
 from clipkit.data.batches.collate import why_bad
 from clipkit.data.batches.plan import hash64
 from clipkit.data.dataset import as_dataset
+from clipkit.embedding.decoding import decode_batch, require_unchanged
 from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
 from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, ModelError, UsageError, option
 from clipkit.files import content_hash
-from clipkit.images.load import bytes_of, describe, load_image
+from clipkit.images.load import bytes_of, load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint.fingerprint import tower_hash
 from clipkit.models.processor import Processor
@@ -70,7 +71,8 @@ def with_image_features(
         BadImage: an image cannot be used, and `on_bad` is ``error``.
         ModelError: a feature is not finite.
     """
-    if trained := _trained(model):
+    trained = _trained(model)
+    if trained:
         fix = option("model.freeze", "image", python='model.freeze("image")')
         raise UsageError(
             "features can be kept only of a frozen tower; a saved model is opened with nothing frozen",
@@ -127,7 +129,7 @@ def _cells(
     progress: bool,
     on_bad: str,
 ) -> list[Vector | list[Vector] | None]:
-    """The features of each image, or of each of several versions of it; None of one that cannot be used."""
+    """The features of each image, or of each of several versions of it; None for an image that cannot be used."""
     hashed = store is not None or augmentation != "none"
     main = progress and distributed.is_main()
     read = track(images, len(images), "reading images", unit="image", shown=hashed and main)
@@ -171,7 +173,7 @@ def _cells(
 
 
 def _trained(model: DualEncoder) -> list[str]:
-    """Names of the parameters of the image tower that learn, its head's left out."""
+    """Names of the image tower's trainable parameters, without those of its head."""
     backend = model.backend
     return [n for n, p in backend.named_parameters() if p.requires_grad and backend.belongs_to("image", n, head=False)]
 
@@ -218,20 +220,16 @@ class _Versions(Dataset[Any]):
         self.augmentation, self.on_bad = augmentation, on_bad
 
     def __getitem__(self, batch: list[AugmentedImage]) -> tuple[list[AugmentedImage], torch.Tensor] | BadImage:
-        opened = []
-        for version in batch:
-            try:
-                opened.append((version, self._open(version)))
-            except BadImage as error:
-                if self.on_bad == "error":
-                    return error.or_skip()
-        pixels = self.processor.images([image for _, image in opened]) if opened else torch.zeros(0)
-        return [version for version, _ in opened], pixels
+        opened, refused = decode_batch(batch, self._open)
+        if refused and self.on_bad == "error":
+            _, error = refused[0]
+            return error.or_skip()
+        pixels = self.processor.images(list(opened.values())) if opened else torch.zeros(0)
+        return list(opened), pixels
 
     def _open(self, version: AugmentedImage) -> Image.Image:
         image, content = self.images[version.row], self.contents[version.row]
-        if content and content_hash(bytes_of(image)) != content:
-            # a vector under the wrong content would be wrong for ever
-            raise BadImage("CHANGED", "the file changed while it was read", where=describe(image), fix="run again")
+        if content:
+            require_unchanged(image, content)
         seed = hash64(int.from_bytes((content or b"")[:8], "little"), version.draw)
         return augment(load_image(image), self.augmentation, seed)

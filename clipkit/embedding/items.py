@@ -1,4 +1,4 @@
-"""What is embedded: images and texts as they come in, and what comes out of `embed`."""
+"""The items of `embed`: their batches, its result, and the report of items that were refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EmbedResult:
 
 
 def shown(batches: Iterator[T], sizes: Sequence[int], kind: Modality, progress: bool) -> Generator[T, None, None]:
-    """Batches of so many items, and how far they are, of this process's share."""
+    """Yield this process's batches, and show how many of their items are done."""
     main = progress and distributed.is_main()
     return track(batches, sum(sizes), f"embedding {kind}s", unit=kind, shown=main, sizes=sizes)
 

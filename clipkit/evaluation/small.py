@@ -1,4 +1,4 @@
-"""What a test set is too small to tell."""
+"""The notice of a test set that is too small for its figures to mean much."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def small_test(
     """At most one notice: that there are few queries, and which figures are good whatever the model does.
 
     Args:
-        name: of the evaluator, with which the keys begin.
+        name: of the evaluator, the prefix of the keys.
         queries: how many there are of each kind, by its plural: ``{"images": 3}``.
-        chance: of each figure. A half is that of any test of two classes, and nothing to tell.
+        chance: of each figure. One half is that of any test of two classes, and is not reported.
         majority: of each figure, what always naming the most frequent class gives.
     """
     remarks = [f"of {n} {item} each is worth {100 / n:.0f} points" for item, n in queries.items() if n < _FEW]

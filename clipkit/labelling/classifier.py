@@ -22,7 +22,7 @@ from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, names_of, prompt
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the classifier says of one image.
+    """The classes of one image, with their probabilities.
 
     Attributes:
         label: the best class.
@@ -66,7 +66,7 @@ class ZeroShotClassifier:
 
     Attributes:
         class_names: as a tuple, in order.
-        prompts: what the model was asked, by class.
+        prompts: the prompts of each class.
         weights: (classes, dim) float32, unit length.
         notices: what the model cannot see of the classes (unknown words, classes that become the same tokens); also
             told in the log.

@@ -31,8 +31,8 @@ TILE = 1024
 class Loss(NamedTuple):
     """This rank's share of a loss; the mean over ranks is that of the global batch. Both are 0-dim float32.
 
-    `kl` is what the loss lies above the entropy of its target: 0 is its floor, whatever counts as similar, while the
-    loss itself cannot fall below ln m with m equal positives a row. It carries no gradient.
+    `kl` is the loss minus the entropy of its target: its minimum is 0, whatever counts as similar, while the loss
+    itself cannot fall below ln m with m equal positives a row. It carries no gradient.
     """
 
     loss: Tensor
@@ -41,11 +41,11 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """Embeddings with what is known of their samples.
+    """Embeddings with the keys of their samples.
 
     Args:
         emb: (n, dim), unit length.
-        keys: column -> (n,) or (n, d), what `Similar.affinity` reads.
+        keys: column -> (n,) or (n, d), what `Similarity.affinity` reads.
         anchor: (n,) bool, false for hard negatives: rows that are only ever a negative; None: all are anchors.
     """
 
@@ -65,7 +65,7 @@ class EmbeddedBatch:
         return replace(self, emb=F.normalize(self.emb[:, :dim], dim=1))
 
     def known(self, similar: Similarity) -> Known:
-        """What the pairs of a loss are told of these rows."""
+        """The facts about these rows that a pairwise loss needs."""
         weight = None if similar.score is None else self.keys[similar.score]
         return Known(len(self.emb), self.keys, self.anchor, weight)
 

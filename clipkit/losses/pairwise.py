@@ -25,7 +25,7 @@ Accumulate = Callable[[Tile, Tensor], None]  # of a tile and its dz
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the rows of one side: keys, (n,) bool anchors (None: all), (n,) weights (None: all 1)."""
+    """Facts about the rows of one side: keys, (n,) bool anchors (None: all), (n,) weights (None: all 1)."""
 
     count: int
     keys: Keys
@@ -37,7 +37,7 @@ class Known:
         return like.new_ones(self.count) if self.anchor is None else self.anchor.to(like)
 
     def weights(self, like: Tensor) -> Tensor:
-        """(n,): the weight of each row, 0 for those that are no anchors."""
+        """(n,): the weight of each row, 0 for those that are not anchors."""
         anchors = self.anchors(like)
         return anchors if self.weight is None else torch.where(anchors > 0, self.weight.to(like), 0)
 
@@ -133,12 +133,12 @@ class PairwiseLoss(ABC):
         return (rows.unsqueeze(1) * cols.unsqueeze(0)) == 0
 
     def forget(self) -> None:
-        """Let go of what was kept."""
+        """Free the kept logits and affinity."""
         self._kept = None
 
 
 def sum_dtype(like: Tensor) -> torch.dtype:
-    """What sums over tiles are kept in: float64, where the device has it."""
+    """The dtype of sums over tiles: float64, where the device has it."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
@@ -147,7 +147,7 @@ def _cut(keys: Keys, part: slice) -> Keys:
 
 
 class Gradients:
-    """What dz of all tiles adds up to."""
+    """The gradients of a, b, scale and bias, summed over tiles."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.a, self.b, self.scale, self.bias = a, b, scale, bias
@@ -162,7 +162,7 @@ class Gradients:
             self.dbias += dz.sum()
 
     def finish(self, grad: Tensor, size: int) -> tuple[Tensor | None, ...]:
-        """Those of a, b, scale and bias, times `grad`; in place, so only once."""
+        """The gradients of a, b, scale and bias, times `grad`; in place, so only once."""
         dscale = torch.zeros_like(self.dbias)
         for ours, theirs in zip(torch.split(self.a, size), torch.split(self.da, size), strict=True):
             dscale += (ours * theirs).sum(dtype=dscale.dtype)

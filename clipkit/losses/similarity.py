@@ -240,7 +240,7 @@ def same(rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def target(similar: Similarity, rows: Keys, cols: Keys, hard: Tensor | None = None) -> Tensor:
-    """What the loss is given: the affinity, with what is known not to be a negative.
+    """The target of the loss: the affinity, corrected by what is known not to be a negative.
 
     Args:
         similar: the notion.

@@ -162,10 +162,7 @@ class EmbeddingStore:
             ids = {space: self._space(*space, dim=rows.shape[1]) for space in spaces}
             self._db.executemany(
                 "INSERT OR IGNORE INTO embeddings VALUES (?, ?, ?, ?)",
-                (
-                    (ids[k.kind, k.tower], k.content, blob := row.tobytes(), zlib.crc32(blob, zlib.crc32(k.content)))
-                    for k, row in zip(keys, rows, strict=True)
-                ),
+                (_record(ids[key.kind, key.tower], key.content, row) for key, row in zip(keys, rows, strict=True)),
             )
 
     def dim(self, kind: str, tower: str) -> int | None:
@@ -282,6 +279,12 @@ class EmbeddingStore:
             yield
         except (sqlite3.Error, OSError) as error:
             raise translate(error, self.path) from error
+
+
+def _record(space: int, content: bytes, row: Vector) -> tuple[int, bytes, bytes, int]:
+    """A row of the table: the checksum covers the content's hash and the vector."""
+    vector = row.tobytes()
+    return space, content, vector, zlib.crc32(vector, zlib.crc32(content))
 
 
 def _by_space(keys: Sequence[Key]) -> Iterator[tuple[tuple[str, str], list[bytes]]]:

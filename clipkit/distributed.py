@@ -74,9 +74,9 @@ def together(work: Callable[[], T]) -> list[T]:
         error = ClipkitError(f"rank {rank()}: {type(own).__name__}: {own}")
         error.__cause__ = own
     shares = all_gather_object((result, error))
-    for _, found in shares:
-        if found is not None:
-            raise error or found
+    for _, failure in shares:
+        if failure is not None:
+            raise error or failure
     return [share for share, _ in shares]  # type: ignore[misc]
 
 
@@ -87,7 +87,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 @contextmanager
 def lost_processes() -> Iterator[None]:
-    """Says so in words where a collective ends because another process is gone.
+    """Raise a plain error where a collective ends because another process is gone.
 
     Gloo notices a closed connection at once; a process that hangs is noticed by the time-out of the group.
     """

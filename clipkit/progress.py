@@ -1,4 +1,4 @@
-"""How far a long job is, on standard error: a bar where a person watches, a line now and then where a log is kept."""
+"""Progress of a long job, on standard error: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class Progress:
         self.first = self.now
 
     def advance(self, count: int = 1) -> None:
-        """So many more are done."""
+        """Add `count` to what is done."""
         self.show(self.now + count)
 
     def show(self, done: int, **values: float) -> None:
-        """So many are done; `values` are of this very moment."""
+        """Set how much is done; `values` are shown beside it."""
         self.now = done
         self.values = "".join(f"  {name} {value:.3g}" for name, value in values.items())
         if self.bar is not None:
@@ -88,7 +88,7 @@ class Progress:
             self._line()
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self.silent:
             console = _console() if Progress._display is None else Progress._display.console
             console.print(text, markup=False, soft_wrap=True)
@@ -111,7 +111,7 @@ class Progress:
         if self.own:
             Progress._display, self.before = self.bar, sys.stderr
             self.bar.start()
-            self.moved = [each for each in _handlers() if each.stream is self.before]
+            self.moved = [handler for handler in _handlers() if handler.stream is self.before]
             for handler in self.moved:
                 handler.setStream(_Above(self.bar.console))
         self.bar.refresh()
@@ -165,7 +165,7 @@ class _Above:
         return len(text)
 
     def flush(self) -> None:
-        """Nothing is kept back."""
+        """Do nothing: every write prints at once."""
 
 
 def pace(done: int, seconds: float, unit: str) -> str:
@@ -174,9 +174,12 @@ def pace(done: int, seconds: float, unit: str) -> str:
     >>> pace(4, 6.0, "step"), pace(600, 4.0, "image")
     ('1.5 s/step', '150 images/s')
     """
-    each = seconds / max(1, done)
-    value, what = (each, f"s/{unit}") if each >= 1 else (1 / max(each, 1e-9), f"{unit}s/s")
-    return f"{value:,.0f} {what}" if value >= 100 else f"{value:.3g} {what}"
+    seconds_each = seconds / max(1, done)
+    if seconds_each >= 1:
+        value, measure = seconds_each, f"s/{unit}"
+    else:
+        value, measure = 1 / max(seconds_each, 1e-9), f"{unit}s/s"
+    return f"{value:,.0f} {measure}" if value >= 100 else f"{value:.3g} {measure}"
 
 
 def clock(seconds: float) -> str:
@@ -195,5 +198,5 @@ def _watched() -> bool:
 
 def _handlers() -> list[logging.StreamHandler[Any]]:
     loggers = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
-    handlers = [handler for each in loggers for handler in getattr(each, "handlers", ())]
-    return [each for each in dict.fromkeys(handlers) if isinstance(each, logging.StreamHandler)]
+    handlers = [handler for logger in loggers for handler in getattr(logger, "handlers", ())]
+    return [handler for handler in dict.fromkeys(handlers) if isinstance(handler, logging.StreamHandler)]

@@ -1,4 +1,4 @@
-"""The one place that turns a class into words: prompts for labelling and evaluation, captions for training.
+"""Texts from class names: prompts for labelling and evaluation, captions for training.
 
 >>> prompts(["sea_lion"])
 {'sea_lion': ['a photo of a sea lion.']}
@@ -70,19 +70,19 @@ def check_templates(templates: Templates) -> list[str] | dict[str, list[str]]:
         UsageError: there is none, one is given twice, one has no slot and belongs to no class, or a prompt is empty.
     """
     if isinstance(templates, Mapping):
-        own = {c: _listed(found, where=repr(c)) for c, found in templates.items()}
+        own = {c: _listed(patterns, where=repr(c)) for c, patterns in templates.items()}
         if not own:
             raise UsageError("expected prompts for each class, found none")
         return own
-    found = _listed(templates, where=None)
-    for template in found:
+    shared = _listed(templates, where=None)
+    for template in shared:
         if not any(slot in template for slot in _SLOTS):
             near = _NEAR_SLOTS.sub("{}", template, count=1)
             raise UsageError(
                 f"a template needs the slot {{}}, where the name of the class goes; found {template!r}",
                 fix=f'for example "{near if near != template else DEFAULT_TEMPLATE}"',
             )
-    return found
+    return shared
 
 
 def names_of(class_names: Names) -> dict[str, list[str]]:
@@ -105,7 +105,8 @@ def names_of(class_names: Names) -> dict[str, list[str]]:
         raise UsageError("expected at least one class name, found none")
     _check_named(own)
     by_name: dict[str, str] = {}
-    for c, name in ((c, name) for c, names in own.items() for name in names):
+    named = [(c, name) for c, names in own.items() for name in names]
+    for c, name in named:
         if name in by_name:
             fix = "make them one class, or give each a name of its own"
             if by_name[name] == c:
@@ -126,15 +127,15 @@ def _check_named(own: Mapping[str, Sequence[str]]) -> None:
 
 
 def _listed(templates: str | Sequence[str], where: str | None) -> list[str]:
-    found = [templates] if isinstance(templates, str) else list(templates)
-    if not found:
+    listed = [templates] if isinstance(templates, str) else list(templates)
+    if not listed:
         fix = f'for example "{DEFAULT_TEMPLATE}"'
         raise UsageError("expected at least one template, found none", where=where, fix=fix)
-    if not all(isinstance(template, str) and not is_blank(template) for template in found):
+    if not all(isinstance(template, str) and not is_blank(template) for template in listed):
         raise UsageError("a template or prompt is a text, and not empty", where=where, fix="write it, or leave it out")
-    if len(set(found)) < len(found):
-        raise UsageError("a template is given twice", where=repr(_twice(found)), fix="drop one")
-    return found
+    if len(set(listed)) < len(listed):
+        raise UsageError("a template is given twice", where=repr(_twice(listed)), fix="drop one")
+    return listed
 
 
 def _own(patterns: list[str] | dict[str, list[str]], c: str) -> list[str]:

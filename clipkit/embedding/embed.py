@@ -1,4 +1,4 @@
-"""embed(): every embedding outside the training step is made here."""
+"""embed(): makes every embedding outside the training step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.decoding import ImageBatches
 from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
 from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, ClipkitError, DataError, ModelError, UsageError
@@ -22,7 +23,7 @@ from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe
 from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.encode import _Images, encode, report_cut, text_chunks
+from clipkit.models.encode import encode, report_cut, text_chunks
 from clipkit.progress import track
 from clipkit.texts import checked_text
 
@@ -84,16 +85,15 @@ def embed(
     keys = [Key(content, kind, tower) for content in work.content]
     vectors = torch.zeros(len(work.first), model.dim)
     known = _recall(store, keys, vectors) if store is not None else set()
-    missing = {
-        n for part in distributed.together(lambda: set(range(len(vectors))) - known) for n in part
-    }  # of any process
+    missing_by_rank = distributed.together(lambda: set(range(len(vectors))) - known)
+    missing = set().union(*missing_by_rank)  # what any process lacks
     batches = list(batched(sorted(missing), batch_size))
     encode = Encoder(model, items, kind, work.first, work.content, workers, skip=on_bad == "skip")
     done: list[int] = []
 
     def compute() -> tuple[list[int], dict[int, Reject]]:
         mine = batches[distributed.rank() :: distributed.world_size()]
-        with closing(shown(encode.batches(mine), [len(each) for each in mine], kind, progress)) as encoded:
+        with closing(shown(encode.batches(mine), [len(batch) for batch in mine], kind, progress)) as encoded:
             for numbers, fresh in encoded:
                 vectors[numbers] = fresh
                 done.extend(numbers)
@@ -174,27 +174,27 @@ def _identify(items: Sequence[Any], kind: Modality, *, hashed: bool, skip: bool,
     names = [shares[row % world][row // world] if hashed or kind == "text" else row for row in range(len(items))]
     codes: dict[Hashable, int] = {}
     work = _Work([], [], [], {})
-    for row, found in enumerate(names):
-        if isinstance(found, Reject):
-            work.rejected[row] = found
+    for row, identity in enumerate(names):
+        if isinstance(identity, Reject):
+            work.rejected[row] = identity
             work.number.append(None)
             continue
-        if found not in codes:
-            codes[found] = len(codes)
+        if identity not in codes:
+            codes[identity] = len(codes)
             work.first.append(row)
-        work.number.append(codes[found])
+        work.number.append(codes[identity])
     work.content = [code for code in codes if isinstance(code, bytes)] if hashed else []
     return work
 
 
 def _recall(store: EmbeddingStore, keys: Sequence[Key], vectors: Tensor) -> set[int]:
-    """Copies what the store has into ``vectors``; which rows those are."""
+    """Copy what the store has into ``vectors``, and return the numbers of those rows."""
     known = set()
     for numbers in batched(range(len(keys)), _GET):
-        found = store.get([keys[n] for n in numbers])
-        rows = [n for n in numbers if keys[n] in found]
+        stored = store.get([keys[n] for n in numbers])
+        rows = [n for n in numbers if keys[n] in stored]
         if rows:
-            vectors[rows] = torch.from_numpy(np.stack([found[keys[n]] for n in rows]))
+            vectors[rows] = torch.from_numpy(np.stack([stored[keys[n]] for n in rows]))
         known.update(rows)
     return known
 
@@ -245,7 +245,7 @@ class Encoder:
             yield numbers, encode(self.model.backend, chunks, "text", texts, forward=self.model)
 
     def _images(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        source = _Images(self.items, self.first, self.content, self.model.processor)
+        source = ImageBatches(self.items, self.first, self.content, self.model.processor)
         # batch_size None: one element of the sampler is one whole batch
         for loaded in DataLoader(source, batch_size=None, sampler=batches, num_workers=self.workers):
             numbers, pixels, refused = loaded

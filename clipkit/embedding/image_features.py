@@ -1,4 +1,4 @@
-"""What a locked image tower sees, computed once: training then costs the text side alone."""
+"""Features of a frozen image tower, computed once: training then costs the text side alone."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from clipkit.data.batches.augment import Augmentation, augment
 from clipkit.data.batches.collate import why_bad
 from clipkit.data.batches.plan import hash64
 from clipkit.data.dataset import as_dataset
+from clipkit.embedding.decoding import decode_batch, require_unchanged
 from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
 from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, ModelError, UsageError, option
 from clipkit.files import content_hash
-from clipkit.images.load import bytes_of, describe, load_image
+from clipkit.images.load import bytes_of, load_image
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint.fingerprint import tower_hash
 from clipkit.models.processor import Processor
@@ -70,7 +71,8 @@ def with_image_features(
         BadImage: an image cannot be used, and `on_bad` is ``error``.
         ModelError: a feature is not finite.
     """
-    if trained := _trained(model):
+    trained = _trained(model)
+    if trained:
         fix = option("model.freeze", "image", python='model.freeze("image")')
         raise UsageError(
             "features can be kept only of a frozen tower; a saved model is opened with nothing frozen",
@@ -84,7 +86,7 @@ def with_image_features(
 
 
 def is_locked(model: DualEncoder) -> bool:
-    """Whether the whole image tower stands still; its head may train."""
+    """Whether the whole image tower is frozen; its head may train."""
     return not _trained(model)
 
 
@@ -105,8 +107,8 @@ def embed_locked(
     vectors = torch.zeros(len(rows), model.dim)
     with evaluating(model):
         for part in batched(range(len(rows)), batch_size):
-            found = torch.from_numpy(np.asarray([cells[rows[each]] for each in part], dtype=np.float32))
-            embedded = model(image_features=found.to(model.device)).image
+            features = torch.from_numpy(np.asarray([cells[rows[number]] for number in part], dtype=np.float32))
+            embedded = model(image_features=features.to(model.device)).image
             vectors[part] = embedded.float().cpu()
     if not vectors.isfinite().all():
         bad = rows[int((~vectors.isfinite().all(dim=1)).int().argmax())]
@@ -127,32 +129,33 @@ def _cells(
     progress: bool,
     on_bad: str,
 ) -> list[Vector | list[Vector] | None]:
-    """The features of each image, or of each of several versions of it; None of one that cannot be used."""
+    """The features of each image, or of each of several versions of it; None for an image that cannot be used."""
     hashed = store is not None or augmentation != "none"
     main = progress and distributed.is_main()
     read = track(images, len(images), "reading images", unit="image", shown=hashed and main)
     contents = [_content(image, on_bad) if hashed else b"" for image in read]
     numbers = range(draws)
-    versions = [AugmentedImage(row, draw) for row, each in enumerate(contents) if each is not None for draw in numbers]
+    usable = [row for row, content in enumerate(contents) if content is not None]
+    versions = [AugmentedImage(row, draw) for row in usable for draw in numbers]
     keys: dict[AugmentedImage, Key] = {}
-    found: dict[AugmentedImage, Vector] = {}
+    features: dict[AugmentedImage, Vector] = {}
     if store is not None:
         tower = tower_hash(model.backend, model.processor)
         kinds = ["image_features" if augmentation == "none" else f"image_features {augmentation} {n}" for n in numbers]
-        keys = {each: Key(contents[each.row] or b"", kinds[each.draw], tower) for each in versions}
+        for version in versions:
+            keys[version] = Key(contents[version.row] or b"", kinds[version.draw], tower)
         stored = store.get(list(keys.values()))
-        found = {each: stored[key] for each, key in keys.items() if key in stored}
+        features = {version: stored[key] for version, key in keys.items() if key in stored}
     # of any process: another one may have put a row into the store a moment ago
-    missing = {
-        each for share in distributed.together(lambda: [v for v in versions if v not in found]) for each in share
-    }
+    missing_by_rank = distributed.together(lambda: [version for version in versions if version not in features])
+    missing = set().union(*missing_by_rank)
     batches = list(batched(sorted(missing), batch_size))[distributed.rank() :: distributed.world_size()]
     source = _Versions(images, contents, model.processor, augmentation, on_bad)
 
     def compute() -> dict[AugmentedImage, Vector]:
         done: dict[AugmentedImage, Vector] = {}
         loaded = DataLoader(source, batch_size=None, sampler=batches, num_workers=min(workers, len(batches)))
-        with closing(shown(iter(loaded), [len(each) for each in batches], "image", progress)) as parts:
+        with closing(shown(iter(loaded), [len(batch) for batch in batches], "image", progress)) as parts:
             for part in parts:
                 if isinstance(part, BadImage):
                     raise part
@@ -160,17 +163,17 @@ def _cells(
                 if fresh:
                     vectors = _features(model, pixels, fresh)
                     if store is not None:
-                        store.put([keys[each] for each in fresh], vectors)
+                        store.put([keys[version] for version in fresh], vectors)
                     done.update(zip(fresh, vectors, strict=True))
         return done
 
     for share in distributed.together(compute):
-        found |= share
-    return [_cell(found, row, draws) for row in range(len(images))]
+        features |= share
+    return [_cell(features, row, draws) for row in range(len(images))]
 
 
 def _trained(model: DualEncoder) -> list[str]:
-    """Names of the parameters of the image tower that learn, its head's left out."""
+    """Names of the image tower's trainable parameters, without those of its head."""
     backend = model.backend
     return [n for n, p in backend.named_parameters() if p.requires_grad and backend.belongs_to("image", n, head=False)]
 
@@ -185,9 +188,12 @@ def _content(image: Any, on_bad: str) -> bytes | None:
         return None
 
 
-def _cell(found: dict[AugmentedImage, Vector], row: int, draws: int) -> Vector | list[Vector] | None:
-    cells = [found[each] for draw in range(draws) if (each := AugmentedImage(row, draw)) in found]
-    return None if not cells else cells[0] if draws == 1 else cells
+def _cell(features: dict[AugmentedImage, Vector], row: int, draws: int) -> Vector | list[Vector] | None:
+    versions = [AugmentedImage(row, draw) for draw in range(draws)]
+    cells = [features[version] for version in versions if version in features]
+    if not cells:
+        return None
+    return cells[0] if draws == 1 else cells
 
 
 def _features(model: DualEncoder, pixels: torch.Tensor, versions: list[AugmentedImage]) -> Vector:
@@ -214,20 +220,16 @@ class _Versions(Dataset[Any]):
         self.augmentation, self.on_bad = augmentation, on_bad
 
     def __getitem__(self, batch: list[AugmentedImage]) -> tuple[list[AugmentedImage], torch.Tensor] | BadImage:
-        opened = []
-        for each in batch:
-            try:
-                opened.append((each, self._open(each)))
-            except BadImage as error:
-                if self.on_bad == "error":
-                    return error.or_skip()
-        pixels = self.processor.images([image for _, image in opened]) if opened else torch.zeros(0)
-        return [each for each, _ in opened], pixels
+        opened, refused = decode_batch(batch, self._open)
+        if refused and self.on_bad == "error":
+            _, error = refused[0]
+            return error.or_skip()
+        pixels = self.processor.images(list(opened.values())) if opened else torch.zeros(0)
+        return list(opened), pixels
 
     def _open(self, version: AugmentedImage) -> Image.Image:
         image, content = self.images[version.row], self.contents[version.row]
-        if content and content_hash(bytes_of(image)) != content:
-            # a vector under the wrong content would be wrong for ever
-            raise BadImage("CHANGED", "the file changed while it was read", where=describe(image), fix="run again")
+        if content:
+            require_unchanged(image, content)
         seed = hash64(int.from_bytes((content or b"")[:8], "little"), version.draw)
         return augment(load_image(image), self.augmentation, seed)

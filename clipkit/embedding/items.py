@@ -1,4 +1,4 @@
-"""What is embedded: images and texts as they come in, and what comes out of `embed`."""
+"""The items of `embed`: their batches, its result, and the report of items that were refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class EmbedResult:
 
 
 def shown(batches: Iterator[T], sizes: Sequence[int], kind: Modality, progress: bool) -> Generator[T, None, None]:
-    """Batches of so many items, and how far they are, of this process's share."""
+    """Yield this process's batches, and show how many of their items are done."""
     main = progress and distributed.is_main()
     return track(batches, sum(sizes), f"embedding {kind}s", unit=kind, shown=main, sizes=sizes)
 
@@ -55,14 +55,14 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def reject(row: int, item: Any, error: DataError) -> Reject:
-    """The entry of the ledger for an item that was refused."""
+    """The load report's entry for an item that was refused."""
     code = error.code if isinstance(error, (BadImage, BadText)) else "BAD_DATA"
     return Reject(row, code, error.message.removeprefix(f"{code}: "), error.where or f"item {row}", _path(item))
 
 
 def _path(item: object) -> str | None:
-    found = item.get("path") if isinstance(item, Mapping) else item
-    return os.fsdecode(found) if isinstance(found, (str, os.PathLike)) else None
+    path = item.get("path") if isinstance(item, Mapping) else item
+    return os.fsdecode(path) if isinstance(path, (str, os.PathLike)) else None
 
 
 @contextmanager

@@ -18,23 +18,16 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.errors import ClipkitError, CorruptArtefact, ResourceError, UsageError
+from clipkit.embedding.store_errors import translate
+from clipkit.errors import ClipkitError, CorruptArtefact, UsageError
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 
-
 _APPLICATION = 0x436C4B74  # "ClKt": marks the file as ours
-
 
 _SCHEMA = 1
 
-
 _LOOKUP = 500  # SQLite's oldest limit on the variables of one statement is 999
-
-
-# SQLITE_ERROR is a statement that does not fit the tables: ours do, unless the tables are damaged
-_BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_SCHEMA)
-
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS spaces (
@@ -71,7 +64,7 @@ class EmbeddingStore:
         readonly: open an existing, sealed file, also from a folder that cannot be written to.
 
     Raises:
-        CorruptArtefact: the file is no embedding store, or a damaged one.
+        CorruptArtefact: the file is not an embedding store, or it is damaged.
         ResourceError: the file cannot be opened, or the disk is full, or another writer does not let go.
         UsageError: the store is of a newer clipkit.
     """
@@ -101,10 +94,10 @@ class EmbeddingStore:
 
     def _prepare(self, readonly: bool) -> None:
         with self.transaction(write=False):  # one view: another process may be making this very file
-            ((found,),) = self._db.execute("PRAGMA application_id")
+            ((application,),) = self._db.execute("PRAGMA application_id")
             ((schema,),) = self._db.execute("PRAGMA user_version")
             ((tables,),) = self._db.execute("SELECT count(*) FROM sqlite_master")
-        if found != _APPLICATION and (found or tables or readonly):
+        if application != _APPLICATION and (application or tables or readonly):
             message = "expected an embedding store, found another kind of SQLite file"
             raise CorruptArtefact(message, where=self.path, fix="choose another path")
         if schema > _SCHEMA:
@@ -137,11 +130,11 @@ class EmbeddingStore:
         Raises:
             CorruptArtefact: a row's checksum is wrong.
         """
-        found: dict[Key, Vector] = {}
+        stored: dict[Key, Vector] = {}
         for (kind, tower), contents in _by_space(keys):
             rows = self._lookup(kind, tower, contents, "content, vector, crc")
-            found |= {Key(c, kind, tower): self.unpack(c, vector, crc) for c, vector, crc in rows}
-        return found
+            stored |= {Key(c, kind, tower): self.unpack(c, vector, crc) for c, vector, crc in rows}
+        return stored
 
     def has(self, keys: Sequence[Key]) -> set[Key]:
         """The keys that are there; reads no vector."""
@@ -169,10 +162,7 @@ class EmbeddingStore:
             ids = {space: self._space(*space, dim=rows.shape[1]) for space in spaces}
             self._db.executemany(
                 "INSERT OR IGNORE INTO embeddings VALUES (?, ?, ?, ?)",
-                (
-                    (ids[k.kind, k.tower], k.content, blob := row.tobytes(), zlib.crc32(blob, zlib.crc32(k.content)))
-                    for k, row in zip(keys, rows, strict=True)
-                ),
+                (_record(ids[key.kind, key.tower], key.content, row) for key, row in zip(keys, rows, strict=True)),
             )
 
     def dim(self, kind: str, tower: str) -> int | None:
@@ -193,7 +183,7 @@ class EmbeddingStore:
             )
         return np.frombuffer(vector, dtype="<f4")
 
-    # ------------------------------------------------------------------ for what is kept beside the vectors (the index)
+    # ------------------------------------------------------------ for the other tables in this file (the search index)
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of one statement."""
@@ -288,27 +278,18 @@ class EmbeddingStore:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise _translated(error, self.path) from error
+            raise translate(error, self.path) from error
+
+
+def _record(space: int, content: bytes, row: Vector) -> tuple[int, bytes, bytes, int]:
+    """A row of the table: the checksum covers the content's hash and the vector."""
+    vector = row.tobytes()
+    return space, content, vector, zlib.crc32(vector, zlib.crc32(content))
 
 
 def _by_space(keys: Sequence[Key]) -> Iterator[tuple[tuple[str, str], list[bytes]]]:
     def space(key: Key) -> tuple[str, str]:
         return key.kind, key.tower
 
-    for found, group in groupby(sorted(set(keys), key=space), space):
-        yield found, [key.content for key in group]
-
-
-def _translated(error: Exception, path: Path | None) -> ClipkitError:
-    if isinstance(error, sqlite3.ProgrammingError):
-        return ClipkitError("the store is closed", where=path, fix="open it again")
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # Python's own: text that is no UTF-8
-    if isinstance(error, sqlite3.Error) and code in _BROKEN:
-        fix = "check the path; if a store was there, it is lost: build it again"
-        return CorruptArtefact(f"expected an embedding store: {error}", where=path, fix=fix)
-    if isinstance(error, sqlite3.Error) and code == sqlite3.SQLITE_BUSY:
-        return ResourceError("another process keeps writing to the store", where=path, fix="wait for it to end")
-    if isinstance(error, sqlite3.Error) and code == sqlite3.SQLITE_FULL:
-        return ResourceError("the disk is full", where=path, fix="free some space and run again: stored rows are kept")
-    fix = "check that it is a file, and that you may write to it and to its folder"
-    return ResourceError(f"the store cannot be read or written: {error}", where=path, fix=fix)
+    for kind_and_tower, group in groupby(sorted(set(keys), key=space), space):
+        yield kind_and_tower, [key.content for key in group]

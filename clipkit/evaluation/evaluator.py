@@ -1,4 +1,4 @@
-"""What an evaluator is: `__call__` gives metrics by key; the rest says what they mean, where the evaluator knows."""
+"""The interface of an evaluator: `__call__` returns metrics by key; the other methods describe them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Evaluator(ABC):
     """Measures a model. Only `name` and `__call__` are needed; every other part has a default.
 
     Attributes:
-        name: by which messages, and the record of the run, know it.
-        rejected: what could not be used at the last call.
+        name: used in messages and in the record of the run.
+        rejected: the items that could not be used at the last call.
         notices: what a reader of the figures should know.
     """
 
@@ -43,11 +43,11 @@ class Evaluator(ABC):
         return ranking.greater_is_better(key)
 
     def counts(self) -> dict[str, int]:
-        """How many images, texts and so on the metrics rest on."""
+        """How many images, texts and so on the metrics are computed from."""
         return {}
 
     def baselines(self) -> dict[str, dict[str, float]]:
-        """What needs no model: ``chance`` and ``majority``, each with values under the keys of the metrics."""
+        """Figures that need no model: ``chance`` and ``majority``, each with values under the keys of the metrics."""
         return {}
 
     def identity(self) -> dict[str, Any]:
@@ -57,11 +57,11 @@ class Evaluator(ABC):
         return {}
 
     def tensor_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of it; empty where it remembers nothing from one call to the next."""
+        """Tensors that a checkpoint must hold; empty where nothing is remembered from one call to the next."""
         return {}
 
     def load_tensor_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027  (most remember nothing)
-        """Take up what `tensor_state` gave."""
+        """Load what `tensor_state` returned."""
 
 
 class _PlainEvaluator(Evaluator):

@@ -1,4 +1,4 @@
-"""What result.json says: figures with everything needed to believe them, and the facts of the machine."""
+"""The content of result.json: figures with what is needed to trust them, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def build_result(
         UsageError: ``more`` has a key that is taken.
     """
     figures: dict[str, dict[str, Any]] = {"metrics": dict(metrics), "chance": {}, "majority": {}, "n": {}}
-    known = [as_evaluator(measure) for measure in evaluators]
-    for evaluator in known:
+    described = [as_evaluator(measure) for measure in evaluators]
+    for evaluator in described:
         figures["n"] |= evaluator.counts()
         for baseline, values in evaluator.baselines().items():
             figures[baseline] |= values
@@ -61,7 +61,7 @@ def build_result(
         _require_finite(part)
     result = {
         **figures,
-        "warnings": [notice.as_dict() for evaluator in known for notice in evaluator.notices],
+        "warnings": [notice.as_dict() for evaluator in described for notice in evaluator.notices],
         "seed": seed,
         "seconds": round(seconds, 3),
         "versions": versions(),
@@ -76,14 +76,14 @@ def build_result(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that can change a figure; what is not installed is left out."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the libraries that can change a figure; those not installed are left out."""
+    installed = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
+            installed["clipkit" if package == DISTRIBUTION else package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def environment() -> dict[str, str]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.items import EmbedResult, reject
 from clipkit.embedding.store import EmbeddingStore
-from clipkit.errors import BadImage, DataError, UsageError, option
+from clipkit.errors import BadImage, DataError, UsageError
+from clipkit.evaluation.dataset import Subset, caption_rows, filled, require_columns
 from clipkit.evaluation.evaluator import Evaluator
+from clipkit.evaluation.retrieval_result import Direction, RetrievalResult
 from clipkit.evaluation.small import small_test
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of
@@ -25,54 +27,8 @@ from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide
 from clipkit.models.text_notices import Notice, caption_notices, tell
 from clipkit.progress import track
-from clipkit.texts import is_blank
-
-Direction: TypeAlias = Literal["text_to_image", "image_to_text"]
 
 _TOP = 10  # items kept for each query, for reports
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """A query whose best item is wrong.
-
-    Attributes:
-        query: its place among the ``texts`` or ``images`` of the result.
-        found: the place of the item it found among the others.
-        margin: best correct score minus the score of what was found; the more negative, the more confident.
-    """
-
-    query: int
-    found: int
-    margin: float
-
-
-@dataclass(frozen=True)
-class RetrievalResult:
-    """What the last evaluation saw, beyond its figures.
-
-    Attributes:
-        metrics: the figures.
-        n: "images" and "texts" that differ, and how many repeat an earlier one: "duplicate_images", "duplicate_texts".
-        text_to_image, image_to_text: where the best correct item of every query stands, and its best items.
-        texts: the distinct captions; queries and items are places here.
-        images: the distinct images, as the row of the data set where each stands first.
-        image_of_text: for each text the place among ``images`` of the first image that carries it.
-    """
-
-    metrics: dict[str, float]
-    n: dict[str, int]
-    text_to_image: Ranks
-    image_to_text: Ranks
-    texts: list[str]
-    images: list[int]
-    image_of_text: list[int]
-
-    def most_confused(self, direction: Direction, limit: int = 20) -> list[Confusion]:
-        """The queries that find a wrong item by the widest margin."""
-        ranks: Ranks = getattr(self, direction)
-        order = ranks.margin.argsort(stable=True)[:limit].tolist()
-        return [Confusion(q, int(ranks.top[q, 0]), float(ranks.margin[q])) for q in order if ranks.margin[q] < 0]
 
 
 class RetrievalEvaluator(Evaluator):
@@ -84,6 +40,13 @@ class RetrievalEvaluator(Evaluator):
     *What is correct:* what is paired in any row, so that a caption of fifteen images has fifteen right answers; with
     ``group``, whatever stands in a row with the same value in that column. `last.n` says how many duplicates there are.
     Ties give their exact expectation, see `metrics.ranking`.
+
+    Inputs: a model, on every process where there are several. It returns ``{name}/text_to_image_recall@1``,
+    ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
+
+    When to prefer it: images with captions, and search in either direction.
+
+    Relations: `ZeroShotEvaluator` scores labels; `ValidationLoss` gives the loss of the same pairs.
 
     Args:
         pairs: a data set with ``image`` and ``texts``, as `load_pairs` gives it.
@@ -101,8 +64,14 @@ class RetrievalEvaluator(Evaluator):
     ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
     captions.
 
-    Call it with a model, on every process where there are several; keys are ``{name}/text_to_image_recall@1``,
-    ``{name}/text_to_image_median_rank`` and the same for ``image_to_text``.
+    References:
+        Radford et al. 2021 (CLIP), table 13; Karpathy and Fei-Fei 2015, for recall@k and the median rank.
+
+    Example: with `model` a `DualEncoder` and `pairs` from `load_pairs`.
+        >>> evaluator = RetrievalEvaluator(pairs, ks=(1,))
+        >>> metrics = evaluator(model)
+        >>> list(metrics)[:2]
+        ['retrieval/text_to_image_recall@1', 'retrieval/image_to_text_recall@1']
     """
 
     def __init__(
@@ -126,8 +95,8 @@ class RetrievalEvaluator(Evaluator):
         self.name, self.ks, self.store, self.features = name, tuple(ks), store, features
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
-        self.texts, self.image_of_text = _captions(pairs["texts"])
-        self.groups = None if group is None else _codes(_filled(key_values(pairs, group), group))
+        self.texts, self.image_of_text = caption_rows(pairs["texts"])
+        self.groups = None if group is None else _codes(filled(key_values(pairs, group), group))
         self.last: RetrievalResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
@@ -145,13 +114,17 @@ class RetrievalEvaluator(Evaluator):
         images = self._image_vectors(model)  # first: it may leave images out
         texts = self._embed(model, self._distinct_texts(), "text").vectors
         towards_images, towards_texts = self._relevance(self._image_codes())
-        found = {
+        ranks = {
             "text_to_image": _shared_rank(texts, images, towards_images, model.device),
             "image_to_text": _shared_rank(images, texts, towards_texts, model.device),
         }
-        metrics = {f"{self.name}/{way}_recall@{k}": r.recall_at(k) for way, r in found.items() for k in self.ks}
-        metrics |= {f"{self.name}/{way}_median_rank": r.median_rank() for way, r in found.items()}
-        self.last = self._result(metrics, found)
+        metrics = {}
+        for direction, ranked in ranks.items():
+            for k in self.ks:
+                metrics[f"{self.name}/{direction}_recall@{k}"] = ranked.recall_at(k)
+        for direction, ranked in ranks.items():
+            metrics[f"{self.name}/{direction}_median_rank"] = ranked.median_rank()
+        self.last = self._result(metrics, ranks)
         self.notices = [*self._small(self._image_codes()), *self._unseen(model.processor)]
         return metrics
 
@@ -167,19 +140,19 @@ class RetrievalEvaluator(Evaluator):
         tell(self._captions[1], self)
         return self._captions[1]
 
-    def _result(self, metrics: dict[str, float], found: dict[str, Ranks]) -> RetrievalResult:
+    def _result(self, metrics: dict[str, float], ranks: dict[str, Ranks]) -> RetrievalResult:
         codes, texts = self._image_codes(), self._distinct_texts()
         first = {text: codes[row] for text, row in reversed(list(zip(self.texts, self.image_of_text, strict=True)))}
         rows = [self._rows[row] for row in _first(codes)]
         return RetrievalResult(
-            metrics, self._n(), **found, texts=texts, images=rows, image_of_text=[first[t] for t in texts]
+            metrics, self._n(), **ranks, texts=texts, images=rows, image_of_text=[first[t] for t in texts]
         )
 
     def keys(self) -> list[str]:
         """The keys of the metrics, in their order."""
-        ways = get_args(Direction)
-        recalls = [f"{self.name}/{way}_recall@{k}" for way in ways for k in self.ks]
-        return recalls + [f"{self.name}/{way}_median_rank" for way in ways]
+        directions = get_args(Direction)
+        recalls = [f"{self.name}/{direction}_recall@{k}" for direction in directions for k in self.ks]
+        return recalls + [f"{self.name}/{direction}_median_rank" for direction in directions]
 
     def chance(self) -> dict[str, float]:
         """The recall of a ranking drawn at random, exactly, under the same keys."""
@@ -198,12 +171,15 @@ class RetrievalEvaluator(Evaluator):
         }
 
     def _chance(self, images: list[int]) -> dict[str, float]:
-        ways = zip(("text_to_image", "image_to_text"), self._relevance(images), strict=True)
-        return {f"{self.name}/{way}_recall@{k}": chance(relevant, k) for way, relevant in ways for k in self.ks}
+        figures = {}
+        for direction, relevance in zip(get_args(Direction), self._relevance(images), strict=True):
+            for k in self.ks:
+                figures[f"{self.name}/{direction}_recall@{k}"] = chance(relevance, k)
+        return figures
 
     def counts(self) -> dict[str, int]:
         """How many images and texts that differ there are, by ``{name}/images``, and how many more are duplicates."""
-        return {f"{self.name}/{what}": count for what, count in self._n().items()}
+        return {f"{self.name}/{item}": count for item, count in self._n().items()}
 
     def _n(self) -> dict[str, int]:
         images, texts = len(set(self._image_codes())), len(self._distinct_texts())
@@ -217,11 +193,11 @@ class RetrievalEvaluator(Evaluator):
     def _image_vectors(self, model: DualEncoder) -> Tensor:
         """(distinct images, dim)"""
         codes = self._image_codes()
-        found = self._embed(model, Subset(self.images, _first(codes)), "image")
-        if found.rejected:
-            refused = {reject.row: reject for reject in found.rejected}
+        embedded = self._embed(model, Subset(self.images, _first(codes)), "image")
+        if embedded.rejected:
+            refused = {reject.row: reject for reject in embedded.rejected}
             self._drop({row: refused[code] for row, code in enumerate(codes) if code in refused})
-        return found.vectors
+        return embedded.vectors
 
     def _drop(self, refused: Mapping[int, Reject]) -> None:
         """Leaves images out, with their captions, for this and every later call."""
@@ -261,10 +237,10 @@ class RetrievalEvaluator(Evaluator):
             read = track(rows, len(rows), "reading images", unit="image", shown=main)
             shares = distributed.together(lambda: [self._content(row) for row in read])
             hashes = [shares[i % world][i // world] for i in range(n)]
-            refused = {row: found for row, found in enumerate(hashes) if isinstance(found, Reject)}
+            refused = {row: content for row, content in enumerate(hashes) if isinstance(content, Reject)}
             if refused:
                 self._drop(refused)
-            self._hashes = [found for found in hashes if not isinstance(found, Reject)]
+            self._hashes = [content for content in hashes if not isinstance(content, Reject)]
         return _codes(self._hashes)
 
     def _content(self, row: int) -> bytes | Reject:
@@ -286,49 +262,6 @@ class RetrievalEvaluator(Evaluator):
         return Relevance.by_keys(of_texts, of_images), Relevance.by_keys(of_images, of_texts)
 
 
-class Subset(Sequence[Any]):
-    """Some rows of a sequence, read when asked for."""
-
-    def __init__(self, items: Sequence[Any], rows: Sequence[int]) -> None:
-        self.items, self.rows = items, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.items[self.rows[index]]
-
-
-def require_columns(pairs: Any, columns: Iterable[str]) -> None:
-    """Raises UsageError unless the data set has these columns, DataError if it has no row."""
-    found = list(pairs.column_names)
-    for column in columns:
-        if column not in found:
-            fix = f"name the column of the class: {option('label', 'COLUMN')}" if column == "label" else None
-            raise UsageError(f"expected a column {column!r}; the data set has {', '.join(found)}", fix=fix)
-    if not len(pairs):
-        raise DataError("the data set has no row, so there is nothing to evaluate")
-
-
-def _captions(texts: Iterable[Sequence[str]]) -> tuple[list[str], list[int]]:
-    captions: list[str] = []
-    owner: list[int] = []
-    for row, own in enumerate(texts):
-        if not own or not all(isinstance(text, str) and not is_blank(text) for text in own):
-            raise DataError("every image needs a caption, and none may be empty", where=f"row {row}")
-        captions += own
-        owner += [row] * len(own)
-    return captions, owner
-
-
-def _filled(values: Iterable[Any], column: str) -> list[Any]:
-    found = list(values)
-    if None in found:
-        message = f"every row needs a group; {found.count(None)} have none in {column!r}"
-        raise DataError(message, where=f"row {found.index(None)}", fix="fill it, or leave such rows out")
-    return found
-
-
 def _codes(values: Iterable[Hashable]) -> list[int]:
     """The values numbered in the order in which they first appear."""
     seen: dict[Hashable, int] = {}
@@ -343,10 +276,10 @@ def _first(codes: list[int]) -> list[int]:
 
 def _keys(codes: list[int], keys: list[int]) -> list[frozenset[int]]:
     """For each code all keys that it has in one row or another."""
-    found: list[set[int]] = [set() for _ in range(max(codes) + 1)]
+    keys_of_code: list[set[int]] = [set() for _ in range(max(codes) + 1)]
     for code, key in zip(codes, keys, strict=True):
-        found[code].add(key)
-    return [frozenset(own) for own in found]
+        keys_of_code[code].add(key)
+    return [frozenset(own) for own in keys_of_code]
 
 
 def _shared_rank(queries: Tensor, items: Tensor, relevance: Relevance, device: torch.device) -> Ranks:

@@ -30,6 +30,13 @@ class ValidationLoss(Evaluator):
     InfoNCE), but not on the batch size, the augmentation, or the number of processes of a training. Equal captions in a
     batch count against each other, as in training with `Paired()`: where captions repeat, it cannot reach 0.
 
+    Inputs: a model, on every process where there are several. It returns ``{name}/loss``, in nats.
+
+    When to prefer it: to see overfitting, and where a test set is too small for recall@k to move.
+
+    Relations: `RetrievalEvaluator` ranks among all pairs, not within batches. `info_nce` and `sigmoid_loss` are
+    the losses of training, for any `Similarity`.
+
     Args:
         pairs: a data set with `image` and `texts`.
         name: the key is ``{name}/loss``.
@@ -39,6 +46,14 @@ class ValidationLoss(Evaluator):
     Raises:
         UsageError: fewer than two pairs in a batch; no such columns.
         DataError: a row without captions.
+
+    References:
+        Radford et al. 2021 (CLIP), figure 3; with a bias Zhai et al. 2023 (SigLIP), algorithm 1.
+
+    Example: with `model` a `DualEncoder` and `pairs` from `load_pairs`.
+        >>> evaluator = ValidationLoss(pairs)
+        >>> list(evaluator(model))
+        ['validation/loss']
     """
 
     def __init__(

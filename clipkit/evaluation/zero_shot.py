@@ -13,8 +13,8 @@ from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError, option
+from clipkit.evaluation.dataset import Subset, require_columns
 from clipkit.evaluation.evaluator import Evaluator
-from clipkit.evaluation.retrieval import Subset, require_columns
 from clipkit.evaluation.small import small_test
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
 from clipkit.metrics import classification as metrics
@@ -66,6 +66,13 @@ class ZeroShotResult:
 class ZeroShotEvaluator(Evaluator):
     """Classifies the images of a labelled data set by class names alone, with `ZeroShotClassifier`.
 
+    Inputs: a model, on every process where there are several. It returns ``{name}/top1``, ``{name}/mean_per_class``
+    (the mean recall of the classes that are present) and, with more than five classes, ``{name}/top5``.
+
+    When to prefer it: images with labels; where classes are of unequal size read ``mean_per_class``.
+
+    Relations: `RetrievalEvaluator` scores captions; `ZeroShotClassifier` labels images without known labels.
+
     Args:
         pairs: a data set with ``image`` and a column of labels: `datasets.ClassLabel`, class names, or numbers from 0.
         class_names: names for the prompts. Left out, the labels' own names. A list is in the order of the labels (for
@@ -79,14 +86,19 @@ class ZeroShotEvaluator(Evaluator):
         on_bad: "skip" leaves an image that cannot be used out and lists it in ``rejected``.
 
     Raises:
-        DataError: no row, a row without a label, or a label that is none of the classes.
+        DataError: no row, a row without a label, or a label that is not one of the classes.
         UsageError: a column is missing, or the class names do not fit the labels.
 
     ``notices`` holds, and the log tells, what the data set is too small to tell and what the model cannot see of the
     classes.
 
-    Call it with a model, on every process where there are several. Keys: ``{name}/top1``, ``{name}/mean_per_class``
-    (the mean recall of the classes that are present) and, with more than five classes, ``{name}/top5``.
+    References:
+        Radford et al. 2021 (CLIP), section 3.1.
+
+    Example: with `model` a `DualEncoder` and `labelled` a data set with the classes red and blue.
+        >>> evaluator = ZeroShotEvaluator(labelled, templates="a {} square")
+        >>> list(evaluator(model))
+        ['zero_shot/top1', 'zero_shot/mean_per_class']
     """
 
     def __init__(
@@ -141,14 +153,14 @@ class ZeroShotEvaluator(Evaluator):
             self._rows = [self._rows[row] for row in embedded.rows]
             self.images, self.labels = Subset(self.images, embedded.rows), self.labels[embedded.rows]
         logits = classifier.logits(embedded.vectors)
-        found = {f"{self.name}/top1": metrics.top_k_accuracy(logits, self.labels)}
+        figures = {f"{self.name}/top1": metrics.top_k_accuracy(logits, self.labels)}
         if len(classifier.class_names) > 5:
-            found[f"{self.name}/top5"] = metrics.top_k_accuracy(logits, self.labels, 5)
-        found[f"{self.name}/mean_per_class"] = metrics.mean_per_class(logits, self.labels)
+            figures[f"{self.name}/top5"] = metrics.top_k_accuracy(logits, self.labels, 5)
+        figures[f"{self.name}/mean_per_class"] = metrics.mean_per_class(logits, self.labels)
         predictions = classifier.predict(embedded.vectors, range(len(embedded.vectors)))
-        self.last = _result(found, classifier.class_names, self.labels, logits, predictions)
+        self.last = _result(figures, classifier.class_names, self.labels, logits, predictions)
         self.notices = [*self._small(), *classifier.notices]
-        return found
+        return figures
 
     def keys(self) -> list[str]:
         """The keys of the metrics, in their order."""
@@ -157,18 +169,18 @@ class ZeroShotEvaluator(Evaluator):
     def chance(self) -> dict[str, float]:
         """The figures of guessing, under the same keys."""
         classes = len(self.class_names)
-        found = {f"{self.name}/top1": metrics.chance(classes)}
+        figures = {f"{self.name}/top1": metrics.chance(classes)}
         if classes > 5:
-            found[f"{self.name}/top5"] = metrics.chance(classes, 5)
-        return found | {f"{self.name}/mean_per_class": metrics.chance(classes)}
+            figures[f"{self.name}/top5"] = metrics.chance(classes, 5)
+        return figures | {f"{self.name}/mean_per_class": metrics.chance(classes)}
 
     def majority(self) -> dict[str, float]:
         """The figures of always naming the most frequent classes of this very data set, under the same keys."""
         classes = len(self.class_names)
-        found = {f"{self.name}/top1": metrics.majority(self.labels, classes)}
+        figures = {f"{self.name}/top1": metrics.majority(self.labels, classes)}
         if classes > 5:
-            found[f"{self.name}/top5"] = metrics.majority(self.labels, classes, 5)
-        return found | {f"{self.name}/mean_per_class": 1 / self._present()}
+            figures[f"{self.name}/top5"] = metrics.majority(self.labels, classes, 5)
+        return figures | {f"{self.name}/mean_per_class": 1 / self._present()}
 
     def baselines(self) -> dict[str, dict[str, float]]:
         return {"chance": self.chance(), "majority": self.majority()}
@@ -184,7 +196,7 @@ class ZeroShotEvaluator(Evaluator):
     def counts(self) -> dict[str, int]:
         """How many images, how many classes, and of how many classes there is an image."""
         counts = {"images": len(self.labels), "classes": len(self.class_names), "classes_present": self._present()}
-        return {f"{self.name}/{what}": count for what, count in counts.items()}
+        return {f"{self.name}/{item}": count for item, count in counts.items()}
 
     def _small(self) -> list[Notice]:
         notices = small_test(self.name, {"images": len(self.labels)}, self.chance(), self.majority())
@@ -196,13 +208,13 @@ class ZeroShotEvaluator(Evaluator):
 
 
 def _result(
-    found: dict[str, float], names: tuple[str, ...], labels: Tensor, logits: Tensor, predictions: list[Prediction]
+    figures: dict[str, float], names: tuple[str, ...], labels: Tensor, logits: Tensor, predictions: list[Prediction]
 ) -> ZeroShotResult:
     confusion = metrics.confusion(logits, labels)
     n, named = confusion.sum(1).tolist(), confusion.sum(0).tolist()
     recall = [r if c else None for r, c in zip(metrics.per_class_recall(logits, labels).tolist(), n, strict=True)]
     rows = [ClassFigures(*row) for row in zip(names, n, recall, named, strict=True)]
-    return ZeroShotResult(found, names, labels, metrics.hits(logits, labels), predictions, confusion, rows)
+    return ZeroShotResult(figures, names, labels, metrics.hits(logits, labels), predictions, confusion, rows)
 
 
 def _align(
@@ -218,16 +230,18 @@ def _align(
         number = {name: i for i, name in enumerate(own_names)}
         unknown = [row for row, label in enumerate(labels) if label not in number]
         if unknown:
-            found = f"the label {labels[unknown[0]]!r} is none of the {len(number)} classes ({len(unknown)} such rows)"
-            raise DataError(found, where=f"column {column!r}, row {unknown[0]}", fix="name it in class_names")
+            message = (
+                f"the label {labels[unknown[0]]!r} is none of the {len(number)} classes ({len(unknown)} such rows)"
+            )
+            raise DataError(message, where=f"column {column!r}, row {unknown[0]}", fix="name it in class_names")
         return class_names if class_names is not None else own_names, torch.tensor([number[label] for label in labels])
     if not all(isinstance(label, int) for label in labels):
         raise DataError("labels must be class numbers or class names", where=f"column {column!r}")
     names = _numbered(own_names, class_names, column)
     bad = [row for row, label in enumerate(labels) if not 0 <= label < len(names)]
     if bad:
-        found = f"a label must lie in 0..{len(names) - 1}, found {labels[bad[0]]}"
-        raise DataError(found, where=f"column {column!r}, row {bad[0]}", fix="give a name to every class")
+        message = f"a label must lie in 0..{len(names) - 1}, found {labels[bad[0]]}"
+        raise DataError(message, where=f"column {column!r}, row {bad[0]}", fix="give a name to every class")
     return names, torch.tensor(labels)
 
 

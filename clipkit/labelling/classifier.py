@@ -22,7 +22,7 @@ from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, names_of, prompt
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the classifier says of one image.
+    """The classes of one image, with their probabilities.
 
     Attributes:
         label: the best class.
@@ -66,7 +66,7 @@ class ZeroShotClassifier:
 
     Attributes:
         class_names: as a tuple, in order.
-        prompts: what the model was asked, by class.
+        prompts: the prompts of each class.
         weights: (classes, dim) float32, unit length.
         notices: what the model cannot see of the classes (unknown words, classes that become the same tokens); also
             told in the log.
@@ -132,7 +132,7 @@ class ZeroShotClassifier:
             raise UsageError("expected a list of images, found one", fix="put it in a list: classify([image])[0]")
         if top_k < 1:
             raise UsageError(f"top_k must be at least 1, found {top_k}")
-        found = embed(
+        embedded = embed(
             self.model,
             images if isinstance(images, Sequence) else list(images),
             store=self.store,
@@ -141,7 +141,7 @@ class ZeroShotClassifier:
             progress=progress,
             on_bad=on_bad,
         )
-        return Labelled(self.predict(found.vectors, found.rows, top_k=top_k), found.rejected)
+        return Labelled(self.predict(embedded.vectors, embedded.rows, top_k=top_k), embedded.rejected)
 
     def predict(self, vectors: Tensor, rows: Sequence[int], *, top_k: int = 5) -> list[Prediction]:
         """Predictions from (n, dim) image embeddings; ``rows`` are the numbers to call the images by."""

@@ -30,8 +30,8 @@ def class_embeddings(
         UsageError: the prompts of a class cancel out.
     """
     texts = [text for own in class_prompts.values() for text in own]
-    found = embed(model, texts, kind="text", store=store, batch_size=batch_size, progress=progress)
-    vectors = normalize(found.vectors, dim=1)
+    embedded = embed(model, texts, kind="text", store=store, batch_size=batch_size, progress=progress)
+    vectors = normalize(embedded.vectors, dim=1)
     parts = torch.split(vectors, [len(own) for own in class_prompts.values()])
     means = torch.stack([part.mean(0) for part in parts])
     lost = (means.norm(dim=1) < 1e-6).nonzero().flatten().tolist()

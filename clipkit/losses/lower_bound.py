@@ -9,7 +9,6 @@ from torch import Tensor
 
 Affinity = Callable[[Tensor, Tensor], Tensor]  # positions of rows (r,) and of columns (c,) -> (r, c)
 
-
 _ROWS = 1024  # at once
 
 
@@ -46,17 +45,19 @@ def info_nce_floor(
 def _direction(
     affinity: Affinity, row_item: Tensor, col_item: Tensor, smoothing: float, weight: Tensor | None
 ) -> float:
-    total, count = 0.0, 0.0
+    total = 0.0
+    count = 0.0
     items, col = torch.unique(col_item, return_inverse=True)
     everyone = torch.arange(len(col_item))
     for rows in whole_items(row_item):
-        found = affinity(rows, everyone)
-        positive = found.clamp(min=0).double()
+        affinities = affinity(rows, everyone)
+        positive = affinities.clamp(min=0).double()
         kept = positive.sum(1) > 0  # rows without a positive take no part
-        positive, compared = positive[kept], found[kept] >= 0
+        positive, compared = positive[kept], affinities[kept] >= 0
         target = (1 - smoothing) * positive / positive.sum(1, keepdim=True)
         target += smoothing * compared / compared.sum(1, keepdim=True)
-        target = target if weight is None else target * weight[rows][kept].double().unsqueeze(1)
+        if weight is not None:
+            target = target * weight[rows][kept].double().unsqueeze(1)
         total += _bound(target, compared, row_item[rows][kept], col, len(items))
         count += float(target.sum())
     return total / max(count, 1e-300)
@@ -92,20 +93,22 @@ def sigmoid_floor(
         row_item, col_item, smoothing, weight: as in `info_nce_floor`; a pair weighs the mean of its two samples.
     """
     total = 0.0
-    each = torch.ones(len(row_item), dtype=torch.float64) if weight is None else weight.double()
+    row_weight = torch.ones(len(row_item), dtype=torch.float64) if weight is None else weight.double()
+    col_weight = 1 if weight is None else row_weight  # with scores, rows and columns are the same samples
     items, col = torch.unique(col_item, return_inverse=True)
     everyone = torch.arange(len(col_item))
     for rows in whole_items(row_item):
-        found = affinity(rows, everyone)
-        pair = (each[rows].unsqueeze(1) + (each if weight is not None else 1)) / 2 * (found >= 0)
-        label = pair * (found.clamp(min=0).double() * (1 - smoothing) + smoothing / 2)
+        affinities = affinity(rows, everyone)
+        pair = (row_weight[rows].unsqueeze(1) + col_weight) / 2
+        pair = pair * (affinities >= 0)  # a pair that is not compared weighs nothing
+        label = pair * (affinities.clamp(min=0).double() * (1 - smoothing) + smoothing / 2)
         _, row = torch.unique(row_item[rows], return_inverse=True)
         alike, all_pairs = torch.zeros(2, int(row.max()) + 1, len(items), dtype=torch.float64)
         alike.index_add_(0, row, _sum_columns(label, col, len(items)))
         all_pairs.index_add_(0, row, _sum_columns(pair, col, len(items)))
         for part in (alike, all_pairs - alike):
             total -= float(torch.special.xlogy(part, (part / all_pairs).nan_to_num()).sum())
-    return total / max(float(each.sum()), 1e-300)
+    return total / max(float(row_weight.sum()), 1e-300)
 
 
 def whole_items(item: Tensor) -> Iterator[Tensor]:

@@ -20,13 +20,12 @@ from clipkit.losses.similarity import ROW, Keys, Similarity, target
 
 Tile = tuple[slice, slice]
 
-
-Take = Callable[[Tile, Tensor], None]  # of a tile and its dz
+Accumulate = Callable[[Tile, Tensor], None]  # of a tile and its dz
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of the rows of one side: keys, (n,) bool anchors (None: all), (n,) weights (None: all 1)."""
+    """Facts about the rows of one side: keys, (n,) bool anchors (None: all), (n,) weights (None: all 1)."""
 
     count: int
     keys: Keys
@@ -38,7 +37,7 @@ class Known:
         return like.new_ones(self.count) if self.anchor is None else self.anchor.to(like)
 
     def weights(self, like: Tensor) -> Tensor:
-        """(n,): the weight of each row, 0 for those that are no anchors."""
+        """(n,): the weight of each row, 0 for those that are not anchors."""
         anchors = self.anchors(like)
         return anchors if self.weight is None else torch.where(anchors > 0, self.weight.to(like), 0)
 
@@ -70,23 +69,23 @@ class PairwiseLoss(ABC):
 
     def __post_init__(self) -> None:
         self._kept: tuple[Tensor, Tensor] | None = None
-        self._start = distributed.rows_before(self.rows.count) if self.similar.alone else None
+        self._start = distributed.rows_before(self.rows.count) if self.similar.same_modality else None
         one = _cut(self.cols.keys, slice(0, 1))
         self.dtype = torch.promote_types(target(self.similar, one, one).dtype, self.dtype)
-        self.ignores = False  # whether any pair is not to be compared; found out while `measure` goes through the tiles
-        self.settled = False  # whether it has gone through them
+        self.has_ignored = False  # whether any pair is not compared: known once `forward` has seen every tile
+        self.measured = False  # whether `forward` has seen every tile
 
     @abstractmethod
-    def measure(
-        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, take: Take | None
+    def forward(
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, accumulate: Accumulate | None
     ) -> tuple[Tensor, Tensor]:
         """This rank's share of the loss, and of what the loss lies above its floor.
 
-        With `one_pass`, the dz of each tile is given to `take`, where there is one.
+        With `one_pass`, the dz of each tile is given to `accumulate`, where there is one.
         """
 
     @abstractmethod
-    def slope(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:
+    def dlogits(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:
         """dz of a tile, (r, c), of W times the loss of the global batch."""
 
     def tiles(self) -> Iterator[Tile]:
@@ -95,7 +94,9 @@ class PairwiseLoss(ABC):
             for c in range(0, self.cols.count, size):
                 yield slice(r, min(r + size, self.rows.count)), slice(c, min(c + size, self.cols.count))
 
-    def each(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> Iterator[tuple[Tile, Tensor, Tensor]]:
+    def iter_tiles(
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None
+    ) -> Iterator[tuple[Tile, Tensor, Tensor]]:
         """Every tile with its logits and its affinity."""
         for tile in self.tiles():
             if self._kept is not None:
@@ -105,8 +106,8 @@ class PairwiseLoss(ABC):
             logits = (scale * a[rows]) @ b[cols].T
             logits = logits if bias is None else logits.add_(bias)
             affinity = self.affinity(tile)
-            if not self.settled:
-                self.ignores = self.ignores or bool(affinity.min() < 0)
+            if not self.measured:
+                self.has_ignored = self.has_ignored or bool(affinity.min() < 0)
             if self.keep and not self.one_pass and logits.shape == (self.rows.count, self.cols.count):
                 self._kept = logits, affinity
             yield tile, logits, affinity
@@ -114,18 +115,17 @@ class PairwiseLoss(ABC):
     def affinity(self, tile: Tile) -> Tensor:
         """(r, c): the target before it is normalised, -1 where a pair is not compared."""
         rows, cols = tile
-        found = target(self.similar, _cut(self.rows.keys, rows), _cut(self.cols.keys, cols), self._hard(tile)).to(
-            self.dtype
-        )
+        row_keys, col_keys = _cut(self.rows.keys, rows), _cut(self.cols.keys, cols)
+        affinity = target(self.similar, row_keys, col_keys, self._hard_negative(tile)).to(self.dtype)
         if self._start is not None:  # nothing is compared with itself
             first = self._start + rows.start
-            shared = range(max(first, cols.start), min(first + len(found), cols.stop))
+            shared = range(max(first, cols.start), min(first + len(affinity), cols.stop))
             if shared:
-                at = torch.arange(shared.start, shared.stop, device=found.device)
-                found = found.index_put((at - first, at - cols.start), found.new_tensor(-1.0))
-        return found
+                at = torch.arange(shared.start, shared.stop, device=affinity.device)
+                affinity = affinity.index_put((at - first, at - cols.start), affinity.new_tensor(-1.0))
+        return affinity
 
-    def _hard(self, tile: Tile) -> Tensor | None:
+    def _hard_negative(self, tile: Tile) -> Tensor | None:
         if self.rows.anchor is None and self.cols.anchor is None:
             return None
         like = self.cols.keys[ROW]
@@ -133,12 +133,12 @@ class PairwiseLoss(ABC):
         return (rows.unsqueeze(1) * cols.unsqueeze(0)) == 0
 
     def forget(self) -> None:
-        """Let go of what was kept."""
+        """Free the kept logits and affinity."""
         self._kept = None
 
 
-def widest(like: Tensor) -> torch.dtype:
-    """What sums over tiles are kept in: float64, where the device has it."""
+def sum_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of sums over tiles: float64, where the device has it."""
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
@@ -147,14 +147,14 @@ def _cut(keys: Keys, part: slice) -> Keys:
 
 
 class Gradients:
-    """What dz of all tiles adds up to."""
+    """The gradients of a, b, scale and bias, summed over tiles."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.a, self.b, self.scale, self.bias = a, b, scale, bias
         self.da, self.db = torch.zeros_like(a), torch.zeros_like(b)
-        self.dbias = torch.zeros_like(scale, dtype=widest(scale))
+        self.dbias = torch.zeros_like(scale, dtype=sum_dtype(scale))
 
-    def take(self, tile: Tile, dz: Tensor) -> None:
+    def accumulate(self, tile: Tile, dz: Tensor) -> None:
         rows, cols = tile
         self.da[rows].addmm_(dz, self.b[cols])
         self.db[cols].addmm_(dz.T, self.a[rows])
@@ -162,7 +162,7 @@ class Gradients:
             self.dbias += dz.sum()
 
     def finish(self, grad: Tensor, size: int) -> tuple[Tensor | None, ...]:
-        """Those of a, b, scale and bias, times `grad`; in place, so only once."""
+        """The gradients of a, b, scale and bias, times `grad`; in place, so only once."""
         dscale = torch.zeros_like(self.dbias)
         for ours, theirs in zip(torch.split(self.a, size), torch.split(self.da, size), strict=True):
             dscale += (ours * theirs).sum(dtype=dscale.dtype)
@@ -181,20 +181,20 @@ class PairwiseLossFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.pairs = pairs
         ctx.save_for_backward(a, b, scale, bias)
-        ctx.found = Gradients(a, b, scale, bias) if pairs.keep and pairs.one_pass else None
-        value, above = pairs.measure(a, b, scale, bias, None if ctx.found is None else ctx.found.take)
-        pairs.settled = True
+        ctx.gradients = Gradients(a, b, scale, bias) if pairs.keep and pairs.one_pass else None
+        value, above = pairs.forward(a, b, scale, bias, None if ctx.gradients is None else ctx.gradients.accumulate)
+        pairs.measured = True
         ctx.mark_non_differentiable(above)
         return value, above
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        pairs, found = ctx.pairs, ctx.found
-        ctx.found = None  # a second backward pass makes its own
-        if found is None:
-            found = Gradients(*ctx.saved_tensors)
-            with torch.autocast(found.a.device.type, enabled=False):
-                for tile, logits, affinity in pairs.each(*ctx.saved_tensors):
-                    found.take(tile, pairs.slope(tile, logits, affinity))
+        pairs, gradients = ctx.pairs, ctx.gradients
+        ctx.gradients = None  # a second backward pass makes its own
+        if gradients is None:
+            gradients = Gradients(*ctx.saved_tensors)
+            with torch.autocast(gradients.a.device.type, enabled=False):
+                for tile, logits, affinity in pairs.iter_tiles(*ctx.saved_tensors):
+                    gradients.accumulate(tile, pairs.dlogits(tile, logits, affinity))
         pairs.forget()
-        return *found.finish(grads[0], pairs.tile or len(found.a) or 1), None
+        return *gradients.finish(grads[0], pairs.tile or len(gradients.a) or 1), None

@@ -2,7 +2,7 @@
 
 A notion of similarity says how alike two samples are, from keys that the samples carry. Losses, gathers, the
 cached step and the trainer know nothing else about it, so a new notion is one small class: the columns it reads
-and `affinity`. The notions of this file answer yes or no; `losses/graded.py` holds the spectrum.
+and `affinity`. `Paired`, `SameGroup` and `Views` answer yes or no; `Graded` gives any degree between.
 """
 
 from __future__ import annotations
@@ -23,20 +23,12 @@ Keys = Mapping[str, Tensor]  # column -> (n,) int64 codes, or (n,) or (n, d) flo
 
 
 Treat = Literal["positive", "ignore", "negative"]
-
-
 Head = Literal["mlp", "linear"]
 
-
 ROW = "row"
-
-
 """The key that every sample carries: its row in the data set; -1 for a hard negative."""
 
-
 VIEW = "view"
-
-
 """The key that tells images of one sample apart: 0 the image itself, 1, 2 … its augmented views."""
 
 
@@ -123,16 +115,36 @@ class Similarity(ABC):
             )
 
     @property
-    def alone(self) -> bool:
+    def same_modality(self) -> bool:
         """Whether a side is compared with itself."""
         return self.between[0] == self.between[1]
 
 
 @dataclass(frozen=True)
 class Paired(Similarity):
-    """This text belongs to this image, and to no other (Radford et al. 2021). Options as in `Similarity`.
+    """This text belongs to this image, and to no other.
 
     Two captions of one image that meet in a batch both count as its own.
+
+    Inputs: the key ``row``, (n,), which every sample has.
+
+    When to prefer it: images with captions of their own.
+
+    Relations: `SameGroup` also counts other members of a group as positives. `known` leaves duplicates out of the
+    negatives without making groups.
+
+    Args: those of `Similarity`.
+
+    Raises:
+        UsageError: see `Similarity`.
+
+    References:
+        Radford et al. 2021 (CLIP).
+
+    Example:
+        >>> rows = {"row": torch.tensor([0, 1])}
+        >>> Paired().affinity(rows, rows).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
 
     graded: ClassVar[bool] = False
@@ -143,13 +155,30 @@ class Paired(Similarity):
 
 @dataclass(frozen=True)
 class SameGroup(Similarity):
-    """Samples that share a value of `column` are alike (Khosla et al. 2020, SupCon; Yang et al. 2022, UniCL).
+    """Samples that share a value of `column` are alike.
 
     All members of a group are positives with equal weight. Missing values (code -1) match only themselves.
-    With ``between=("image", "image"), temperature=0.1`` it is SupCon of one modality. Other options as in `Similarity`.
+    With ``between=("image", "image"), temperature=0.1`` it is SupCon of one modality.
+
+    Inputs: the keys ``row`` and `column`, (n,) int64 codes each.
+
+    When to prefer it: labels or products, where many images share one meaning and texts repeat.
+
+    Relations: with a group for every sample it is `Paired`; `Graded` with ``hierarchy`` also knows near groups.
 
     Args:
-        column: a column of the data set: a label, a group, any hashable value.
+        column: a column of the data set: a label, a group, any hashable value. The others are those of `Similarity`.
+
+    Raises:
+        UsageError: see `Similarity`.
+
+    References:
+        Khosla et al. 2020 (SupCon); Yang et al. 2022 (UniCL).
+
+    Example:
+        >>> keys = {"row": torch.arange(3), "label": torch.tensor([7, 7, -1])}
+        >>> SameGroup("label").affinity(keys, keys).tolist()
+        [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
     """
 
     column: str
@@ -166,15 +195,31 @@ class SameGroup(Similarity):
 
 @dataclass(frozen=True, kw_only=True)
 class Views(Similarity):
-    """Augmented views of one image are alike (Chen et al. 2020, SimCLR); with `Paired`: SLIP (Mu et al. 2021).
+    """Augmented views of one image are alike.
 
     The views are drawn with ``view_augmentation`` of TrainConfig, beside the image that other notions see.
-    Other options as in `Similarity`.
+
+    Inputs: the key ``row``, (n * views,); embeddings come from its own head.
+
+    When to prefer it: few captions for many images; added to `Paired` it is SLIP.
+
+    Relations: `Paired` and `SameGroup` compare the images themselves, and can be added to it.
 
     Args:
-        views: how many a sample, default 2.
+        views: how many views of a sample, default 2.
         head: projection of its own, default ``mlp`` (two layers).
-        temperature: default 0.1, as SimCLR and SLIP have it.
+        temperature: default 0.1, as SimCLR and SLIP have it. The others are those of `Similarity`.
+
+    Raises:
+        UsageError: see `Similarity`.
+
+    References:
+        Chen et al. 2020 (SimCLR); Mu et al. 2021 (SLIP).
+
+    Example:
+        >>> two_views_each = {"row": torch.tensor([0, 1, 0, 1])}
+        >>> Views().affinity(two_views_each, two_views_each)[0].tolist()  # the loss leaves a view itself out
+        [1.0, 0.0, 1.0, 0.0]
     """
 
     between: tuple[Modality, Modality] = ("image", "image")
@@ -195,7 +240,7 @@ def same(rows: Tensor, cols: Tensor) -> Tensor:
 
 
 def target(similar: Similarity, rows: Keys, cols: Keys, hard: Tensor | None = None) -> Tensor:
-    """What the loss is given: the affinity, with what is known not to be a negative.
+    """The target of the loss: the affinity, corrected by what is known not to be a negative.
 
     Args:
         similar: the notion.
@@ -205,19 +250,19 @@ def target(similar: Similarity, rows: Keys, cols: Keys, hard: Tensor | None = No
     Returns:
         (r, c) in [0, 1]; -1 where the two are not compared.
     """
-    found = similar.affinity(rows, cols)
+    affinity = similar.affinity(rows, cols)
     if hard is not None:
-        found = found.masked_fill(hard & (found > 0), 0)
+        affinity = affinity.masked_fill(hard & (affinity > 0), 0)
     for column, treat in similar.known.items():
         if treat == "negative":
             continue
         match = same(rows[column], cols[column])
         if treat == "ignore":
-            found = found.masked_fill(match & (found == 0), -1)
-        else:  # a hard negative that is known to be none of its kind is no positive either
-            found = found.masked_fill(match if hard is None else match & ~hard, 1)
-            found = found if hard is None else found.masked_fill(match & hard & (found == 0), -1)
-    return found
+            affinity = affinity.masked_fill(match & (affinity == 0), -1)
+        else:  # a hard negative of an equal key is not a positive either
+            affinity = affinity.masked_fill(match if hard is None else match & ~hard, 1)
+            affinity = affinity if hard is None else affinity.masked_fill(match & hard & (affinity == 0), -1)
+    return affinity
 
 
 def key_columns(notions: Iterable[Similarity]) -> tuple[list[str], list[str]]:
@@ -227,10 +272,11 @@ def key_columns(notions: Iterable[Similarity]) -> tuple[list[str], list[str]]:
         UsageError: one column is wanted as both.
     """
     notions = list(notions)
-    codes = {column for each in notions for column in (*each.columns, *each.known)} - {ROW, VIEW}
-    numbers = {column for each in notions for column in each.numbers}
-    numbers |= {each.score for each in notions if each.score is not None}
-    if both := codes & numbers:
+    codes = {column for notion in notions for column in (*notion.columns, *notion.known)} - {ROW, VIEW}
+    numbers = {column for notion in notions for column in notion.numbers}
+    numbers |= {notion.score for notion in notions if notion.score is not None}
+    both = codes & numbers
+    if both:
         raise UsageError(
             f"the column {min(both)!r} is wanted as a group and as a number", fix="copy it to a second column"
         )
@@ -242,11 +288,17 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # (r, d), (c, d) -> (r, c) in [0, 
 
 @dataclass(frozen=True)
 class Graded(Similarity):
-    """Samples are more or less alike. Options as in `Similarity`.
+    """Samples are more or less alike, by numbers or levels in the data set.
 
     ``Graded("teacher_image", "softmax", against="teacher_text")`` distils a teacher's similarity matrix, where both
     columns hold embeddings (`embed` makes them); ``Graded("text_embedding", "softmax")`` takes the similarity of texts;
     ``Graded(("order", "family", "species"), "hierarchy")`` a taxonomy.
+
+    Inputs: the key ``row`` and the columns of `features`, (n,) or (n, d) float32; int64 codes for ``hierarchy``.
+
+    When to prefer it: a teacher to distil, measured quantities, or a taxonomy.
+
+    Relations: `SameGroup` is the same with yes and no only.
 
     Args:
         features: one or several columns of the data set: numbers, or lists of numbers; for ``hierarchy`` names.
@@ -255,10 +307,18 @@ class Graded(Similarity):
             teacher's similarities. ``hierarchy``: the part of the levels, counted from the top, on which two samples
             agree. Or a function of features (r, d) and (c, d) that gives (r, c) in [0, 1].
         against: the column of the second side, where it is another one.
-        softness: temperature of ``softmax``; 0.01 is that of CLIP's logits.
+        softness: temperature of ``softmax``; 0.01 is that of CLIP's logits. The others are those of `Similarity`.
 
     Raises:
         UsageError: an unknown similarity, or an option that does not fit it.
+
+    References:
+        Hinton et al. 2015 (distillation); for similarity matrices Wu et al. 2023 (TinyCLIP).
+
+    Example:
+        >>> keys = {"row": torch.arange(2), "family": torch.tensor([3, 3]), "species": torch.tensor([5, 6])}
+        >>> Graded(("family", "species"), "hierarchy").affinity(keys, keys).tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
     """
 
     features: str | tuple[str, ...]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.losses.pairwise import PairwiseLoss, Take, Tile, widest
+from clipkit.losses.pairwise import Accumulate, PairwiseLoss, Tile, sum_dtype
 
 _MASS, _PULL, _OWN, _Z, _COUNT = range(5)
 
@@ -26,12 +26,12 @@ class RunningSums:
     sums: Tensor
 
     def add(self, part: slice, axis: int, z: Tensor, parts: dict[int, Tensor]) -> None:
-        """Take in a tile, where `axis` is the one to sum over, and z is -inf for what is not compared."""
+        """Add a tile, where `axis` is the one to sum over, and z is -inf for what is not compared."""
         self.lse[part] = torch.logaddexp(self.lse[part], z.logsumexp(axis))
         for at, values in parts.items():
             self.sums[at, part] += values.sum(axis)
 
-    def settle(self, weight: Tensor, total: Tensor, smoothing: float) -> None:
+    def finish(self, weight: Tensor, total: Tensor, smoothing: float) -> None:
         """Fix each one's part of the loss, once all is summed: `weight` / `total` where there is a positive."""
         mass, count = self.sums[_MASS].clamp(min=torch.finfo(self.sums.dtype).tiny), self.sums[_COUNT].clamp(min=1)
         self.coefficient = weight / total
@@ -47,14 +47,21 @@ class RunningSums:
 
 @dataclass
 class InfoNCE(PairwiseLoss):
-    """1/2 [mean over rows of CE(softmax(z_i), T_i) + mean over columns of CE(softmax(z_.j), T'_j)].
+    """The loss behind `info_nce`, tile by tile.
 
+    1/2 [mean over rows of CE(softmax(z_i), T_i) + mean over columns of CE(softmax(z_.j), T'_j)].
     T is the affinity divided by its sum over a row, T' over a column. Rows without a positive are left out of the mean.
     One pass serves both directions: this rank's rows are complete, columns are summed over ranks.
+
+    Inputs: logits and affinity of a tile, (r, c) each.
+    When to prefer it: call `info_nce`, which makes and runs one of these.
+    Relations: `SigmoidLoss` needs no sums over other tiles, so it makes its gradients in the first pass.
+    Args: as for `PairwiseLoss`.
+    References: Radford et al. 2021, figure 3; Khosla et al. 2020, equation 2.
     """
 
-    def measure(
-        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, take: Take | None
+    def forward(
+        self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, accumulate: Accumulate | None
     ) -> tuple[Tensor, Tensor]:
         self.row, self.col = self._sum_up(a, b, scale, bias)
         self.col.lse = _logsumexp_over_ranks(self.col.lse)
@@ -66,34 +73,35 @@ class InfoNCE(PairwiseLoss):
         totals = distributed.sum_over_ranks(weights[0].sum()), weights[1].sum()
         world = distributed.world_size()
         for side, weight, total in zip((self.row, self.col), weights, totals, strict=True):
-            side.settle(weight * world / 2, total.clamp(min=torch.finfo(total.dtype).tiny), self.smoothing)
+            side.finish(weight * world / 2, total.clamp(min=torch.finfo(total.dtype).tiny), self.smoothing)
         value = self.row.share(self.row.cross_entropy) + self.col.share(self.col.cross_entropy) / world
         entropies = self._smoothed_entropies() if self.smoothing else (_entropy(self.row), _entropy(self.col))
         floor = self.row.share(entropies[0]) + self.col.share(entropies[1]) / world
         return value.to(scale), (value - floor).to(scale)
 
-    def slope(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:
+    def dlogits(self, tile: Tile, logits: Tensor, affinity: Tensor) -> Tensor:
         r, c = tile
-        ignored = affinity < 0 if self.ignores else None
+        ignored = affinity < 0 if self.has_ignored else None
         if ignored is not None:
             logits, affinity = logits.masked_fill(ignored, -torch.inf), affinity.clamp(min=0)
-        found = (logits - self.row.shift[r].to(logits).unsqueeze(1)).exp_()
-        found += (logits - self.col.shift[c].to(logits)).exp_()
-        found -= (self.row.pull[r].to(affinity).unsqueeze(1) + self.col.pull[c].to(affinity)).mul_(affinity)
+        dz = (logits - self.row.shift[r].to(logits).unsqueeze(1)).exp_()
+        dz += (logits - self.col.shift[c].to(logits)).exp_()
+        dz -= (self.row.pull[r].to(affinity).unsqueeze(1) + self.col.pull[c].to(affinity)).mul_(affinity)
         if self.smoothing:
             spread = self.row.spread[r].to(logits).unsqueeze(1) + self.col.spread[c].to(logits)
-            found -= spread if ignored is None else spread.masked_fill_(ignored, 0)
-        return found
+            dz -= spread if ignored is None else spread.masked_fill_(ignored, 0)
+        return dz
 
     def _sum_up(self, a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[RunningSums, RunningSums]:
         sides = [
             RunningSums(
-                scale.new_full((n,), -torch.inf, dtype=widest(scale)), scale.new_zeros((5, n), dtype=widest(scale))
+                scale.new_full((n,), -torch.inf, dtype=sum_dtype(scale)),
+                scale.new_zeros((5, n), dtype=sum_dtype(scale)),
             )
             for n in (self.rows.count, self.cols.count)
         ]
-        for tile, z, affinity in self.each(a, b, scale, bias):
-            ignored = affinity < 0 if self.ignores else None
+        for tile, z, affinity in self.iter_tiles(a, b, scale, bias):
+            ignored = affinity < 0 if self.has_ignored else None
             affinity = affinity if ignored is None else affinity.clamp(min=0)
             parts = {_MASS: affinity, _PULL: affinity * z}
             if self.similar.graded:
@@ -111,10 +119,10 @@ class InfoNCE(PairwiseLoss):
         rows, cols = torch.zeros_like(self.row.sums[0]), torch.zeros_like(self.col.sums[0])
         for r, c in self.tiles():
             affinity = self.affinity((r, c))
-            for found, side, part, axis in ((rows, self.row, r, 1), (cols, self.col, c, 0)):
+            for entropy, side, part, axis in ((rows, self.row, r, 1), (cols, self.col, c, 0)):
                 mass, count = side.sums[_MASS, part].unsqueeze(axis), side.sums[_COUNT, part].unsqueeze(axis)
                 target = (1 - self.smoothing) * affinity.clamp(min=0) / mass + self.smoothing / count
-                found[part] += torch.special.entr(target.masked_fill(affinity < 0, 0)).nan_to_num().sum(axis)
+                entropy[part] += torch.special.entr(target.masked_fill(affinity < 0, 0)).nan_to_num().sum(axis)
         return rows, distributed.sum_over_ranks(cols)
 
 

@@ -26,10 +26,12 @@ def hits(scores: Tensor, labels: Tensor, k: int = 1) -> Tensor:
         DataError: a label is outside the classes.
     """
     _check(scores, labels)
-    own = scores.gather(1, labels[:, None])
-    above, tied, one = (scores > own).sum(1), (scores == own).sum(1), torch.ones(len(labels), dtype=torch.long)
-    nothing = scores[:, :0]
-    return Ranks(above, tied, one, one, own[:, 0], nothing.long(), nothing).hits(k)
+    true_score = scores.gather(1, labels[:, None])
+    above = (scores > true_score).sum(1)
+    tied = (scores == true_score).sum(1)
+    one = torch.ones(len(labels), dtype=torch.long)  # the true class is the only positive
+    no_top = scores[:, :0]
+    return Ranks(above, tied, one, one, true_score[:, 0], no_top.long(), no_top).hits(k)
 
 
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:

@@ -129,15 +129,15 @@ class Ranks:
         Raises:
             DataError: some have none, and ``missing`` is "error".
         """
-        found = self.positives > 0
-        if missing == "error" and not bool(found.all()):
-            lost = (~found).nonzero().flatten().tolist()
+        answerable = self.positives > 0
+        if missing == "error" and not bool(answerable.all()):
+            lost = (~answerable).nonzero().flatten().tolist()
             raise DataError(
-                f"every query needs at least one correct item; {len(lost)} of {len(found)} have none",
+                f"every query needs at least one correct item; {len(lost)} of {len(answerable)} have none",
                 where=f"query {', '.join(map(str, lost[:5]))}{', ...' if len(lost) > 5 else ''}",
                 fix='check the groups, or pass missing="skip" to leave such queries out',
             )
-        return found
+        return answerable
 
     def hits(self, k: int) -> Tensor:
         """(queries,) float64: the probability that a positive is among the k best, ties broken at random.
@@ -219,10 +219,12 @@ def concat(parts: Sequence[Ranks]) -> Ranks:
 def _rank_tile(scores: Tensor, relevance: Relevance, low: int, high: int, top: int) -> Ranks:
     row, item = relevance.positives(low, high)
     row, item = row.to(scores.device), item.to(scores.device)
-    found = scores[row, item]
-    best = scores.new_full((high - low,), float("inf")).scatter_reduce(0, row, found, "amax", include_self=False)
+    positive_scores = scores[row, item]
+    best = scores.new_full((high - low,), float("inf")).scatter_reduce(
+        0, row, positive_scores, "amax", include_self=False
+    )
     above, tied = (scores > best[:, None]).sum(1), (scores == best[:, None]).sum(1)
-    tied_positives = torch.zeros_like(tied).scatter_add(0, row, (found == best[row]).long())
+    tied_positives = torch.zeros_like(tied).scatter_add(0, row, (positive_scores == best[row]).long())
     t = min(top, scores.shape[1])
     top_scores, top_items = scores.topk(t) if t else (scores[:, :0], scores[:, :0].long())
     scores[row, item] = -torch.inf  # last use: what is left are the wrong ones

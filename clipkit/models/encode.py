@@ -10,14 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit.allocator import keep_freed_memory
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
-from clipkit.files import content_hash
-from clipkit.images.load import bytes_of, describe, load_image
+from clipkit.images.load import load_image
 from clipkit.modality import Modality
 from clipkit.models.backend import Backend, Embeddings
 from clipkit.models.eval_mode import eval_mode
@@ -161,27 +159,3 @@ def _positive(batch_size: int) -> int:
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, found {batch_size}")
     return batch_size
-
-
-class _Images(Dataset[tuple[list[int], Tensor, list[tuple[int, BadImage]]]]):
-    """Decodes whole batches; picklable, and without the model's weights."""
-
-    def __init__(self, items: Sequence[Any], first: list[int], content: list[bytes], processor: Processor) -> None:
-        self.items, self.first, self.content, self.processor = items, first, content, processor
-
-    def __getitem__(self, batch: list[int]) -> tuple[list[int], Tensor, list[tuple[int, BadImage]]]:
-        images, refused = {}, []
-        for n in batch:
-            try:
-                images[n] = self._load(n)
-            except BadImage as error:
-                refused.append((n, error))
-        pixels = self.processor.images(list(images.values())) if images else torch.zeros(0)
-        return list(images), pixels, refused
-
-    def _load(self, n: int) -> Image.Image:
-        item = self.items[self.first[n]]
-        if self.content and content_hash(bytes_of(item)) != self.content[n]:
-            # a vector under the wrong content would be wrong for ever
-            raise BadImage("CHANGED", "the file changed while it was read", where=describe(item), fix="run again")
-        return load_image(item)

@@ -191,7 +191,7 @@ def _dense_at_dim(
     anchors = [_anchors(a), _anchors(b)]
     hard = ~(anchors[0][:, None] & anchors[1])
     affinity = target(similar, a.keys, b.keys, hard if bool(hard.any()) else None).double()
-    if similar.alone:
+    if similar.same_modality:
         affinity = affinity.masked_fill(torch.eye(len(affinity), dtype=torch.bool, device=affinity.device), -1)
     weights = [_weights(a, similar, anchors[0]), _weights(b, similar, anchors[1])]
     smoothing = loss_config.label_smoothing

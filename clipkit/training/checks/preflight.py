@@ -128,7 +128,7 @@ def _start(similar: Similarity, n: int, model: DualEncoder, sigmoid: bool) -> fl
     """Return the loss if every cosine is 0: ln of the number of candidates, or one positive and N - 1 negatives."""
     if not sigmoid or model.logit_bias is None or similar.temperature is not None:
         candidates = n * max(1, similar.views)
-        if similar.alone:  # a row is not compared with itself
+        if similar.same_modality:  # a row is not compared with itself
             candidates -= 1
         return math.log(max(1, candidates))
     bias = float(model.logit_bias.detach().float())
@@ -202,7 +202,7 @@ def _affinity(similar: Similarity, keys: Mapping[str, Tensor], count: int) -> Af
         row_keys = {name: values[rows % count] for name, values in keys.items()}
         column_keys = {name: values[cols % count] for name, values in keys.items()}
         affinities = target(similar, row_keys, column_keys)
-        return affinities.masked_fill(rows[:, None] == cols, -1) if similar.alone else affinities
+        return affinities.masked_fill(rows[:, None] == cols, -1) if similar.same_modality else affinities
 
     return affinity
 

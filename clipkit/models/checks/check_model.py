@@ -29,7 +29,7 @@ from clipkit.models.loading.load import open_model
 
 @dataclass
 class Report:
-    """What `check_model` found. ``str(report)`` is for people, `as_dict` for machines."""
+    """The result of `check_model`. ``str(report)`` is for people, `as_dict` for machines."""
 
     name: str
     about: dict[str, str] = field(default_factory=dict)

@@ -160,14 +160,16 @@ def kind(model: DualEncoder, facts: Fingerprint) -> str:
 
 
 def known_answers(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
-    """What is wrong or unusual by what is known of the model's family, and of any model."""
+    """Report what is wrong or unusual by what is known of the model's family, and of any model."""
     siglip2 = list(_siglip2(model, facts))
+    reported = {finding.about for finding in siglip2}
     for rule in _rules(model, facts):
-        found = _value(facts.record, rule.key)
+        value = _value(facts.record, rule.key)
         name = about(rule.key)
-        if found is not None and not str(found).startswith(rule.accepted) and name not in {f.about for f in siglip2}:
-            part = rule.key.split(".")[0]
-            yield Finding(rule.level, name, f"{part} {name}: {found}; {rule.says}", why(name), rule.fix)
+        if value is None or str(value).startswith(rule.accepted) or name in reported:
+            continue
+        part = rule.key.split(".")[0]
+        yield Finding(rule.level, name, f"{part} {name}: {value}; {rule.says}", why(name), rule.fix)
     yield from siglip2
     yield from _scale(facts)
     yield from _sizes(model, facts)
@@ -268,5 +270,5 @@ def text_positions(backend: Backend) -> int | None:
     if getattr(model, "context_length", None) is not None:
         return int(model.context_length)
     config = getattr(getattr(model, "config", None), "text_config", None)
-    found = getattr(config, "max_position_embeddings", None)
-    return int(found) if isinstance(found, int) and found > 0 else None
+    positions = getattr(config, "max_position_embeddings", None)
+    return int(positions) if isinstance(positions, int) and positions > 0 else None

@@ -23,25 +23,25 @@ _READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py"
 
 
 def damaged(folder: Path) -> dict[str, str]:
-    """The files that are missing or not what was saved, the card aside: their names, and a sentence on each."""
-    found = {}
-    for each in artefact.damages(folder):
-        name = each.path.relative_to(folder).as_posix()
-        short = each.message.removeprefix("a file of the model ")
-        if not each.prose:
-            found[name] = f"{name}: {short}" if short == each.message else f"{name} {short}"
-    return found
+    """Return the files that are missing or not what was saved, the card aside: name -> a sentence about it."""
+    sentences = {}
+    for damage in artefact.damages(folder):
+        name = damage.path.relative_to(folder).as_posix()
+        short = damage.message.removeprefix("a file of the model ")
+        if not damage.prose:
+            sentences[name] = f"{name}: {short}" if short == damage.message else f"{name} {short}"
+    return sentences
 
 
 def file_findings(folder: Path) -> Iterator[Finding]:
-    found = damaged(folder)
-    if found:
-        several = len(found) > 1
+    sentences = damaged(folder)
+    if sentences:
+        several = len(sentences) > 1
         reason = f"{'they were' if several else 'it was'} damaged, cut or edited after the model was saved"
-        what = "; ".join(found.values())
+        what = "; ".join(sentences.values())
         fix = f"copy or download {'these files' if several else 'that file'} again"
         yield Finding("error", "files", what, reason, fix)
-    if any(each.prose for each in artefact.damages(folder)):
+    if any(damage.prose for damage in artefact.damages(folder)):
         what = f"{artefact.CARD} was edited"
         yield Finding("warning", "files", what, "it does not change the model", "nothing to do")
     body = recorded(folder)

@@ -114,7 +114,7 @@ def _to_open_clip(backend: Backend, processor: Processor, folder: Path) -> list[
 
 
 def _weights(native: Any) -> dict[str, Tensor]:
-    return {name: each.detach().cpu() for name, each in native.state_dict().items()}
+    return {name: tensor.detach().cpu() for name, tensor in native.state_dict().items()}
 
 
 def _called(family: str) -> str:
@@ -139,7 +139,9 @@ def _to_transformers(backend: Backend, processor: Processor, folder: Path) -> li
     images = convert_inputs.transformers_images(dict(native.visual.preprocess_cfg), siglip)
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     config = arch_configs.transformers_siglip(native) if siglip else arch_configs.transformers_clip(native, ids)
-    weights = {name.removeprefix("text.") if not siglip else name: each for name, each in _weights(native).items()}
+    weights = _weights(native)
+    if not siglip:
+        weights = {name.removeprefix("text."): tensor for name, tensor in weights.items()}
     layers = (config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
     rules = convert.siglip_rules(*layers) if siglip else convert.clip_rules(*layers)
     with torch.device("meta"):
@@ -179,7 +181,7 @@ def _full_length(processor: Processor, texts: Sequence[str]) -> Tensor:
 def _random_ids(backend: Backend, processor: Processor) -> Tensor:
     """Rows with any ids of the vocabulary before the end of text: which token is pooled shows in them."""
     rows = _full_length(processor, GOLDEN_TEXTS[-1:]).repeat(4, 1)
-    table = next(each for name, each in backend.named_parameters() if name.endswith("token_embedding.weight"))
+    table = next(parameter for name, parameter in backend.named_parameters() if name.endswith("token_embedding.weight"))
     rows[:, 1:-1] = torch.randint(len(table), (4, rows.shape[1] - 2), generator=torch.Generator().manual_seed(0))
     tokenizer = processor.text_side.tokenizer  # type: ignore[attr-defined]
     end = getattr(tokenizer, "eot_token_id", None) or getattr(tokenizer, "tokenizer", tokenizer).eos_token_id

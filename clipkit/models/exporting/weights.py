@@ -114,7 +114,7 @@ def rename(weights: Weights, rules: Iterator[Rule], *, to_open_clip: bool) -> di
         ModelError: a weight that the rules ask for is missing, or one that they do not know is left.
     """
     left: dict[str, Tensor] = dict(weights)
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for rule in rules:
         names, others, turn = (
             (rule.left, rule.right, rule.there) if to_open_clip else (rule.right, rule.left, rule.back)
@@ -123,8 +123,8 @@ def rename(weights: Weights, rules: Iterator[Rule], *, to_open_clip: bool) -> di
         if missing:
             raise ModelError(f"it has no weight {missing[0]}, which the other library's architecture asks for")
         tensors = turn(*(left.pop(name) for name in names))
-        found |= {name: tensor.contiguous().clone() for name, tensor in zip(others, tensors, strict=True)}
+        renamed |= {name: tensor.contiguous().clone() for name, tensor in zip(others, tensors, strict=True)}
     if left:
         some = ", ".join(sorted(left)[:3])
         raise ModelError(f"the other library's architecture has no place for {len(left)} weights: {some}")
-    return found
+    return renamed

@@ -72,7 +72,7 @@ class Fingerprint:
         return json_hash({key: self.record.get(key) for key in ("family", "dim", part)})
 
     def difference(self, other: Fingerprint) -> list[str]:
-        """One line for each thing in which two models differ, `what: mine != theirs`; empty for the same model."""
+        """Return one line for every fact in which two models differ, `fact: mine != theirs`; empty for the same model."""
         return [f"{words(key)}: {mine} != {theirs}" for key, mine, theirs in self.changes(other)]
 
     def changes(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:
@@ -86,8 +86,8 @@ class Fingerprint:
         return {"hash": self.hash, **self.record}
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Fingerprint:
-        return cls({key: value for key, value in found.items() if key != "hash"})
+    def from_dict(cls, record: Mapping[str, Any]) -> Fingerprint:
+        return cls({key: value for key, value in record.items() if key != "hash"})
 
     def __str__(self) -> str:
         return self.hash
@@ -102,7 +102,7 @@ def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
 
 
 def hash_towers(backend: Backend) -> dict[Modality, str]:
-    """`hash_weights` of each tower with its head."""
+    """Return `hash_weights` of every tower, its head included."""
     state = backend.state_dict()
     return {
         part: hash_weights({name: tensor for name, tensor in state.items() if backend.belongs_to(part, name)})
@@ -111,10 +111,12 @@ def hash_towers(backend: Backend) -> dict[Modality, str]:
 
 
 def tower_hash(backend: Backend, processor: Processor) -> str:
-    """16 hex characters for the image tower's features, before its head: the head may train on."""
-    weights = {n: each for n, each in backend.state_dict().items() if backend.belongs_to("image", n, head=False)}
-    about = settings_fingerprint(backend, processor).record["image"]
-    return json_hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
+    """Return 16 hex characters for the image tower's features, before its head: the head may train on."""
+    weights = {
+        name: tensor for name, tensor in backend.state_dict().items() if backend.belongs_to("image", name, head=False)
+    }
+    image_record = settings_fingerprint(backend, processor).record["image"]
+    return json_hash({"family": backend.family, "weights": hash_weights(weights), "image": image_record})
 
 
 def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:

@@ -1,4 +1,4 @@
-"""What an image transform really does, found by running it on small drawn images: configs can lie, pixels cannot."""
+"""What an image transform really does, measured by running it on small drawn images: configs can lie, pixels cannot."""
 
 from __future__ import annotations
 
@@ -190,17 +190,17 @@ def _noise(width: int, height: int) -> np.ndarray[Any, Any]:
 @lru_cache(4)
 def _reference_list(side: int, short: int) -> list[tuple[tuple[str, str], Tensor]]:
     image = Image.fromarray(_noise(side, side))
-    found = [
+    references = [
         ((name, "on"), torch.from_numpy(np.asarray(image.resize((short, short), kernel)) / 255.0))
         for name, kernel in _SMOOTH.items()
     ]
     nearest = np.asarray(image.resize((short, short), Image.Resampling.NEAREST)) / 255.0
-    found.append((("nearest", "off"), torch.from_numpy(nearest)))
+    references.append((("nearest", "off"), torch.from_numpy(nearest)))
     pixels = torch.from_numpy(np.asarray(image) / 255.0)[None, None]
     for name in ("bilinear", "bicubic"):
         sampled = F.interpolate(pixels, (short, short), mode=name, align_corners=False)[0, 0].clamp(0, 1)
-        found.append(((name, "off"), sampled))
-    return found
+        references.append(((name, "off"), sampled))
+    return references
 
 
 def _references(side: int, short: int) -> Iterator[tuple[tuple[str, str], Tensor]]:

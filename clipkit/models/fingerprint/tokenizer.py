@@ -1,4 +1,4 @@
-"""What a tokenizer really does, found by running it on a few texts: case, padding, mask, ends, truncation."""
+"""What a tokenizer really does, measured by running it on a few texts: case, padding, mask, ends, truncation."""
 
 from __future__ import annotations
 

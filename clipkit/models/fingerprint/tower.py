@@ -40,9 +40,9 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, Attribut
 
 
 def measure_towers(backend: Backend, part: Modality, side: Any) -> dict[str, Any]:
-    """Activation, attention heads, norm and pooling of one part; what its backend declares where that is not found."""
+    """Return activation, attention heads, norm and pooling of a tower: measured, or else as its backend declares."""
     declared = backend.describe(part)
-    found = activation(backend, part) or str(declared.get("activation"))
+    activations = activation(backend, part) or str(declared.get("activation"))
     pooling = image_pooling(backend, side) if part == "image" else text_pooling(backend, side)
     modules = list(_modules(backend, part))
     heads = {getattr(m, key) for m in modules for key in ("num_heads", "num_attention_heads") if hasattr(m, key)}
@@ -50,7 +50,7 @@ def measure_towers(backend: Backend, part: Modality, side: Any) -> dict[str, Any
     return {
         "class": declared.get("class", type(backend).__name__),
         "head": declared.get("head", "its own"),
-        "activation": found,
+        "activation": activations,
         "pooling": str(declared.get("pooling", NOT_MEASURED)) if pooling == NOT_MEASURED else pooling,
         "attention_heads": _listed(heads),
         "norm_eps": _listed(eps),
@@ -72,9 +72,9 @@ def _modules(backend: Backend, part: Modality, *, head: bool = False) -> Iterato
 
 
 def activation(backend: Backend, part: Modality) -> str:
-    """The activations among a tower's modules, each named by what it does to numbers; empty if it has none."""
-    found = {_name(module) for module in _modules(backend, part) if _is_activation(module)}
-    return " + ".join(sorted(found))
+    """Return the activations among a tower's modules, named by what they do to numbers; empty if it has none."""
+    names = {_name(module) for module in _modules(backend, part) if _is_activation(module)}
+    return " + ".join(sorted(names))
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -131,13 +131,14 @@ def text_pooling(backend: Backend, side: TextSide) -> str:
         return None if weights is None else (*_positions(weights), len(weights))
 
     ids = inputs["input_ids"]
-    found = read(ids)
-    if found is None:
+    reading = read(ids)
+    if reading is None:
         return NOT_MEASURED
-    positions, even, length = found
+    positions, even, length = reading
     if len(positions) != 1:
         return _several(positions, even, length, count, left)
-    at, last = positions[0], length - 1
+    at = positions[0]
+    last = length - 1
     end = length - 1 if left else count - 1
     if at == 0 and end != 0:
         return "first token"
@@ -150,7 +151,7 @@ def text_pooling(backend: Backend, side: TextSide) -> str:
     if moved is None or moved[0] != [1]:
         return "last position" if end == last else "last token"
     highest = _vocabulary(backend) - 1
-    if highest > token and read(_put(ids, 1, highest)) == ([1], *found[1:]):
+    if highest > token and read(_put(ids, 1, highest)) == ([1], *reading[1:]):
         return "highest token id"
     return "end token"
 

@@ -105,8 +105,8 @@ def _difference(folder: Path, processor: Processor, golden: GoldenEmbeddings) ->
     if not worst <= TOLERANCE:
         return f"{type(native.image_processor).__name__} of transformers gives other pixels (by up to {worst:.2g})"
     model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    found = embed(model, native, images, GOLDEN_TEXTS, processor)
-    for side, vectors in found.items():
+    embeddings = embed(model, native, images, GOLDEN_TEXTS, processor)
+    for side, vectors in embeddings.items():
         worst = float((vectors - golden[side]).abs().max())
         if not worst <= TOLERANCE:
             return f"transformers gives other {side} embeddings (by up to {worst:.2g})"
@@ -122,7 +122,7 @@ def _odd_sizes(image: Image.Image, size: int) -> list[Image.Image]:
 def embed(
     model: Any, native: Any, images: Sequence[Image.Image], texts: Sequence[str], processor: Processor
 ) -> GoldenEmbeddings:
-    """What a person gets who follows the documentation of transformers."""
+    """Return the embeddings that the documented calls of transformers give."""
     side = processor.text_side
     assert isinstance(side, TransformersTexts)
     inputs = native(

@@ -1,12 +1,12 @@
-"""Checkpoints: folders that are whole or not there, and known to be what was saved.
+"""Checkpoints: folders that appear complete or not at all, and are verified before use.
 
     checkpoints/step_00000120/
-        weights.safetensors  optimizer.safetensors …    the tensors of each part of the run
-        state.json                                       the facts of each part
+        weights.safetensors  optimizer.safetensors …    the tensors of every part of the run
+        state.json                                       the facts of every part
         manifest.json                                    size and SHA-256 of every file, written last
 
 A new one is written beside, synced, renamed into place and read back; only then the oldest goes. Two are kept, so
-that there is one to fall back on should the newest rot.
+that there is one to fall back on if the newest is damaged.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class NonFinite(Facts):
     """Counts the steps whose loss or gradient was not a number; more than `allowed` end the run.
 
     Args:
-        folder: of the run; the rows of each such batch are written into its nonfinite.jsonl.
+        folder: of the run; the rows of every such batch are written into its nonfinite.jsonl.
         plan: tells which rows these are.
         allowed: steps that may be left out.
     """

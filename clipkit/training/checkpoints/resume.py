@@ -88,7 +88,7 @@ def _listed(value: Any) -> Any:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """One line for each thing that differs, ``train.seed: 0 before, 1 now``."""
+    """Return one line for every setting that differs, ``train.seed: 0 before, 1 now``."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
         return [

@@ -154,7 +154,10 @@ def list_files(folder: Path, *hashes: FileHash, without: str | None = None) -> d
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != without:
             name = path.relative_to(folder).as_posix()
-            files[name] = {"size": path.stat().st_size, **hash_file(path, *hashes)}
+            entry: dict[str, Any] = {"size": path.stat().st_size}
+            for hash_name, digest in hash_file(path, *hashes).items():
+                entry[hash_name] = digest
+            files[name] = entry
     return files
 
 

@@ -72,7 +72,7 @@ class Fingerprint:
         return json_hash({key: self.record.get(key) for key in ("family", "dim", part)})
 
     def difference(self, other: Fingerprint) -> list[str]:
-        """Return one line for every fact in which two models differ, `fact: mine != theirs`; empty for the same model."""
+        """Return one line for every fact that differs, `fact: mine != theirs`; empty for the same model."""
         return [f"{words(key)}: {mine} != {theirs}" for key, mine, theirs in self.changes(other)]
 
     def changes(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""How a model behaves: as when it was saved, unlike for unlike inputs, the same alone and in a batch."""
+"""How a model behaves: as when it was saved, differently for different inputs, the same alone and in a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipkit.modality import Modality
     from clipkit.models.dual_encoder import DualEncoder
 
-_COLLAPSED = 1e-6  # of any component between the embeddings of unlike inputs
+_COLLAPSED = 1e-6  # of any component between the embeddings of different inputs
 
 
 _BF16_COSINE = 0.98  # of the same input; tiny random models reach 0.999
@@ -61,7 +61,7 @@ def golden_findings(body: dict[str, Any], embeddings: GoldenEmbeddings) -> Itera
             "error",
             "golden embeddings",
             f"clipkit.json holds none that can be read: {error!r}",
-            "the model cannot be held to them",
+            "the model cannot be compared with them",
             "copy it again",
         )
         return
@@ -70,7 +70,7 @@ def golden_findings(body: dict[str, Any], embeddings: GoldenEmbeddings) -> Itera
             what = (
                 f"{side} embeddings of the built-in {side}s differ by {value:.2g} from those it gave when it was saved"
             )
-            reason = f"more than {artefact.TOLERANCE:g} is no rounding: results are not those of the saved model"
+            reason = f"more than {artefact.TOLERANCE:g} is not rounding: results are not those of the saved model"
             yield Finding(
                 "error",
                 "golden embeddings",

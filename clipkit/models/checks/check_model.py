@@ -36,7 +36,7 @@ class Report:
     """What the model is, in words; empty if it cannot be opened."""
     fingerprint: Fingerprint | None = None
     recorded: bool = False
-    """Whether there is a clipkit.json to hold the model to."""
+    """Whether there is a clipkit.json to compare the model with."""
     findings: list[Finding] = field(default_factory=list)
     effects: list[str] = field(default_factory=list)
     """What the errors above do to embeddings, where they are known to be the cause."""
@@ -61,7 +61,7 @@ class Report:
         warnings = len(self.findings) - self.errors
         beside = f"; {_count(warnings, 'thing')} unusual, see above" if warnings else ""
         if not self.ok:
-            return f"NOT HEALTHY: {_count(self.errors, 'thing')} wrong{beside}. Do not use it before that is mended."
+            return f"NOT HEALTHY: {_count(self.errors, 'thing')} wrong{beside}. Do not use it before that is fixed."
         if self.recorded:
             return f"healthy: it is the model that was saved{beside}"
         return f"healthy as far as can be told without a clipkit.json{beside}"
@@ -229,7 +229,7 @@ def _lines(report: Report) -> Iterator[str]:
     for finding in report.findings:
         yield ""
         yield f"{finding.level}: {finding.about}"
-        for name, text in (("what", finding.what), ("why", finding.why), ("mend", finding.fix)):
+        for name, text in (("what", finding.what), ("why", finding.why), ("fix", finding.fix)):
             yield f"  {name:<5} {text}"
     yield ""
     for effect in report.effects:

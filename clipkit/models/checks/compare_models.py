@@ -229,7 +229,7 @@ def _verdict(comparison: Comparison) -> str:
     if comparison.ok:
         return "the same embeddings: either can stand in for the other"
     damage = " and ".join(comparison.damage)
-    damage = f"{damage} is not what was saved: do not use it before that is mended. " if damage else ""
+    damage = f"{damage} is not what was saved: do not use it before that is fixed. " if damage else ""
     causes = [
         f"{side}s: {_cause(comparison, side)}" for side in ("image", "text") if not _within(comparison.embeddings[side])
     ]

@@ -147,8 +147,8 @@ _ANY = [
 _MADE_WITH_CLIP_TOKENS = "49407"
 
 
-def kind(model: DualEncoder, facts: Fingerprint) -> str:
-    """`clip`, `siglip` or `other`: whose training is known."""
+def training_family(model: DualEncoder, facts: Fingerprint) -> str:
+    """Return the family that the model was trained like: `clip`, `siglip`, or `other` if that is not known."""
     family = model.backend.family
     if family in ("clip", "siglip"):
         return family
@@ -181,7 +181,7 @@ def _rules(model: DualEncoder, facts: Fingerprint) -> list[_Rule]:
         return [*_CLIP_COLOURS, _END_TOKEN if family == "metaclip_2" else _FIRST_TOKEN, *_ANY]
     if family == "align":
         return [_FIRST_TOKEN, *_ANY[:1]]
-    known = kind(model, facts)
+    known = training_family(model, facts)
     if known == "clip":
         return [*(_CLIP_ACTIVATION if family == "clip" else ()), *_CLIP, *_CLIP_COLOURS, _END_TOKEN, *_ANY]
     return [*_SIGLIP, *_ANY] if known == "siglip" else _ANY[:1]
@@ -196,7 +196,7 @@ def _siglip2(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
     tokenizer = getattr(model.processor.text_side, "tokenizer", None)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     gemma = type(tokenizer).__name__.startswith(("Gemma", "Siglip2"))
-    if gemma and kind(model, facts) == "siglip" and facts.record["text"]["case"] == "kept":
+    if gemma and training_family(model, facts) == "siglip" and facts.record["text"]["case"] == "kept":
         says = "text case: kept; SigLIP 2 (a SigLIP with Gemma's tokenizer) was trained on lower-cased texts"
         yield Finding(
             "error", "case", says, why("case"), "transformers 5 with tokenizer_class Siglip2Tokenizer, or text.lower()"
@@ -222,17 +222,19 @@ def _scale(facts: Fingerprint) -> Iterator[Finding]:
 
 
 def _sizes(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
-    given, wanted = model.processor.image_size, tower_size(model.backend)
-    if wanted is not None and given != wanted:
-        what = f"image size: the processor gives {given} pixels, the image tower takes {wanted}"
+    given = model.processor.image_size
+    expected = tower_size(model.backend)
+    if expected is not None and given != expected:
+        what = f"image size: the processor gives {given} pixels, the image tower takes {expected}"
         yield Finding(
             "error",
             "image size",
             what,
             "the tower refuses such images or reads its positions wrongly",
-            f"size {wanted} in {_PREPROCESSING}",
+            f"size {expected} in {_PREPROCESSING}",
         )
-    length, positions = model.processor.context_length, text_positions(model.backend)
+    length = model.processor.context_length
+    positions = text_positions(model.backend)
     if positions is not None and length > positions:
         what = f"context length: texts of up to {length} tokens, but the text tower has {positions} positions"
         yield Finding(
@@ -242,7 +244,7 @@ def _sizes(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
             "long texts fail or are read wrongly",
             f"model_max_length {positions} in tokenizer_config.json",
         )
-    elif positions is not None and length != positions and kind(model, facts) == "siglip":
+    elif positions is not None and length != positions and training_family(model, facts) == "siglip":
         what = f"context length: {length} tokens, but the text tower has {positions} positions and reads the last one"
         yield Finding(
             "error", "context length", what, why("padding"), f"model_max_length {positions} in tokenizer_config.json"

@@ -15,9 +15,9 @@ from clipkit.errors import ModelError
 CONVERTS = "CLIP with a ViT (CLIPModel; open_clip's ViT-B-32, B-16, L-14 …) and SigLIP convert"
 
 
-def refuse(what: str) -> ModelError:
+def refuse(reason: str) -> ModelError:
     return ModelError(
-        f"this model cannot be converted: {what}", fix=f"{CONVERTS}; save_pretrained keeps its own format"
+        f"this model cannot be converted: {reason}", fix=f"{CONVERTS}; save_pretrained keeps its own format"
     )
 
 

@@ -11,7 +11,7 @@ class ExportReport:
     """What an export was checked for.
 
     Attributes:
-        folder, to: where it stands, and in which format.
+        folder, to: where the exported model is, and its format.
         tensors: largest difference of an embedding's component on identical pixels and token ids, by `image` and
             `text`. It is at most 1e-5 (ONNX: 1e-4), or nothing would have been written.
         pipeline: smallest cosine between both models' embeddings of the same photos and captions, every model with

@@ -94,7 +94,7 @@ class Fingerprint:
 
 
 def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
-    """The fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
+    """Return the fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
     record = dict(settings_fingerprint(backend, processor).record)
     for part, weights in hash_towers(backend).items():
         record[part] = {"weights": weights, **record[part]}
@@ -120,35 +120,36 @@ def tower_hash(backend: Backend, processor: Processor) -> str:
 
 
 def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
-    """The fingerprint without the hashes of the weights, measured by what towers and processor do: 0.1 seconds."""
+    """Return the fingerprint without the hashes of the weights, by running towers and processor: 0.1 seconds."""
     scale, bias = backend.logit_scale_and_bias()
     described = measure_processor(processor)
     sides = {"image": processor.image_side, "text": processor.text_side}
     parts: dict[Modality, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
+    towers = {part: {**measure_towers(backend, part, sides[part]), **inputs} for part, inputs in parts.items()}
     return Fingerprint(
         {
             "family": backend.family,
             "dim": backend.dim,
             "logit_scale": _round(scale),
             "logit_bias": None if bias is None else _round(bias),
-            **{part: {**measure_towers(backend, part, sides[part]), **about} for part, about in parts.items()},
+            **towers,
         }
     )
 
 
 def measure_processor(processor: Processor) -> dict[Modality, dict[str, Any]]:
-    """The processor's part of the fingerprint: what its image side and its text side really do."""
+    """Return the processor's part of the fingerprint: what its image side and its text side really do."""
     return {"image": measure_transform(processor.image_side), "text": measure_tokenizer(processor.text_side)}
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (16 hex characters) over names, types, shapes and bytes, in the order of the names.
+    """Return SHA-256 (16 hex characters) over names, types, shapes and bytes, in the order of the names.
 
-    It is computed once for a state of the weights, at about 1 GB a second. Whether they are in a state that was hashed
-    before is asked of every byte, by XXH3 at ten times that rate: a step, an edit in place, `load_state_dict`, a merge,
+    It is computed once for a state of the weights, at about 1 GB a second. XXH3 over every byte, at ten times that
+    rate, tells whether this state was hashed before: a step, an edit in place, `load_state_dict`, a merge,
     a cast and new buffers all change it. Neither the identity of tensors nor torch's version counters are trusted: an
-    edit through `.data` or NumPy moves neither. XXH3 is no cryptographic hash: who makes two models on purpose that it
-    cannot tell apart, and opens both in one process, gets one fingerprint for both.
+    edit through `.data` or NumPy moves neither. XXH3 is not a cryptographic hash: two models that are made on purpose
+    so that it cannot tell them apart, and opened in one process, get one fingerprint.
     """
     state = xxh3(weights)
     known = _hashed.get(state)
@@ -167,7 +168,7 @@ _hashed: dict[bytes, str] = {}  # by XXH3, for all models of this process
 
 
 def sha256(weights: Mapping[str, Tensor]) -> str:
-    """The slow hash, which is written down."""
+    """Return SHA-256 over the weights, the slow hash, which goes into files."""
     digest = hashlib.sha256()
     for part in _bytes(weights):
         digest.update(part)
@@ -175,7 +176,7 @@ def sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def xxh3(weights: Mapping[str, Tensor]) -> bytes:
-    """The fast hash, which is kept in memory."""
+    """Return XXH3 over the weights, the fast hash, which is kept in memory alone."""
     digest = xxhash.xxh3_128()
     for part in _bytes(weights):
         digest.update(part)
@@ -194,7 +195,7 @@ def _round(scalar: Tensor) -> float:
 
 
 def words(key: str) -> str:
-    """A key of a record in words: `image.filter` is the image resize filter."""
+    """Return a key of a record in words: `image.filter` is the image resize filter."""
     return _WORDS.get(key, key.replace(".", " ").replace("_", " "))
 
 

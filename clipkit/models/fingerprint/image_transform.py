@@ -123,7 +123,7 @@ def _ramp(width: int, height: int) -> np.ndarray[Any, Any]:
 
 
 def _axis(profile: Tensor, length: int) -> _Axis:
-    """A straight line through what the output saw of a ramp; its ends are left out, for filters bend them."""
+    """A straight line through what the output saw of a ramp; its ends are left out, because filters bend them."""
     n = len(profile)
     kept = torch.arange(n, dtype=torch.float64)[n // 8 : n - n // 8]
     source = profile.double()[n // 8 : n - n // 8] * (length - 1) + 0.5
@@ -166,8 +166,8 @@ def _filter(unit: _Unit, goal: int, short: int, out: int, resized: str) -> dict[
     seen = unit(_noise(side, side))
     errors: dict[tuple[str, str], float] = {}
     for top in {(short - out) // 2, (short - out + 1) // 2}:
-        for name, whole in _references(side, short):
-            expected = whole[top : top + out, top : top + out]
+        for name, resampled in _references(side, short):
+            expected = resampled[top : top + out, top : top + out]
             if expected.shape == seen.shape:
                 error = float((seen - expected).abs().mean())
                 errors[name] = min(error, errors.get(name, 1.0))

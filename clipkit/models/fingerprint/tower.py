@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,8 @@ def measure_towers(backend: Backend, part: Modality, side: Any) -> dict[str, Any
     activations = activation(backend, part) or str(declared.get("activation"))
     pooling = image_pooling(backend, side) if part == "image" else text_pooling(backend, side)
     modules = list(_modules(backend, part))
-    heads = {getattr(m, key) for m in modules for key in ("num_heads", "num_attention_heads") if hasattr(m, key)}
-    eps = {getattr(m, key) for m in modules for key in ("eps", "variance_epsilon") if _is_number(getattr(m, key, None))}
+    heads = _settings(modules, ("num_heads", "num_attention_heads"))
+    eps = _settings(modules, ("eps", "variance_epsilon"))
     return {
         "class": declared.get("class", type(backend).__name__),
         "head": declared.get("head", "its own"),
@@ -57,11 +57,17 @@ def measure_towers(backend: Backend, part: Modality, side: Any) -> dict[str, Any
     }
 
 
-def _listed(values: set[Any]) -> str:
-    return ", ".join(f"{value:g}" for value in sorted(v for v in values if _is_number(v))) or "-"
+def _settings(modules: list[nn.Module], names: tuple[str, ...]) -> set[float]:
+    """Return the numbers that modules have as attributes of these names."""
+    values = (getattr(module, name, None) for module in modules for name in names)
+    return {value for value in values if _is_number(value)}
 
 
-def _is_number(value: Any) -> bool:
+def _listed(values: set[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(values)) or "-"
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -96,9 +102,9 @@ def _name(module: nn.Module) -> str:
 
 
 def image_pooling(backend: Backend, side: ImageSide) -> str:
-    """`class token`, `mean of all positions`, `mean of the patches`, `attention` ...: what the embedding reads."""
+    """Return what the embedding reads: `class token`, `mean of the patches`, `mean of all positions`, `attention`."""
     size = side.image_size
-    device, dtype = _kind(backend)
+    device, dtype = _device_and_dtype(backend)
     channels = _channels(backend, size)
     pixels = torch.linspace(-2, 2, channels * size * size).sin().view(1, channels, size, size)
 
@@ -111,18 +117,18 @@ def image_pooling(backend: Backend, side: ImageSide) -> str:
     read, even = _positions(weights)
     if read == [0]:
         return "class token"
-    whole = len(weights)
-    if read == list(range(whole)):
+    length = len(weights)
+    if read == list(range(length)):
         return "mean of all positions" if even else "attention"
-    if read == list(range(1, whole)) and even:
+    if read == list(range(1, length)) and even:
         return "mean of the patches"
-    return f"{len(read)} of {whole} positions"
+    return f"{len(read)} of {length} positions"
 
 
 def text_pooling(backend: Backend, side: TextSide) -> str:
-    """`end token`, `last position`, `first token`, `mean over the mask` ...: what the embedding reads."""
+    """Return what the embedding reads: `end token`, `last position`, `first token`, `mean over the mask` ..."""
     inputs, count, left = padded_row(side)
-    device, _ = _kind(backend)
+    device, _ = _device_and_dtype(backend)
     inputs = {name: value.to(device) for name, value in inputs.items()}
 
     def read(changed: Tensor) -> tuple[list[int], bool, int] | None:
@@ -158,10 +164,10 @@ def text_pooling(backend: Backend, side: TextSide) -> str:
 
 def _several(positions: list[int], even: bool, length: int, count: int, left: bool) -> str:
     real = list(range(length - count, length) if left else range(count))
-    kind = "mean" if even else "attention"
+    reading = "mean" if even else "attention"
     if positions == list(range(length)) and length != count:
-        return f"{kind} of all positions"
-    return f"{kind} over the mask" if positions == real else f"{len(positions)} of {length} positions"
+        return f"{reading} of all positions"
+    return f"{reading} over the mask" if positions == real else f"{len(positions)} of {length} positions"
 
 
 def _pop_mask(given: dict[str, Tensor]) -> Tensor | None:
@@ -179,7 +185,7 @@ def _vocabulary(backend: Backend) -> int:
     return max(sizes, default=0)
 
 
-def _kind(backend: Backend) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(backend: Backend) -> tuple[torch.device, torch.dtype]:
     first = next(p for p in backend.parameters() if p.is_floating_point() and p.ndim > 1)
     return first.device, first.dtype
 
@@ -190,7 +196,7 @@ def _channels(backend: Backend, size: int) -> int:
 
 
 def _positions(weights: Tensor) -> tuple[list[int], bool]:
-    """Which positions count at all, and whether they count alike. `weights`: (positions, width) gradients."""
+    """Return the positions with a gradient, and whether it is the same at all of them. `weights`: (positions, width)."""
     size = weights.abs().amax(1)
     read = torch.nonzero(size > 1e-4 * size.max()).flatten().tolist()
     kept = weights[read]
@@ -198,7 +204,7 @@ def _positions(weights: Tensor) -> tuple[list[int], bool]:
 
 
 def _read(backend: Backend, part: Modality, run: Callable[[], Tensor]) -> Tensor | None:
-    """(positions, width): the gradient of the embedding at the last hidden state before pooling; None if there is none.
+    """Return the gradient (positions, width) of the embedding at the last hidden state before pooling, or None.
 
     Blocks after the first are skipped where they keep shapes: what is pooled does not depend on them.
     """
@@ -219,7 +225,7 @@ def _read(backend: Backend, part: Modality, run: Callable[[], Tensor]) -> Tensor
 
 
 class _Tap:
-    """Cuts the graph at every hidden state (n, positions, width), and so keeps the last one before pooling."""
+    """Cuts the graph at every hidden state (n, positions, width), so that the last one before pooling is kept."""
 
     def __init__(self) -> None:
         self.leaf: Tensor | None = None
@@ -260,7 +266,7 @@ def _eval(backend: Backend) -> Iterator[None]:
 
 @contextmanager
 def _skipped(backend: Backend, part: Modality, on: bool) -> Iterator[None]:
-    """All blocks of a stack but the first give back what they are given."""
+    """Make all blocks of a stack but the first return their input."""
     stacks = [m for m in _modules(backend, part) if isinstance(m, nn.ModuleList) and len(m) > 1]
     patched: list[tuple[nn.Module, Any]] = []
     for stack in stacks if on else []:

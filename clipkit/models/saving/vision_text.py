@@ -1,7 +1,7 @@
-"""Joined towers as a VisionTextDualEncoder of transformers, wherever that class can say what they are.
+"""Joined towers as a VisionTextDualEncoder of transformers, wherever that class can hold them.
 
 It projects `output[1]` of both towers by bias-free layers and has no logit bias. Whether a model is more than
-that is tried, not listed: what was written is opened by transformers alone and has to give the same embeddings.
+that is tested, not listed: the files are opened by transformers alone and have to give the same embeddings.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _renamed(backend: TowersBackend) -> dict[str, Tensor]:
 
 
 def _difference(folder: Path, processor: Processor, golden: GoldenEmbeddings) -> str | None:
-    """In what transformers' own pipeline departs from ours, in words."""
+    """Return how transformers' own pipeline differs from ours, in words; None if it does not."""
     native = AutoProcessor.from_pretrained(folder, local_files_only=True)
     images = golden_images()
     several = [*images, *_odd_sizes(images[-1], processor.image_size)]

@@ -52,7 +52,7 @@ class Snapshot:
 
     Attributes:
         step: that was taken last.
-        facts: part -> what it said of itself in JSON.
+        facts: part -> its state in JSON.
         tensors: part -> its tensors, by name, on the CPU.
     """
 
@@ -61,7 +61,7 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Give every part what it was.
+        """Restore every part.
 
         Raises:
             CorruptArtefact: the run had other parts, or they are of another model.
@@ -105,7 +105,7 @@ class Checkpoints:
 
         Args:
             parts: of the run.
-            later: bytes that they will come to hold beside what they hold now: moments and best weights.
+            later: bytes that will be added to them: moments and best weights.
 
         Raises:
             ResourceError: as `require_room`.
@@ -113,7 +113,7 @@ class Checkpoints:
         self.require_room(max(1, KEPT + 1 - len(self.paths())) * (size_of(parts) + later))
 
     def require_room(self, needed: int) -> None:
-        """Foresee a full disk.
+        """Refuse a disk with too little free space.
 
         Args:
             needed: bytes.

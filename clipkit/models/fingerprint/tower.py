@@ -196,7 +196,7 @@ def _channels(backend: Backend, size: int) -> int:
 
 
 def _positions(weights: Tensor) -> tuple[list[int], bool]:
-    """Return the positions with a gradient, and whether it is the same at all of them. `weights`: (positions, width)."""
+    """Return the positions with a gradient, and whether all have the same one. `weights`: (positions, width)."""
     size = weights.abs().amax(1)
     read = torch.nonzero(size > 1e-4 * size.max()).flatten().tolist()
     kept = weights[read]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipkit.errors import ModelError
 from clipkit.modality import Modality
 from clipkit.models.processor import Processor
+from clipkit.threads import one_thread
 
 
 class ParameterPrefixes(NamedTuple):
@@ -142,6 +143,7 @@ class Backend(nn.Module, ABC):
         return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+@one_thread()
 def check_finite(model: nn.Module, where: object) -> None:
     """Refuse NaN and infinite weights, by name."""
     for name, tensor in model.state_dict().items():

@@ -29,9 +29,9 @@ class ModelWithHeads(nn.Module):
     def __init__(self, model: DualEncoder, similar: Sequence[Similarity]) -> None:
         super().__init__()
         self.model = model
-        kinds = {f"head{i}": similarity.head for i, similarity in enumerate(similar) if similarity.head}
-        width = _feature_width(model) if kinds else 0
-        self.heads = nn.ModuleDict({name: _head(kind, width).to(model.device) for name, kind in kinds.items()})
+        head_types = {f"head{i}": similarity.head for i, similarity in enumerate(similar) if similarity.head}
+        width = _feature_width(model) if head_types else 0
+        self.heads = nn.ModuleDict({name: _head(head, width).to(model.device) for name, head in head_types.items()})
 
     def forward(
         self, *, pixel_values: Tensor | None = None, image_features: Tensor | None = None, **text: Tensor
@@ -50,8 +50,8 @@ class ModelWithHeads(nn.Module):
         return outputs
 
 
-def _head(kind: Head, width: int) -> nn.Module:
-    if kind == "linear":
+def _head(head_type: Head, width: int) -> nn.Module:
+    if head_type == "linear":
         return nn.Linear(width, HEAD_DIM, bias=False)
     # LayerNorm where SimCLR has BatchNorm, which would mix the samples of a chunk or a rank
     return nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, HEAD_DIM))

@@ -1,4 +1,4 @@
-"""AdamW with one group for each kind of weight, the learning rate at each step, and the clipping of gradients."""
+"""AdamW with groups of parameters, the learning rate at each step, and the clipping of gradients."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parameter_groups(
     `layer_factors`.
 
     Args:
-        model: whose parameters are grouped.
+        model: its parameters are grouped.
         config: gives the rates and the decay.
         heads: heads that the model has only while it trains; they learn at the rate of fresh heads.
 

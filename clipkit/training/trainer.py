@@ -43,8 +43,8 @@ class Trainer:
 
     Raises:
         UsageError: the folder holds another run (see `resume`); the batch is larger than the data; trained BatchNorm
-            on several ranks or with micro-batches; a sigmoid loss without a bias; a launcher whose processes are
-            not connected; a stream in place of data.
+            on several ranks or with micro-batches; a sigmoid loss without a bias; a launcher that does not
+            connect its processes; a stream in place of data.
         DataError: scores that are not weights; a row without captions.
     """
 

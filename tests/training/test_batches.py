@@ -16,8 +16,8 @@ def trainer(folder, pairs, make_model, **changes):
     return Trainer(make_model(), pairs, TrainConfig(str(folder), **settings))
 
 
-def batches(found, steps):
-    return list(found.loader.batches(0, steps))
+def batches(setup, steps):
+    return list(setup.loader.batches(0, steps))
 
 
 def test_distinct_reaches_the_batches_and_is_told(tmp_path, pairs, make_model, capsys):
@@ -44,8 +44,8 @@ def test_balanced_and_grouped_reach_the_batches(tmp_path, pairs, make_model):
 
 def _seen(folder, pairs):
     """Of every step what each chunk of each rank holds, as the model is given it."""
-    found = trainer(folder, pairs, tiny.make_model, distinct=("texts", "colour"), batch_size=7, micro_batch=2)
-    seen = [[chunk["input_ids"].tolist() for chunk in batch.split(2)] for batch in found.loader.batches(0, 6)]
+    trained = trainer(folder, pairs, tiny.make_model, distinct=("texts", "colour"), batch_size=7, micro_batch=2)
+    seen = [[chunk["input_ids"].tolist() for chunk in batch.split(2)] for batch in trained.loader.batches(0, 6)]
     return distributed.all_gather_object(seen)
 
 
@@ -54,21 +54,23 @@ def test_two_ranks_and_their_chunks_hold_nothing_twice(tmp_path, pairs):
     one, two = _seen(tmp_path / "one", twins), on_ranks(_seen, 2, tmp_path / "two", twins)
     assert (len(one), len(two)) == (1, 2)
     for step in range(6):
-        texts = [[text for rank in each for chunk in rank[step] for text in chunk] for each in (one, two)]
-        whole, shared = ([tuple(filter(None, text)) for text in each] for each in texts)  # each rank pads its own
+        texts = [[text for rank in rank_chunks for chunk in rank[step] for text in chunk] for rank_chunks in (one, two)]
+        whole, shared = (
+            [tuple(filter(None, text)) for text in rank_texts] for rank_texts in texts
+        )  # each rank pads its own
         assert whole == shared
         assert len(set(shared)) == 7
 
 
 def test_a_changed_column_that_batches_go_by_is_changed_data(tmp_path, pairs, make_model):
-    found = trainer(tmp_path / "run", pairs, make_model, balanced="place").setup
-    same = found.fingerprint()["data"]
-    found.pairs = pairs.map(lambda row, i: {"place": "top" if i == 5 else row["place"]}, with_indices=True)
-    assert found.fingerprint()["data"] != same
-    found.config = dataclasses.replace(found.config, balanced=None)
-    unread = found.fingerprint()["data"]
-    found.pairs = pairs
-    assert found.fingerprint()["data"] == unread
+    setup = trainer(tmp_path / "run", pairs, make_model, balanced="place").setup
+    same = setup.fingerprint()["data"]
+    setup.pairs = pairs.map(lambda row, i: {"place": "top" if i == 5 else row["place"]}, with_indices=True)
+    assert setup.fingerprint()["data"] != same
+    setup.config = dataclasses.replace(setup.config, balanced=None)
+    unread = setup.fingerprint()["data"]
+    setup.pairs = pairs
+    assert setup.fingerprint()["data"] == unread
 
 
 def test_the_options_are_read_from_yaml_and_checked():

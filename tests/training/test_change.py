@@ -51,13 +51,13 @@ def test_a_run_changes_its_model_as_the_config_says(folder):
 
 def test_blocks_that_a_config_freezes_stand_still(folder):
     start = DualEncoder.from_pretrained(folder / "start")
-    found = parameters_by_depth(start.backend, start.processor, "image")
+    depths = parameters_by_depth(start.backend, start.processor, "image")
     done = run(load(folder, "model.freeze_blocks={image: 1}"))
     before, after = start.backend.state_dict(), done.model.backend.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert not moved & {*found.before, *found.blocks[0]}
+    assert not moved & {*depths.before, *depths.blocks[0]}
     assert any(name.startswith("text.encoder") for name in moved)
-    assert any(name in moved for name in found.after)
+    assert any(name in moved for name in depths.after)
 
 
 def test_nothing_is_changed_unasked(folder):
@@ -99,11 +99,11 @@ def test_the_trainer_keeps_the_best_matrices_and_saves_them_merged(tmp_path, pai
     )
     result = Trainer(model, pairs, settings, evaluators=[evaluator]).train()
     assert result.step == 2
-    found = model.encode_texts(["a red square left"])
-    assert torch.equal(found, seen[1])
-    assert not torch.equal(found, seen[2])
+    embeddings = model.encode_texts(["a red square left"])
+    assert torch.equal(embeddings, seen[1])
+    assert not torch.equal(embeddings, seen[2])
     saved = DualEncoder.from_pretrained(tmp_path / "run" / "model")
-    assert (saved.encode_texts(["a red square left"]) - found).abs().max() < 1e-5
+    assert (saved.encode_texts(["a red square left"]) - embeddings).abs().max() < 1e-5
     assert saved.fingerprint().difference(model.fingerprint()) == []
     model.save_adapter(tmp_path / "adapter")
     again = make_model().load_adapter(tmp_path / "adapter")

@@ -78,7 +78,7 @@ def test_the_count_survives_a_kill(tmp_path, asked):
     one, two = (read(tmp_path / name / "checkpoints/step_00000006") for name in ("whole", "run"))
     assert one.facts["best"] == two.facts["best"]
     assert one.facts["best"]["since"] == 2
-    assert all(each.equal(two.tensors["weights"][name]) for name, each in one.tensors["weights"].items())
+    assert all(weight.equal(two.tensors["weights"][name]) for name, weight in one.tensors["weights"].items())
 
 
 def test_the_batch_after_the_last_is_never_opened(tmp_path):

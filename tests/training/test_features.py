@@ -46,10 +46,10 @@ def test_training_on_features_is_training_on_the_images(tmp_path, pairs):
     model = locked()
     kept = with_image_features(model, pairs)
     counting = Counting(model)
-    found, _ = losses(tmp_path / "features", model, kept)
+    locked_losses, _ = losses(tmp_path / "features", model, kept)
     assert counting.images == 0
-    assert len(found) == 12
-    assert found == pytest.approx(plain, abs=1e-6)
+    assert len(locked_losses) == 12
+    assert locked_losses == pytest.approx(plain, abs=1e-6)
 
 
 def test_a_second_run_computes_nothing_and_another_tower_everything(tmp_path, pairs):
@@ -76,9 +76,9 @@ def test_versions_are_of_the_content_and_steps_draw_among_them(tmp_path, pairs):
     kept = with_image_features(model, pairs, augmentation="affine", draws=3)
     data = pairs[5]["image"]["bytes"]
     seed = int.from_bytes(content_hash(data)[:8], "little")
-    for draw, found in enumerate(kept[5]["image_features"]):
+    for draw, features in enumerate(kept[5]["image_features"]):
         pixels = model.processor.images([augment(load_image(data), "affine", hash64(seed, draw))])
-        assert np.allclose(model.vision_features(pixels).detach().numpy()[0], found, atol=1e-6)
+        assert np.allclose(model.vision_features(pixels).detach().numpy()[0], features, atol=1e-6)
     trainer = Trainer(model, kept, TrainConfig(str(tmp_path / "run"), batch_size=32, max_steps=8, progress=False))
     cells = {row: np.asarray(kept[row]["image_features"], dtype=np.float32) for row in range(len(kept))}
     drawn = set()
@@ -100,8 +100,10 @@ def test_an_image_that_cannot_be_used_stops_the_run_or_is_listed_as_without_feat
         with_image_features(locked(), broken)
     plain, listed = losses(tmp_path / "images", locked(), broken, on_bad="skip")
     model = locked()
-    found, same = losses(tmp_path / "features", model, with_image_features(model, broken, on_bad="skip"), on_bad="skip")
-    assert found == pytest.approx(plain, abs=1e-6)
+    locked_losses, same = losses(
+        tmp_path / "features", model, with_image_features(model, broken, on_bad="skip"), on_bad="skip"
+    )
+    assert locked_losses == pytest.approx(plain, abs=1e-6)
     assert same.rejected == listed.rejected
     assert [row["row"] for row in same.rejected] == [3, 7]
     with pytest.raises(BadImage, match=r"TRUNCATED|EMPTY"):
@@ -130,10 +132,10 @@ def shared(path):
 
 
 def test_two_processes_share_the_work(tmp_path):
-    counts, found = runs.on_ranks(shared, 2, tmp_path / "features.sqlite")
+    counts, shared_features = runs.on_ranks(shared, 2, tmp_path / "features.sqlite")
     assert counts == [15, 15]  # 7 batches; the last, of two images, is not counted
     alone = with_image_features(locked(), tiny.make_pairs(), batch_size=5)["image_features"]
-    assert np.array_equal(np.asarray(found), np.asarray(alone))
+    assert np.array_equal(np.asarray(shared_features), np.asarray(alone))
     assert runs.on_ranks(shared, 2, tmp_path / "features.sqlite")[0] == [0, 0]
 
 
@@ -192,9 +194,9 @@ def test_evaluations_of_a_locked_tower_go_by_its_features(tmp_path, pairs):
         assert quick.rejected == plain.rejected
         before = counting.images
         model.backend.image_head.weight.data.copy_(tiny.make_model(seed=3).backend.image_head.weight)
-        found = quick(model)
+        quick_losses = quick(model)
         assert counting.images == before  # another head, the same tower
-        assert found == plain(model)
+        assert quick_losses == plain(model)
         kept = len(store)
         assert quick(tiny.make_model(seed=1)) == plain(tiny.make_model(seed=1))  # not locked: through the tower
         assert len(store) == kept == 31
@@ -212,14 +214,18 @@ def test_features_that_are_not_used_are_told(tmp_path, pairs, caplog):
         caplog.clear()
         evaluator(opened)
         evaluator(opened)
-        assert [each for each in caplog.messages if "kept features are not used" in each and "model.freeze" in each]
+        assert [
+            message
+            for message in caplog.messages
+            if "kept features are not used" in message and "model.freeze" in message
+        ]
         assert len(caplog.messages) == 1
         evaluator(opened.freeze("image"))
     caplog.clear()
     open_model(ModelConfig(str(tmp_path / "locked")))
     said = "was trained with a frozen image tower, which is trained now: model.freeze=image freezes it again"
-    assert [each for each in caplog.messages if said in each]
+    assert [message for message in caplog.messages if said in message]
     caplog.clear()
     for kept in ({"freeze": ("image",)}, {"freeze_blocks": {"image": 1}}, {"lora": LoraConfig("both")}):
         open_model(ModelConfig(str(tmp_path / "locked"), **kept))
-    assert not [each for each in caplog.messages if said in each]
+    assert not [message for message in caplog.messages if said in message]

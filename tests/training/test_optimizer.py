@@ -20,15 +20,19 @@ def make_model():
 
 def rates(model, **settings):
     """Name of each trained parameter -> (learning rate, weight decay)."""
-    names = {id(each): name for name, each in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, TrainConfig("x", learning_rate=1.0, **settings))
-    found = [(names[id(each)], (group["lr"], group["weight_decay"])) for group in groups for each in group["params"]]
-    assert len(found) == len(dict(found)) == sum(each.requires_grad for each in model.parameters())
-    return dict(found)
+    pairs = [
+        (names[id(parameter)], (group["lr"], group["weight_decay"]))
+        for group in groups
+        for parameter in group["params"]
+    ]
+    assert len(pairs) == len(dict(pairs)) == sum(parameter.requires_grad for parameter in model.parameters())
+    return dict(pairs)
 
 
 def test_each_block_learns_slower_than_the_next():
-    found = rates(make_model(), layer_decay=0.5, scale_learning_rate=3.0)
+    group_of = rates(make_model(), layer_decay=0.5, scale_learning_rate=3.0)
     expected = {
         "vision.embeddings.patch_embeddings.projection.weight": 0.125,
         "vision.embeddings.position_embeddings": 0.125,
@@ -44,10 +48,10 @@ def test_each_block_learns_slower_than_the_next():
         "text_head.weight": 1,
         "logit_scale": 3,
     }
-    assert {name: found[f"backend.{name}"][0] for name in expected} == expected
-    assert {rate for rate, _ in found.values()} == {0.125, 0.25, 0.5, 1, 3}
+    assert {name: group_of[f"backend.{name}"][0] for name in expected} == expected
+    assert {rate for rate, _ in group_of.values()} == {0.125, 0.25, 0.5, 1, 3}
     plain = rates(make_model(), scale_learning_rate=3.0)
-    assert {name: decay for name, (_, decay) in found.items()} == {name: decay for name, (_, decay) in plain.items()}
+    assert {name: decay for name, (_, decay) in group_of.items()} == {name: decay for name, (_, decay) in plain.items()}
 
 
 def test_a_decay_of_one_changes_nothing():
@@ -56,28 +60,28 @@ def test_a_decay_of_one_changes_nothing():
 
 def test_frozen_blocks_count_and_frozen_towers_are_left_alone():
     model = make_model().freeze("image", blocks=2).freeze("text")
-    found = {name: rate for name, (rate, _) in rates(model, layer_decay=0.5).items()}
-    assert {rate for name, rate in found.items() if ".vision." in name} == {1}
+    group_of = {name: rate for name, (rate, _) in rates(model, layer_decay=0.5).items()}
+    assert {rate for name, rate in group_of.items() if ".vision." in name} == {1}
     model = make_model().freeze("text")
     model.freeze("image", blocks=1)
-    found = {name: rate for name, (rate, _) in rates(model, layer_decay=0.5).items()}
-    assert {rate for name, rate in found.items() if ".layers.1." in name} == {0.5}
-    assert not [name for name in found if ".text." in name]
+    group_of = {name: rate for name, (rate, _) in rates(model, layer_decay=0.5).items()}
+    assert {rate for name, rate in group_of.items() if ".layers.1." in name} == {0.5}
+    assert not [name for name in group_of if ".text." in name]
 
 
 def test_lora_decays_with_the_block_that_it_adapts():
     model = make_model().add_lora("image")
-    found = rates(model, layer_decay=0.5, head_learning_rate=8.0)
+    group_of = rates(model, layer_decay=0.5, head_learning_rate=8.0)
     for block, rate in enumerate((2, 4, 8)):
-        own = {rate for name, (rate, _) in found.items() if f".layers.{block}." in name and "lora" in name}
+        own = {rate for name, (rate, _) in group_of.items() if f".layers.{block}." in name and "lora" in name}
         assert own == {rate}
 
 
 def test_fresh_weights_learn_at_their_own_rate():
     model = make_model()
     model.fresh = frozenset(name for name, _ in model.named_parameters() if "head" in name)
-    found = rates(model, layer_decay=0.5, head_learning_rate=8.0)
-    assert found["backend.image_head.weight"][0] == 8
+    group_of = rates(model, layer_decay=0.5, head_learning_rate=8.0)
+    assert group_of["backend.image_head.weight"][0] == 8
     model.fresh = frozenset(name for name, _ in model.named_parameters())
     with pytest.raises(UsageError, match=r"towers that train from pretrained weights, and there is none"):
         layer_factors(model, 0.5)
@@ -102,8 +106,8 @@ def test_a_loaded_temperature_is_kept_and_never_decayed():
     with torch.no_grad():
         model.logit_scale.fill_(4.0)
     optimizer = build_optimizer(model, TrainConfig("x", learning_rate=1e-2, weight_decay=0.5))
-    for each in model.parameters():
-        each.grad = torch.zeros_like(each)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
     head = model.backend.image_head.weight.detach().clone()
     for _ in range(3):
         optimizer.step()
@@ -112,17 +116,17 @@ def test_a_loaded_temperature_is_kept_and_never_decayed():
 
 
 def test_tokens_and_positions_are_not_decayed():
-    found = rates(make_model())
+    group_of = rates(make_model())
     for name in ("vision.embeddings.cls_token", "vision.embeddings.position_embeddings"):
-        assert found[f"backend.{name}"][1] == 0
-    assert found["backend.text.embeddings.position_embeddings.weight"][1] == 0
-    assert found["backend.text.embeddings.word_embeddings.weight"][1] > 0
-    assert {decay for name, (_, decay) in found.items() if name.endswith("bias")} == {0}
+        assert group_of[f"backend.{name}"][1] == 0
+    assert group_of["backend.text.embeddings.position_embeddings.weight"][1] == 0
+    assert group_of["backend.text.embeddings.word_embeddings.weight"][1] > 0
+    assert {decay for name, (_, decay) in group_of.items() if name.endswith("bias")} == {0}
 
 
 def test_the_groups_are_counted_in_the_log_and_the_steps_go_by_depth(tmp_path, caplog):
     model = make_model()
-    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     settings = TrainConfig(
         str(tmp_path / "run"), batch_size=8, max_steps=1, layer_decay=0.1, learning_rate=1e-3, eps=1e-12, progress=False
     )

@@ -21,22 +21,22 @@ def with_chunks(model, batch, similar, chunks):
     """Loss and gradients with the graph of all chunks in memory: what caching has to equal."""
     torch.manual_seed(11)
     parts = [model(**part) for part in batch.split(chunks)]
-    out = {name: torch.cat([each[name] for each in parts]) for name in parts[0] if parts[0][name].ndim}
-    scalars = {name: each for name, each in parts[0].items() if not each.ndim}
-    found = objective(out | scalars, batch.rows, similar, LossConfig())
-    found.loss.backward()
-    return {"loss": found.loss.detach().double(), **step_cases.gradients(model)}
+    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if parts[0][name].ndim}
+    scalars = {name: scalar for name, scalar in parts[0].items() if not scalar.ndim}
+    loss = objective(out | scalars, batch.rows, similar, LossConfig())
+    loss.loss.backward()
+    return {"loss": loss.loss.detach().double(), **step_cases.gradients(model)}
 
 
 def cached(model, batch, similar, micro):
     model.zero_grad(set_to_none=True)
     torch.manual_seed(11)
-    found = backward(model, batch, similar, micro_batch=micro)
-    return {"loss": found.loss, **step_cases.gradients(model)}
+    result = backward(model, batch, similar, micro_batch=micro)
+    return {"loss": result.loss, **step_cases.gradients(model)}
 
 
-def errors(found, wanted):
-    return {k: v for k, v in step_matrix.distances(found, wanted).items() if k not in ("cosine", "ratio")}
+def errors(result, wanted):
+    return {k: v for k, v in step_matrix.distances(result, wanted).items() if k not in ("cosine", "ratio")}
 
 
 @pytest.mark.parametrize("target", ["views", "hard"])
@@ -80,9 +80,9 @@ def test_inside_autocast_weights_get_their_gradients():
     model, batch = step_cases.learner("paired", "info_nce"), step_cases.batch("paired")
     with torch.autocast("cpu", torch.bfloat16):
         wanted = with_chunks(model, batch, [Paired()], 4)
-        found = cached(model, batch, [Paired()], 4)
-    assert found["encoders"].shape == wanted["encoders"].shape
-    assert max(errors(found, wanted).values()) < 1e-2  # bf16 sums of chunks, in another order
+        result = cached(model, batch, [Paired()], 4)
+    assert result["encoders"].shape == wanted["encoders"].shape
+    assert max(errors(result, wanted).values()) < 1e-2  # bf16 sums of chunks, in another order
 
 
 def test_random_numbers_go_on_where_they_would_have():
@@ -107,23 +107,23 @@ def test_a_locked_tower_stands_still_and_its_features_will_do():
     batch = step_cases.batch("paired")
     with torch.no_grad():
         features = model.model.vision_features(batch.inputs["pixel_values"])
-    rest = {name: each for name, each in batch.inputs.items() if name != "pixel_values"}
+    rest = {name: inputs for name, inputs in batch.inputs.items() if name != "pixel_values"}
     locked = Batch({"image_features": features, **rest}, batch.rows, batch.samples)
     wanted = with_chunks(model, batch, [Paired()], 4)
-    for each in (batch, locked):
-        assert max(errors(cached(model, each, [Paired()], 4), wanted).values()) < 5e-6
-    assert all(each.grad is None for each in model.model.backend.vision.parameters())
+    for variant in (batch, locked):
+        assert max(errors(cached(model, variant, [Paired()], 4), wanted).values()) < 5e-6
+    assert all(parameter.grad is None for parameter in model.model.backend.vision.parameters())
 
 
 def test_matryoshka_and_smoothing_are_cached_too():
     contrast = LossConfig(label_smoothing=0.1, matryoshka=(4, 16), tile=5)
     model, batch = step_cases.learner("views", "info_nce"), step_cases.batch("views")
-    similar, found = step_cases.CASES["views"].similar, []
+    similar, results = step_cases.CASES["views"].similar, []
     for micro in (None, 4):
         model.zero_grad(set_to_none=True)
         value = backward(model, batch, similar, contrast, micro_batch=micro)
-        found.append({"loss": value.loss.double(), **step_cases.gradients(model)})
-    assert max(errors(*found).values()) < 5e-6
+        results.append({"loss": value.loss.double(), **step_cases.gradients(model)})
+    assert max(errors(*results).values()) < 5e-6
 
 
 def test_a_sigmoid_loss_needs_a_bias_and_views_take_info_nce():

@@ -22,9 +22,9 @@ def wrong(case, own):
     errors = {name: value for name, value in case.items() if name not in ("cosine", "ratio")}
     if own is not None:
         return {name: value for name, value in errors.items() if value > min(2 * own, 5e-6)}
-    found = {name: value for name, value in errors.items() if name in ("scale", "bias") and value > 0.02}
-    found |= {} if case["cosine"] >= 0.999 else {"cosine": case["cosine"]}
-    return found | ({} if 0.99 <= case["ratio"] <= 1.01 else {"ratio": case["ratio"]})
+    figures = {name: value for name, value in errors.items() if name in ("scale", "bias") and value > 0.02}
+    figures |= {} if case["cosine"] >= 0.999 else {"cosine": case["cosine"]}
+    return figures | ({} if 0.99 <= case["ratio"] <= 1.01 else {"ratio": case["ratio"]})
 
 
 def own_error(cases, name):
@@ -34,10 +34,10 @@ def own_error(cases, name):
     return max(v for k, v in plain.items() if k not in ("cosine", "ratio")) if precision == "fp32" else None
 
 
-def check(found, cases, modes):
-    matrix = {name: case for name, case in found.items() if name not in BUGS}
+def check(figures, cases, modes):
+    matrix = {name: case for name, case in figures.items() if name not in BUGS}
     assert len(matrix) == len(cases) * 2 * 2 * len(modes)
-    assert not {name: bad for name, case in matrix.items() if (bad := wrong(case, own_error(found, name)))}
+    assert not {name: bad for name, case in matrix.items() if (bad := wrong(case, own_error(figures, name)))}
 
 
 def launched(folder, world, *names):

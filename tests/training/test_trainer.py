@@ -101,20 +101,22 @@ def test_the_scale_is_clamped_at_what_was_loaded_or_100(tmp_path, pairs, make_mo
 
 def test_a_frozen_tower_stays_as_it_is(tmp_path, pairs, make_model):
     model = make_model(dropout=0.1).freeze("image")
-    before = {name: each.clone() for name, each in model.backend.vision.state_dict().items()}
+    before = {name: parameter.clone() for name, parameter in model.backend.vision.state_dict().items()}
     text = model.backend.text.embeddings.word_embeddings.weight.detach().clone()
     Trainer(model, pairs, config(tmp_path / "run", max_steps=3)).train()
-    assert all(each.equal(before[name]) for name, each in model.backend.vision.state_dict().items())
+    assert all(parameter.equal(before[name]) for name, parameter in model.backend.vision.state_dict().items())
     assert not model.backend.text.embeddings.word_embeddings.weight.equal(text)
 
 
 def test_groups_of_parameters(pairs, make_model):
     model = make_model()
     settings = TrainConfig("x", learning_rate=1e-5, head_learning_rate=1e-3, scale_learning_rate=1e-2)
-    names = {id(each): name for name, each in model.named_parameters()}
-    found = {names[id(each)]: group for group in parameter_groups(model, settings) for each in group["params"]}
-    assert found.keys() == {name for name, each in model.named_parameters() if each.requires_grad}
-    rates = {name: (group["lr"], group["weight_decay"]) for name, group in found.items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    group_of = {
+        names[id(parameter)]: group for group in parameter_groups(model, settings) for parameter in group["params"]
+    }
+    assert group_of.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rates = {name: (group["lr"], group["weight_decay"]) for name, group in group_of.items()}
     assert rates["backend.logit_scale"] == (1e-2, 0)
     assert rates["backend.image_head.weight"] == (1e-3, 0.1)
     assert rates["backend.text.embeddings.LayerNorm.weight"] == (1e-5, 0)
@@ -123,7 +125,9 @@ def test_groups_of_parameters(pairs, make_model):
     assert {decay for name, (_, decay) in rates.items() if name.endswith("bias")} == {0}
     model.fresh = frozenset()  # as after from_pretrained
     again = {
-        names[id(each)]: group["lr"] for group in parameter_groups(model, TrainConfig("x")) for each in group["params"]
+        names[id(parameter)]: group["lr"]
+        for group in parameter_groups(model, TrainConfig("x"))
+        for parameter in group["params"]
     }
     assert set(again.values()) == {1e-5}
 
@@ -140,12 +144,12 @@ def test_schedule():
 
 def test_a_gradient_that_is_not_finite_is_not_applied(tmp_path, pairs, make_model):
     model = make_model()
-    before = {name: each.clone() for name, each in model.state_dict().items()}
+    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
     hook = model.backend.image_head.weight.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(ClipkitError, match=r"the gradient is (nan|inf); the step was not applied"):
         Trainer(model, pairs, config(tmp_path / "run")).train()
     hook.remove()
-    assert all(each.equal(before[name]) for name, each in model.state_dict().items())
+    assert all(parameter.equal(before[name]) for name, parameter in model.state_dict().items())
 
 
 def test_an_evaluation_metric_that_is_not_there(tmp_path, pairs, make_model):

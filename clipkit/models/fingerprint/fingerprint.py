@@ -18,6 +18,7 @@ from clipkit.models.fingerprint.image_transform import measure_transform
 from clipkit.models.fingerprint.tokenizer import measure_tokenizer
 from clipkit.models.fingerprint.tower import measure_towers
 from clipkit.models.processor import Processor
+from clipkit.threads import one_thread
 
 # What load_image does to every image before a transform sees it.
 _IMAGE_POLICY = {"exif": "applied", "alpha": "over white", "mode": "RGB"}
@@ -119,6 +120,7 @@ def tower_hash(backend: Backend, processor: Processor) -> str:
     return json_hash({"family": backend.family, "weights": hash_weights(weights), "image": image_record})
 
 
+@one_thread()
 def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
     """Return the fingerprint without the hashes of the weights, by running towers and processor: 0.1 seconds."""
     scale, bias = backend.logit_scale_and_bias()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipkit.modality import Modality
 from clipkit.models.backend import Backend
 from clipkit.models.encode import encode, image_chunks, text_chunks
 from clipkit.models.processor import Processor
+from clipkit.threads import one_thread
 
 GOLDEN_TEXTS = (
     "a photo of a cat",
@@ -51,19 +54,29 @@ def _drawn() -> tuple[Image.Image, ...]:
     return tuple(images)
 
 
-GoldenEmbeddings = dict[str, Tensor]
+GoldenEmbeddings = dict[Modality, Tensor]
 
 
-def golden_embeddings(backend: Backend, processor: Processor) -> GoldenEmbeddings:
-    """Return the embeddings of the built-in images and texts, in fp32 on the CPU."""
+FEW: dict[Modality, tuple[int, ...]] = {"image": (3,), "text": (0, 3)}
+"""Rows that show most: the image in which filter and crop show, a short text that is padded, and one that is cut."""
+
+
+def golden_embeddings(
+    backend: Backend, processor: Processor, rows: Mapping[Modality, Sequence[int]] | None = None
+) -> GoldenEmbeddings:
+    """Return the embeddings of the built-in images and texts, all or those of `rows` such as `FEW`; fp32, on the CPU."""
     plain = as_fp32_cpu(backend)
     images, texts = golden_images(), list(GOLDEN_TEXTS)
+    if rows is not None:
+        images = [images[row] for row in rows["image"]]
+        texts = [texts[row] for row in rows["text"]]
     pixels = image_chunks(images, processor, len(images), 0)
     tokens = text_chunks(texts, processor, len(texts))
-    return {
-        "image": encode(plain, pixels, "image", images, dtype=torch.float32),
-        "text": encode(plain, tokens, "text", texts, dtype=torch.float32),
-    }
+    with one_thread():
+        return {
+            "image": encode(plain, pixels, "image", images, dtype=torch.float32),
+            "text": encode(plain, tokens, "text", texts, dtype=torch.float32),
+        }
 
 
 def as_fp32_cpu(backend: Backend) -> Backend:

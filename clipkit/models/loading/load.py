@@ -10,7 +10,7 @@ from clipkit.errors import ModelError, UsageError
 from clipkit.files import read_json
 from clipkit.models.backend import Backend
 from clipkit.models.fingerprint.fingerprint import settings_fingerprint
-from clipkit.models.fingerprint.golden import golden_embeddings
+from clipkit.models.fingerprint.golden import FEW, golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.loading.hub import download, find_folder
 from clipkit.models.loading.proof import Proof, Verify
@@ -64,8 +64,9 @@ def open_checked(
     backend.eval()
     proof = Proof(body)
     if "golden" in body and verify != "files" and (verify != "once" or not proof.is_known()):
-        golden = golden_embeddings(backend, processor)
-        artefact.check(body, folder, settings_fingerprint(backend, processor), golden)
+        rows = None if verify == "always" else FEW
+        golden = golden_embeddings(backend, processor, rows)
+        artefact.check(body, folder, settings_fingerprint(backend, processor), golden, rows)
         proof.remember()
     return backend, processor, body
 

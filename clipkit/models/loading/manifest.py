@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,9 @@ from torch import Tensor
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.extras import upgrade_command
 from clipkit.files import FILE_HASHES, FileHash, dump_json, file_damage, list_files, read_json
+from clipkit.modality import Modality
 from clipkit.models.fingerprint.fingerprint import Fingerprint, words
-from clipkit.models.fingerprint.golden import GoldenEmbeddings
+from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, GoldenEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,13 @@ def _files(body: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(name, each) for name, each in found if isinstance(each, dict)]
 
 
-def check(body: Mapping[str, Any], folder: Path, now: Fingerprint, found: GoldenEmbeddings) -> None:
+def check(
+    body: Mapping[str, Any],
+    folder: Path,
+    now: Fingerprint,
+    found: GoldenEmbeddings,
+    rows: Mapping[Modality, Sequence[int]] | None = None,
+) -> None:
     """Refuse a model that is no longer the one that was saved, and name what changed.
 
     Args:
@@ -190,12 +197,13 @@ def check(body: Mapping[str, Any], folder: Path, now: Fingerprint, found: Golden
         folder: for messages.
         now: the facts of the model as it opened (`fingerprint.facts`).
         found: its golden embeddings.
+        rows: which of the built-in images and texts they are of; None: all.
 
     Raises:
         CorruptArtefact: a fact or an embedding differs.
     """
     changed = changed_facts(body, now)
-    worst = golden_differences(body, found)
+    worst = golden_differences(body, found, rows)
     if not changed and max(worst.values()) <= TOLERANCE:
         return
     apart = ", ".join(f"{side} embeddings differ by {value:.2g}" for side, value in worst.items() if value > TOLERANCE)
@@ -219,13 +227,17 @@ def changed_facts(body: Mapping[str, Any], now: Fingerprint) -> list[str]:
     ]
 
 
-def golden_differences(body: Mapping[str, Any], found: GoldenEmbeddings) -> dict[str, float]:
+def golden_differences(
+    body: Mapping[str, Any], found: GoldenEmbeddings, rows: Mapping[Modality, Sequence[int]] | None = None
+) -> dict[str, float]:
     """Largest difference of any component for each side; infinite for another shape or NaN."""
-    worst = {}
+    worst: dict[str, float] = {}
     for side, vectors in found.items():
-        expected = _unpack(body["golden"][side])
-        same = expected.numel() == vectors.numel()
-        largest = float((expected.view_as(vectors) - vectors).abs().max()) if same else math.inf
+        expected = _unpack(body["golden"][side]).reshape(len(GOLDEN_TEXTS), -1)
+        if rows is not None:
+            expected = expected[list(rows[side])]
+        same_shape = expected.shape == vectors.shape
+        largest = float((expected - vectors).abs().max()) if same_shape else math.inf
         worst[side] = math.inf if math.isnan(largest) else largest
     return worst
 

@@ -108,7 +108,7 @@ def advice(needs: MemoryEstimate | None, rows: int, config: TrainConfig, cause: 
     total = needs.training + chunk * needs.sample
     free = "" if needs.free is None else f", and {_gb(needs.free)} were free"
     message = (
-        f"the training step ran out of memory: beside {_gb(needs.weights)} of weights it needs about {_gb(total)} "
+        f"the training step ran out of memory: besides {_gb(needs.weights)} of weights it needs about {_gb(total)} "
         f"({_gb(needs.training)} of gradients and optimizer, {chunk} samples of {_gb(needs.sample)}){free}"
     )
     return ResourceError(message, where=cause, fix=_advised_settings(needs, chunk, same, config.precision))

@@ -16,7 +16,7 @@ STRICT = ConfigDict(extra="forbid")  # an unknown key is an error
 FractionBelow1: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: object) -> None:
     """Check the ranges and choices that a section's annotations declare.
 
     pydantic checks them when it reads YAML; this does the same for a section that is constructed in Python.
@@ -24,13 +24,14 @@ def check_fields(config: Any) -> None:
     Raises:
         ConfigError: a value is out of range, or none of the choices.
     """
-    for name, adapter in _adapters(type(config)).items():
+    section: Any = type(config)
+    for name, adapter in _adapters(section).items():
         value = getattr(config, name)
         try:
             adapter.validate_python(value)
         except ValidationError as error:
             expected = error.errors()[0]["msg"].removeprefix("Input should be ")
-            where = f"{type(config).__name__}.{name}"
+            where = f"{section.__name__}.{name}"
             raise ConfigError(
                 f"{name} must be {expected}, found {value!r}", where=where, fix=_default(config, name)
             ) from None

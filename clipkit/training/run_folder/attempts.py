@@ -77,7 +77,7 @@ class Attempts:
 
 
 def environment(device: torch.device, precision: str, micro_batch: int | None) -> dict[str, Any]:
-    """Return what the last bits of a result depend on, besides config and data; if it is equal, a run resumes exactly."""
+    """Return what the last bits of a result depend on, besides config and data; equal ones resume bit for bit."""
     name = torch.get_device_module(device).get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "processes": distributed.world_size(),

@@ -45,35 +45,35 @@ def check(
 
 @pytest.mark.parametrize("notion", NOTIONS)
 def test_every_notion_gives_the_big_batch(tmp_path: Path, notion: str) -> None:
-    found = check(tmp_path, NOTIONS[notion], micro_batch=5, label_smoothing=0.1)
-    assert found.same, found.lines()
-    assert {each.name for each in found.groups} >= {
+    checked = check(tmp_path, NOTIONS[notion], micro_batch=5, label_smoothing=0.1)
+    assert checked.same, checked.lines()
+    assert {group.name for group in checked.groups} >= {
         "image tower",
         "image head",
         "text tower",
         "text head",
         "logit scale",
     }
-    assert max(abs(each.ratio - 1) for each in found.groups) < 1e-4
+    assert max(abs(group.ratio - 1) for group in checked.groups) < 1e-4
 
 
 def test_sigmoid_scores_hard_negatives_and_matryoshka(tmp_path: Path) -> None:
     pairs = tiny.make_pairs()
     pairs = pairs.add_column("hard_texts", [[f"a {colour} square"] for colour in reversed(pairs["colour"])])
     pairs = pairs.add_column("trust", [0.5 + row % 3 for row in range(len(pairs))])
-    found = check(tmp_path, Paired(score="trust"), pairs, bias=-3.0, matryoshka=(4, 16))
-    assert found.same, found.lines()
-    assert "logit bias" in {each.name for each in found.groups}
+    checked = check(tmp_path, Paired(score="trust"), pairs, bias=-3.0, matryoshka=(4, 16))
+    assert checked.same, checked.lines()
+    assert "logit bias" in {group.name for group in checked.groups}
 
 
 def test_a_scale_that_is_counted_once_a_chunk_is_seen(tmp_path: Path) -> None:
     with sabotage("scale x K"):
-        found = check(tmp_path, micro_batch=4)
-    assert [each.name for each in found.groups if not each.same] == ["logit scale"]
-    assert not found.same
-    assert any("NOT the big batch" in line for line in found.lines())
-    assert [each["cosine"] is None for each in found.as_dict()["groups"]] == [
-        each.parameters == 1 for each in found.groups
+        checked = check(tmp_path, micro_batch=4)
+    assert [group.name for group in checked.groups if not group.same] == ["logit scale"]
+    assert not checked.same
+    assert any("NOT the big batch" in line for line in checked.lines())
+    assert [group["cosine"] is None for group in checked.as_dict()["groups"]] == [
+        group.parameters == 1 for group in checked.groups
     ]
 
 
@@ -81,8 +81,8 @@ def test_a_loss_of_each_chunk_alone_is_seen(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         contrastive.EmbeddedBatch, "gathered", lambda self: contrastive.EmbeddedBatch(self.emb.detach(), self.keys)
     )
-    found = check(tmp_path)
-    assert {each.name for each in found.groups if not each.same} >= {"text tower", "text head"}
+    checked = check(tmp_path)
+    assert {group.name for group in checked.groups if not group.same} >= {"text tower", "text head"}
 
 
 @pytest.fixture(scope="module")

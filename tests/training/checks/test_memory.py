@@ -26,7 +26,7 @@ def test_the_advice_is_arithmetic():
         weights=2 * GB, training=6 * GB, allocated=0, sample=0.1 * GB, checkpointed=0.01 * GB, free=10 * GB
     )
     error = advice(needs, 256, TrainConfig("x", batch_size=512), "CUDA out of memory")
-    assert "beside 2.00 GiB of weights it needs about 31.60 GiB (6.00 GiB of gradients and optimizer" in error.message
+    assert "besides 2.00 GiB of weights it needs about 31.60 GiB (6.00 GiB of gradients and optimizer" in error.message
     assert "10.00 GiB were free" in error.message
     assert "micro_batch=16: about 7.60 GiB" in error.fix  # (0.9 x 10 - 6) / 0.1 = 30
     assert "the 512 pairs of the global batch, stay what they are" in error.fix
@@ -83,7 +83,7 @@ def run_with_limit(folder, **changes):
 def test_a_real_limit_is_told_and_the_advice_fits(tmp_path):
     failed = run_with_limit(tmp_path / "whole")
     assert failed.returncode == 5, failed.stdout + failed.stderr
-    assert "the training step ran out of memory: beside" in failed.stderr
+    assert "the training step ran out of memory: besides" in failed.stderr
     advised = re.search(r"micro_batch=(\d+): about", failed.stderr)
     assert advised, failed.stderr
     fits = run_with_limit(tmp_path / "micro", micro_batch=int(advised[1]))

@@ -31,20 +31,20 @@ def same_captions(pairs: Any, every: int) -> Any:
 
 
 def test_what_has_no_duplicates_has_no_floor() -> None:
-    found = look(tiny.make_pairs())
-    assert found.start == pytest.approx(math.log(16))
-    assert found.floor == 0
-    assert found.false_negatives == {"caption": 0, "picture": 0}
-    assert (found.truncated, found.captions, found.batches) == (0, 32, 2)
-    assert found.warnings == ()
+    report = look(tiny.make_pairs())
+    assert report.start == pytest.approx(math.log(16))
+    assert report.floor == 0
+    assert report.false_negatives == {"caption": 0, "picture": 0}
+    assert (report.truncated, report.captions, report.batches) == (0, 32, 2)
+    assert report.warnings == ()
 
 
 def test_a_batch_of_one_caption_a_colour() -> None:
     pairs = same_captions(tiny.make_pairs(), 4).select(range(16))  # the whole is one batch: four captions, four each
-    found = look(pairs)
-    assert found.floor == pytest.approx(math.log(4))
-    assert found.false_negatives == {"caption": 16 * 3, "picture": 0, "label": 16 * 3}
-    said = " ".join(found.warnings)
+    report = look(pairs)
+    assert report.floor == pytest.approx(math.log(4))
+    assert report.false_negatives == {"caption": 16 * 3, "picture": 0, "label": 16 * 3}
+    said = " ".join(report.warnings)
     assert "50 % of the first loss can never be learnt away" in said
     assert 'SameGroup("label")' in said
     assert "one batch is the whole epoch" in said
@@ -83,18 +83,18 @@ def test_training_ends_on_the_floor_and_not_below(tmp_path: Path) -> None:
 def test_long_captions_and_a_slow_scale_are_told() -> None:
     pairs = tiny.make_pairs()
     longer = pairs.map(lambda row: {"texts": [f"{row['texts'][0]} a square a square a square"]})
-    found = look(longer, rate=1e-3)
-    assert found.truncated == 1
-    assert found.scale[0] == pytest.approx(1 / 0.07, rel=1e-5)
-    assert found.scale[2] == pytest.approx(found.scale[0] ** 2 / found.scale[1], rel=1e-6)
-    said = " ".join(found.warnings)
+    report = look(longer, rate=1e-3)
+    assert report.truncated == 1
+    assert report.scale[0] == pytest.approx(1 / 0.07, rel=1e-5)
+    assert report.scale[2] == pytest.approx(report.scale[0] ** 2 / report.scale[1], rel=1e-6)
+    said = " ".join(report.warnings)
     assert "100 % of the captions are cut" in said
     assert "the scale can only move from 14.3 to 15." in said
-    assert any("captions cut: 100.0 % of 32" in line for line in found.lines())
+    assert any("captions cut: 100.0 % of 32" in line for line in report.lines())
 
 
 def test_equal_pictures_are_seen_without_opening_them() -> None:
     pairs = tiny.make_pairs().select([0] * 8 + list(range(8)))
-    found = look(pairs)
-    assert found.false_negatives["picture"] == 9 * 8
-    assert found.floor > 1
+    report = look(pairs)
+    assert report.false_negatives["picture"] == 9 * 8
+    assert report.floor > 1

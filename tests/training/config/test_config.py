@@ -36,7 +36,7 @@ def test_overrides_alone_and_a_round_trip_through_yaml(tmp_path):
     config = RunConfig.load(None, [*BASIC, "train.betas=[0.9, 0.95]", "similar=[{group: species, weight: 0.5}, {}]"])
     assert config.train.batch_size == TrainConfig("x").batch_size
     assert config.train.betas == (0.9, 0.95)
-    assert [type(each.build()).__name__ for each in config.similar] == ["SameGroup", "Paired"]
+    assert [type(section.build()).__name__ for section in config.similar] == ["SameGroup", "Paired"]
     assert load(tmp_path, config.dump()) == config
 
 

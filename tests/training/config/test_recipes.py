@@ -103,11 +103,11 @@ def test_two_steps(recipe, world, tmp_path):
 
 def test_a_small_gpu_takes_the_steps_of_a_large_one(world, tmp_path):
     small = trained("small_gpu", world, tmp_path / "small")
-    found = RunConfig.load(tmp_path / "small" / "config.yaml")
+    config = RunConfig.load(tmp_path / "small" / "config.yaml")
     whole = dataclasses.replace(
-        found,
-        model=dataclasses.replace(found.model, gradient_checkpointing=False),
-        train=dataclasses.replace(found.train, micro_batch=None, output_dir=str(tmp_path / "large")),
+        config,
+        model=dataclasses.replace(config.model, gradient_checkpointing=False),
+        train=dataclasses.replace(config.train, micro_batch=None, output_dir=str(tmp_path / "large")),
     )
     (tmp_path / "large.yaml").write_text(whole.dump())
     assert clipkit("train", tmp_path / "large.yaml").code == 0
@@ -125,7 +125,9 @@ def test_scratch_draws_other_weights_and_all_are_fresh(world):
     assert (len(kept.fresh), first.fresh) == (0, {name for name, _ in first.named_parameters()})
     ours, theirs = first.state_dict(), kept.state_dict()
     assert not any(
-        ours[name].equal(theirs[name]) for name, each in ours.items() if each.ndim > 1 and each.is_floating_point()
+        ours[name].equal(theirs[name])
+        for name, weight in ours.items()
+        if weight.ndim > 1 and weight.is_floating_point()
     )
 
 
@@ -143,19 +145,19 @@ def test_every_number_is_a_key_and_says_where_it_comes_from(recipe):
     told = {}
     for key, numbers, source in re.findall(r"^#   ([a-z_.]+) ((?:[\d.e-]+ ?)+) +(\S.*)$", text, flags=re.MULTILINE):
         section, _, name = key.rpartition(".")
-        assert name in {each.name for each in dataclasses.fields(SECTIONS[section])}, key
-        told[key] = [float(each) for each in numbers.split()]
+        assert name in {field.name for field in dataclasses.fields(SECTIONS[section])}, key
+        told[key] = [float(number) for number in numbers.split()]
         assert len(source) > 5, key
     assert told == stated
     config = RunConfig.load(FOLDER / f"{recipe}.yaml", [*_placeholder(recipe), *NEEDED])
     for key, values in stated.items():
-        found = config
+        value = config
         for name in key.split("."):
-            found = getattr(found, name)
-        assert list(found if isinstance(found, tuple) else [found]) == values, key
+            value = getattr(value, name)
+        assert list(value if isinstance(value, tuple) else [value]) == values, key
     assert re.search(rf"clipkit train train/recipes/{recipe}\.yaml model\.", text)
     assert re.search(r"^# When: ", text, flags=re.MULTILINE)
-    assert set(re.findall(r"\w+\.yaml", text)) <= {f"{each}.yaml" for each in RECIPES}
+    assert set(re.findall(r"\w+\.yaml", text)) <= {f"{recipe}.yaml" for recipe in RECIPES}
 
 
 def _placeholder(recipe):
@@ -166,8 +168,8 @@ def _numbers(values, path=""):
     """Dotted key -> numbers, for all that is a number or a list of numbers."""
     for key, value in values.items():
         name = f"{path}.{key}" if path else key
-        listed = [getattr(each, "value", each) for each in (value if isinstance(value, list) else [value])]
+        listed = [getattr(item, "value", item) for item in (value if isinstance(value, list) else [value])]
         if isinstance(value, dict):
             yield from _numbers(value, name)
-        elif all(isinstance(each, int | float) and not isinstance(each, bool) for each in listed):
-            yield name, [float(each) for each in listed]
+        elif all(isinstance(item, int | float) and not isinstance(item, bool) for item in listed):
+            yield name, [float(item) for item in listed]

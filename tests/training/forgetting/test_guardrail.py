@@ -36,7 +36,7 @@ def trained(folder, budget, model=None, domain=None, reference=None, **changes):
 
 def same(model, other):
     assert model.state_dict().keys() == other.state_dict().keys()
-    return all(each.equal(other.state_dict()[name]) for name, each in model.state_dict().items())
+    return all(weight.equal(other.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def all_lost(tmp_path_factory):
 def hold(folder, lost):
     """Train with a budget of 0.35 of what is lost without one, and see that it is held, and used up."""
     model, result = trained(folder, 0.35 * lost)
-    found = result.forgetting
-    assert found.baseline == 0
-    assert -found.chosen.reference <= 0.35 * lost
-    assert (found.alpha, found.held) == (0.3, True)
+    choice = result.forgetting
+    assert choice.baseline == 0
+    assert -choice.chosen.reference <= 0.35 * lost
+    assert (choice.alpha, choice.held) == (0.3, True)
     return model, result
 
 
@@ -122,16 +122,16 @@ def points(*values):
     ],
 )
 def test_the_choice(key, baseline, budget, curve, alpha, held):
-    found = choose("domain", key, baseline, budget, points(*curve))
-    assert (found.alpha, found.held) == (alpha, held)
-    text = "\n".join(found.lines())
+    choice = choose("domain", key, baseline, budget, points(*curve))
+    assert (choice.alpha, choice.held) == (alpha, held)
+    text = "\n".join(choice.lines())
     assert ("the budget is not held" in text) is not held
     assert ("No other alpha within that does better" in text) is (alpha == 0)
 
 
 def test_a_domain_that_is_a_rank(tmp_path):
-    found = choose("median_rank", "recall", 0.6, 0.1, points((9.0, 0.6), (3.0, 0.55), (5.0, 0.55)))
-    assert found.alpha == 0.5
+    choice = choose("median_rank", "recall", 0.6, 0.1, points((9.0, 0.6), (3.0, 0.55), (5.0, 0.55)))
+    assert choice.alpha == 0.5
 
 
 def test_lora_is_scaled(tmp_path):
@@ -168,8 +168,8 @@ def test_what_began_at_random_stays_as_it_was_trained(tmp_path, caplog):
     model, result = trained(tmp_path / "run", 0.0, model, reference=reference)
     assert result.forgetting.alpha == 0
     last = DualEncoder.from_pretrained(tmp_path / "run/last")
-    for name, each in model.named_parameters():
-        assert each.equal((last if name in model.fresh else begin).get_parameter(name)), name
+    for name, parameter in model.named_parameters():
+        assert parameter.equal((last if name in model.fresh else begin).get_parameter(name)), name
     _, result = trained(tmp_path / "heads", 0.0, tiny.make_model(), reference=Moved(sign=-1.0))  # of a fresh head
     assert (result.forgetting.alpha, result.forgetting.held) == (0, False)
     assert "No alpha is within that: 0, which lost least, was chosen, and the budget is not held." in caplog.text
@@ -182,7 +182,7 @@ def test_frozen_weights_are_not_on_the_line(tmp_path):
     model = start().freeze("image")
     begin = copy.deepcopy(model)
     trained(tmp_path / "run", 1e9, model)
-    kept_names = [name for name, each in begin.named_parameters() if not each.requires_grad]
+    kept_names = [name for name, parameter in begin.named_parameters() if not parameter.requires_grad]
     assert kept_names
     assert all(model.get_parameter(name).equal(begin.get_parameter(name)) for name in kept_names)
     from safetensors.torch import load_file
@@ -223,7 +223,7 @@ def test_a_killed_run_chooses_the_same(tmp_path, all_lost, whole, dies_at):
     again = seen(tmp_path, budget)
     assert again["alpha"] == result.forgetting.alpha == 0.3
     assert again["points"] == [(p.alpha, p.domain, p.reference) for p in result.forgetting.points]
-    assert all(each.equal(again["state"][name]) for name, each in model.state_dict().items())
+    assert all(weight.equal(again["state"][name]) for name, weight in model.state_dict().items())
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 

@@ -43,10 +43,10 @@ def read_tensorboard(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    found = EventAccumulator(str(folder / "tensorboard")).Reload()
-    data = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    data = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     config = HParamsPluginData.FromString(data).session_start_info.hparams
-    scalars = {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     return {key: getattr(value, value.WhichOneof("kind")) for key, value in config.items()}, scalars
 
 
@@ -57,7 +57,7 @@ def read_mlflow(folder):
     (experiment,) = client.search_experiments(filter_string="name = 'clipkit'")
     (run,) = client.search_runs([experiment.experiment_id])
     history = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
-    return run, {key: [(each.step, each.value) for each in found] for key, found in history.items()}
+    return run, {key: [(point.step, point.value) for point in points] for key, points in history.items()}
 
 
 def read_trackio(path):
@@ -72,16 +72,16 @@ def read_wandb(folder):
     """The records of a .wandb file: LevelDB's log format after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, part, found = next(folder.glob("*.wandb")).read_bytes(), 7, b"", []
+    data, at, part, records = next(folder.glob("*.wandb")).read_bytes(), 7, b"", []
     while at + 7 < len(data):
         if 32768 - at % 32768 < 7:  # the rest of a block that has no room for a header
             at += 32768 - at % 32768
         _, size, kind = struct.unpack("<IHB", data[at : at + 7])
         part, at = part + data[at + 7 : at + 7 + size], at + 7 + size
         if kind in (1, 4):  # whole, or the last part
-            found.append(Record.FromString(part))
+            records.append(Record.FromString(part))
             part = b""
-    return found
+    return records
 
 
 def test_tensorboard(tmp_path, cut):
@@ -90,10 +90,10 @@ def test_tensorboard(tmp_path, cut):
     config, scalars = read_tensorboard(tmp_path / "birds")
     assert (config["batch_size"], config["learning_rate"], config["augmentation"]) == (8, 1e-3, "crop")
     assert scalars.keys() >= {*LOGGED, RECALL}
-    for key, found in scalars.items():
+    for key, points in scalars.items():
         wanted = series(tmp_path / "birds", key)
-        assert [step for step, _ in found] == [step for step, _ in wanted]
-        assert [value for _, value in found] == pytest.approx([value for _, value in wanted])  # which are fp32 there
+        assert [step for step, _ in points] == [step for step, _ in wanted]
+        assert [value for _, value in points] == pytest.approx([value for _, value in wanted])  # which are fp32 there
     assert [step for step, _ in scalars[RECALL]] == [3, 6, 8]
 
 
@@ -127,7 +127,7 @@ def test_trackio(tmp_path, cut, monkeypatch, capsys):
         assert [(step, values[key]) for step, values in mine if key in values] == series(tmp_path / "birds", key)
     assert json.loads(dict(configs)[ids[0]])["augmentation"] == "crop"
     assert capsys.readouterr().out == ""  # it prints, but standard output is for data
-    assert not [each for each in threading.enumerate() if "_batch_sender" in each.name]
+    assert not [thread for thread in threading.enumerate() if "_batch_sender" in thread.name]
 
 
 def test_wandb(tmp_path, cut):
@@ -135,21 +135,21 @@ def test_wandb(tmp_path, cut):
     runs.train(tmp_path / "birds", trackers=("wandb",), epochs=2)
     attempts = sorted((tmp_path / "wandb").glob("offline-run-*"))
     records = [read_wandb(folder) for folder in attempts]
-    begun = [record.run for found in records for record in found if record.HasField("run")]
+    begun = [record.run for attempt in records for record in attempt if record.HasField("run")]
     known = json.loads((tmp_path / "birds/trackers.json").read_text())["wandb"]
     assert {(run.run_id, run.project, run.display_name) for run in begun} == {(known, "clipkit", "birds")}
-    updates = [each for found in records for record in found for each in record.config.update]
-    config = {each.key: json.loads(each.value_json) for each in updates}
+    updates = [update for attempt in records for record in attempt for update in record.config.update]
+    config = {update.key: json.loads(update.value_json) for update in updates}
     assert (config["batch_size"], config["augmentation"]) == (8, "crop")
     logged: list[tuple[int, dict]] = []
-    for found in records:
-        for record in found:
-            items = {"/".join(each.nested_key) or each.key: each.value_json for each in record.history.item}
+    for attempt in records:
+        for record in attempt:
+            items = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
             logged += [(int(items["_step"]), items)] if items else []
     for key in ("loss", RECALL):
         read = [(step, json.loads(items[key])) for step, items in logged if key in items]
         assert read == series(tmp_path / "birds", key)
-    codes = [record.exit.exit_code for found in records for record in found if record.HasField("exit")]
+    codes = [record.exit.exit_code for attempt in records for record in attempt if record.HasField("exit")]
     assert codes == [1, 0]
 
 
@@ -159,7 +159,7 @@ def test_two_ranks_write_once(tmp_path):
 
     log = tmp_path / "log"
     codes = [runs.wait(child) for child in runs.fork_ranks(2, work, log)]
-    assert codes == [0, 0], "\n".join(each.read_text() for each in tmp_path.glob("log.*"))
+    assert codes == [0, 0], "\n".join(rank_log.read_text() for rank_log in tmp_path.glob("log.*"))
     assert len(list((tmp_path / "birds/tensorboard").glob("events*"))) == 1
     _, history = read_mlflow(tmp_path / "birds")
     assert history["loss"] == series(tmp_path / "birds", "loss")
@@ -168,8 +168,8 @@ def test_two_ranks_write_once(tmp_path):
 
 
 def test_a_config_of_yaml_arrives_flat(tmp_path):
-    found = trackers.flat({"model": {"freeze": ("image",), "lora": None}, "train": {"betas": [0.9, 0.98]}, "x": ()})
-    assert found == {
+    flattened = trackers.flat({"model": {"freeze": ("image",), "lora": None}, "train": {"betas": [0.9, 0.98]}, "x": ()})
+    assert flattened == {
         "model.freeze.0": "image",
         "model.lora": "None",
         "train.betas.0": 0.9,
@@ -214,7 +214,7 @@ def failing(monkeypatch):
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, failing, caplog):
     failing("log")
     assert runs.train(tmp_path / "run", trackers=("failing", "tensorboard"), max_steps=4, evaluators=False).steps == 4
-    said = [each for each in caplog.messages if "the tracker 'failing'" in each]
+    said = [message for message in caplog.messages if "the tracker 'failing'" in message]
     assert len(said) == 1
     assert said[0].endswith("run/metrics.jsonl has it all: ConnectionError: no route to host")
     _, scalars = read_tensorboard(tmp_path / "run")  # the other one is told on

@@ -64,7 +64,7 @@ FEW: dict[Modality, tuple[int, ...]] = {"image": (3,), "text": (0, 3)}
 def golden_embeddings(
     backend: Backend, processor: Processor, rows: Mapping[Modality, Sequence[int]] | None = None
 ) -> GoldenEmbeddings:
-    """Return the embeddings of the built-in images and texts, all or those of `rows` such as `FEW`; fp32, on the CPU."""
+    """Return the embeddings of the built-in images and texts, or of `rows` of them such as `FEW`; fp32, on the CPU."""
     plain = as_fp32_cpu(backend)
     images, texts = golden_images(), list(GOLDEN_TEXTS)
     if rows is not None:

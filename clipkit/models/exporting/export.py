@@ -64,8 +64,9 @@ def export(
             if not worst <= TOLERANCE:
                 raise refuse(f"the {side} embeddings of the converted model differ by {worst:.2g}")
         save(target, target_processor, folder, overwrite, name=name, card=card)
-    mine, theirs = golden_embeddings(source, processor), golden_embeddings(target, target_processor)
-    cosines = {side: float((mine[side] * theirs[side]).sum(1).min()) for side in mine}
+    mine = golden_embeddings(source, processor)
+    theirs = golden_embeddings(target, target_processor)
+    cosines: dict[str, float] = {side: float((mine[side] * theirs[side]).sum(1).min()) for side in mine}
     return ExportReport(folder, to, tensors, cosines, notes)
 
 

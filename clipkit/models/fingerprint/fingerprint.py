@@ -127,7 +127,9 @@ def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
     described = measure_processor(processor)
     sides = {"image": processor.image_side, "text": processor.text_side}
     parts: dict[Modality, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
-    towers = {part: {**measure_towers(backend, part, sides[part]), **inputs} for part, inputs in parts.items()}
+    towers: dict[str, Any] = {
+        part: {**measure_towers(backend, part, sides[part]), **inputs} for part, inputs in parts.items()
+    }
     return Fingerprint(
         {
             "family": backend.family,

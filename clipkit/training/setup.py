@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from clipkit import distributed
+from clipkit.allocator import keep_freed_memory
 from clipkit.data.batches.batch import Batch
 from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.batches.loader import Loader
@@ -89,6 +90,8 @@ class TrainSetup:
             layer_factors(model, config.layer_decay)  # raises if it cannot be applied
         check_trackers(config.trackers)
         self.accelerator = make_accelerator(config)
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         model.card = model.card.updated(
             {
                 "base_model": model.card.base_model or base_of(model.name),

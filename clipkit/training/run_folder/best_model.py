@@ -14,7 +14,7 @@ from clipkit import distributed
 from clipkit.errors import UsageError, option
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving.model_card import Card
-from clipkit.models.saving.save import Saved, check_saved, save
+from clipkit.models.saving.save import Saved, save
 from clipkit.progress import Progress
 from clipkit.training.state import require_names
 
@@ -22,8 +22,9 @@ from clipkit.training.state import require_names
 class BestModel:
     """Keeps the weights of the best evaluation, in memory and in output_dir/model. A part of the run.
 
-    The first folder is opened again at once, to find out early whether the model can be saved. The folders that
-    replace it hold other weights in the same form; only the last of them is opened again, in `restore_best`.
+    The first folder is saved in full and opened again at once, to find out early whether the model can be saved. Those
+    that replace it are written without golden embeddings, fingerprint and SHA-256, and not opened: `restore_best` saves
+    the last of them in full.
 
     Args:
         model: the trained model.
@@ -42,7 +43,7 @@ class BestModel:
         self.card = model.card
         self.trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         self.saved: Saved | None = None
-        self.unopened = False
+        self.unproven = False
         self.metrics: dict[str, float] = {}
         self.n: dict[str, int] = {}
         self.weights: dict[str, Tensor] = {}
@@ -90,11 +91,10 @@ class BestModel:
         with torch.no_grad():
             for name, weight in self._state():
                 weight.copy_(self.weights[name])
-        if self.saved is None:  # an earlier attempt wrote the folder, perhaps after another step
+        if self.unproven or self.saved is None:  # or an earlier attempt wrote the folder, perhaps after another step
+            self.saved = None
             self._save()
         self.model.card = self.card
-        if self.unopened:
-            distributed.on_main(lambda: check_saved(self.folder / self.name, self.model.name))
         return self.metrics, self.step
 
     def tensor_state(self) -> dict[str, Tensor]:
@@ -135,6 +135,6 @@ class BestModel:
 
     def _save(self) -> None:
         self.model.card = self.model.card.updated({"metrics": self.metrics, "n": self.n})
-        self.unopened = self.saved is not None
+        self.unproven = self.saved is not None
         self.saved, self.model.card = distributed.on_main(self._write)
         self.card = self.model.card

@@ -40,8 +40,16 @@ def test_new_weights_in_a_proven_form_are_written_without_opening_them(
     opened: list[Any] = []
     with monkeypatch.context() as patch:
         patch.setattr(saving, "check_saved", lambda where, name: opened.append(where))
+        for name in ("golden_embeddings", "full_fingerprint", "hash_towers"):
+            patch.setattr(saving, name, lambda *_, name=name: pytest.fail(f"{name} during a run"))
         assert saving.save(*parts, name="towers", card=card, proven=proven)[0] == proven
         assert opened == []
+        body = json.loads((folder / "clipkit.json").read_text())
+        assert not {"golden", "fingerprint"} & set(body)
+        assert all(set(file) == {"size", "xxh3"} for file in body["files"].values())
+        assert DualEncoder.from_pretrained(folder).fingerprint().difference(towers.fingerprint()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "check_saved", lambda where, name: opened.append(where))
         saving.save(*parts, name="towers", card=card)
         assert len(opened) == 1
     again = DualEncoder.from_pretrained(folder)

@@ -216,7 +216,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, failing, caplog):
     assert runs.train(tmp_path / "run", trackers=("failing", "tensorboard"), max_steps=4, evaluators=False).steps == 4
     said = [message for message in caplog.messages if "the tracker 'failing'" in message]
     assert len(said) == 1
-    assert said[0].endswith("run/metrics.jsonl has it all: ConnectionError: no route to host")
+    assert said[0].endswith("run/metrics.jsonl has everything: ConnectionError: no route to host")
     _, scalars = read_tensorboard(tmp_path / "run")  # the other one is told on
     assert [step for step, _ in scalars["loss"]] == [1, 2, 3, 4]
     failing("finish")

@@ -12,8 +12,8 @@
     ├── ModelError               2   a model that cannot be opened as asked
     └── Interrupted             75   stopped by a signal; can be resumed
 
-A message says what was expected and what was found, then where, then how to mend it: in Python to who calls Python,
-in the shell's syntax to who typed a command (see `option`).
+A message says what was expected and what was found, then where, then how to fix it: in Python for callers
+of the library, in the shell's syntax for users of a command (see `option`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,32 @@ class ClipkitError(Exception):
         message: what was expected and what was found.
         where: file, row, column or key, as the user would look for it.
         fix: what to type or change.
+        code: short reason, e.g. ``MISSING``, ``EMPTY_TABLE``, ``BAD_JSON``; None where a reader needs none.
+        topic: what part of a model the error is about, e.g. ``weights``, as `clipkit check model` names it.
+
+    Attributes:
+        message: with the code in front, as it is printed.
+        detail: the message without its code.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, where: object = None, fix: str | None = None) -> None:
-        self.message, self.where, self.fix = message, None if where is None else str(where), fix
-        lines = [message]
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: object = None,
+        fix: str | None = None,
+        code: str | None = None,
+        topic: str | None = None,
+    ) -> None:
+        self.detail = message
+        self.message = message if code is None else f"{code}: {message}"
+        self.where = None if where is None else str(where)
+        self.fix = fix
+        self.code = code
+        self.topic = topic
+        lines = [self.message]
         if self.where:
             lines.append(f"  where: {self.where}")
         if fix:
@@ -54,8 +73,8 @@ class ClipkitError(Exception):
         return _rebuild, (type(self), str(self), self.__dict__)
 
 
-def _rebuild(kind: type[ClipkitError], text: str, state: dict[str, object]) -> ClipkitError:
-    error = kind.__new__(kind, text)
+def _rebuild(error_class: type[ClipkitError], text: str, state: dict[str, object]) -> ClipkitError:
+    error = error_class.__new__(error_class, text)
     error.__dict__.update(state)
     return error
 
@@ -85,20 +104,21 @@ class BadImage(DataError):
         where: the file's name, or a description of the object that was passed.
     """
 
+    code: str
+
     def __init__(self, code: str, message: str, *, where: object = None, fix: str | None = None) -> None:
-        self.code = code
-        super().__init__(f"{code}: {message}", where=where, fix=fix)
+        super().__init__(message, where=where, fix=fix, code=code)
 
     @property
     def reason(self) -> str:
         """The message without its code, and the fix: for one line of a list."""
-        return self.message.removeprefix(f"{self.code}: ") + (f"; {self.fix}" if self.fix else "")
+        return f"{self.detail}; {self.fix}" if self.fix else self.detail
 
     def or_skip(self) -> BadImage:
-        """The same where images that cannot be used may be left out: the fix says how."""
-        way = f"leave out what cannot be used with {option('on_bad', 'skip')}"
-        fix = f"{self.fix}, or {way}" if self.fix else way
-        return BadImage(self.code, self.message.removeprefix(f"{self.code}: "), where=self.where, fix=fix)
+        """Return the same error with a fix that says how to leave such images out."""
+        skip = f"leave out what cannot be used with {option('on_bad', 'skip')}"
+        fix = f"{self.fix}, or {skip}" if self.fix else skip
+        return BadImage(self.code, self.detail, where=self.where, fix=fix)
 
 
 class TooManyRejected(ClipkitError):
@@ -122,7 +142,7 @@ class Interrupted(ClipkitError):
 
 
 def option(name: str, value: object = None, *, python: str | None = None) -> str:
-    """An option as the user would type it where they are, for the `fix` of an error.
+    """Return an option as the user would type it in the current front end, for the `fix` of an error.
 
     Args:
         name: as in Python; ``model.freeze`` where the config's section is needed to tell which.
@@ -132,27 +152,29 @@ def option(name: str, value: object = None, *, python: str | None = None) -> str
     >>> option("on_bad", "skip")  # `--on-bad skip` or `train.on_bad=skip` in a shell
     'on_bad="skip"'
     """
-    written = _front_end(name, value)
-    return written if python is None else typed(python=python, shell=written)
+    text = _front_end(name, value)
+    return text if python is None else typed(python=python, shell=text)
 
 
 def typed(*, python: str, shell: str) -> str:
-    """What the user types where they are, where that is no option."""
+    """Return the one of two texts that fits the current front end, for input that is not an option."""
     return python if _front_end is as_python else shell
 
 
 def as_python(name: str, value: object) -> str:
-    """As an argument: ``on_bad="skip"``."""
+    """Return an option as a Python argument: ``on_bad="skip"``."""
     name = name.rpartition(".")[2]
     if value is None:
         return name
-    plain = isinstance(value, str | list | tuple)  # in double quotes, as in the documentation
-    text = json.dumps(value, ensure_ascii=False) if plain else repr(value)
-    return f"{name}={f'({text[1:-1]})' if isinstance(value, tuple) else text}"
+    in_double_quotes = isinstance(value, str | list | tuple)  # as in the documentation
+    text = json.dumps(value, ensure_ascii=False) if in_double_quotes else repr(value)
+    if isinstance(value, tuple):
+        text = f"({text[1:-1]})"
+    return f"{name}={text}"
 
 
 def as_option(name: str, value: object) -> str:
-    """As an option of a program: ``--on-bad skip``."""
+    """Return an option as a program takes it: ``--on-bad skip``."""
     flag = f"--{name.rpartition('.')[2].replace('_', '-')}"
     return flag if value is None else f"{flag} {shlex.quote(str(value))}"
 
@@ -162,9 +184,10 @@ _front_end: FrontEnd = as_python
 
 @contextlib.contextmanager
 def speaking(front_end: FrontEnd) -> Iterator[None]:
-    """Within it, `option` writes as this front end is typed."""
+    """Make `option` write in the syntax of this front end within the block."""
     global _front_end
-    before, _front_end = _front_end, front_end
+    before = _front_end
+    _front_end = front_end
     try:
         yield
     finally:
@@ -173,7 +196,7 @@ def speaking(front_end: FrontEnd) -> Iterator[None]:
 
 @contextlib.contextmanager
 def within(section: str, names: Collection[str]) -> Iterator[None]:
-    """Within it, settings of these names are those of this section of a config, such as ``evaluate.reference``."""
+    """Make `option` write these names as settings of a config's section, such as ``evaluate.reference``."""
     outer = _front_end
 
     def front_end(name: str, value: object) -> str:
@@ -186,7 +209,8 @@ def within(section: str, names: Collection[str]) -> Iterator[None]:
 def exit_with_message(program: Callable[[], object]) -> None:
     """Run a program; a ClipkitError ends it with its message on standard error, and its exit code.
 
-    So does what the system refuses (a file that may not be read, too long a name), with the code of a ResourceError.
+    So does an error of the operating system about a file (no permission, too long a name), with the exit code of a
+    ResourceError.
     """
     try:
         program()

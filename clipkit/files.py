@@ -1,6 +1,6 @@
-"""publish(): the one door through which durable files go out.
+"""Write files so that they appear complete or not at all (`publish`), and hash, list and check them.
 
-A reader sees the old target or the new one, whole, whatever happens in between: the new one is
+A reader sees the old target or the new one, complete, whatever happens in between: the new one is
 written beside it, synced to disk, and renamed into place.
 """
 
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -24,6 +24,8 @@ from clipkit.errors import CorruptArtefact, ResourceError, UsageError, option
 
 FileHash: TypeAlias = Literal["sha256", "xxh3"]
 FILE_HASHES: tuple[FileHash, ...] = ("sha256", "xxh3")
+_HASHERS: Mapping[FileHash, Callable[[], Any]] = {"sha256": hashlib.sha256, "xxh3": xxhash.xxh3_128}
+_HASH_TITLES: Mapping[FileHash, str] = {"sha256": "SHA-256", "xxh3": "XXH3"}
 
 
 def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, replace: bool = False) -> None:
@@ -37,7 +39,7 @@ def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, re
 
     Raises:
         UsageError: `target` exists and `replace` is false.
-        ResourceError: no space or no permission; whatever stood at `target` still stands there.
+        ResourceError: no space or no permission; `target` is as it was before.
     """
     target = Path(target).absolute()
     if target.exists() and not replace:
@@ -61,7 +63,7 @@ def publish(target: str | os.PathLike[str], write: Callable[[Path], None], *, re
 
 
 def require_free(target: str | os.PathLike[str] | None, overwrite: bool) -> None:
-    """Before the work whose result goes to a file: raises UsageError if something is there that may not be replaced."""
+    """Raise UsageError if something is at `target` that may not be replaced; call it before long work."""
     if target is None or not Path(target).exists():
         return
     if Path(target).is_dir():
@@ -74,7 +76,7 @@ def require_free(target: str | os.PathLike[str] | None, overwrite: bool) -> None
 
 def _swap(fresh: Path, target: Path, aside: Path) -> None:
     if not target.is_dir():
-        fresh.replace(target)  # atomic for files, and for a folder where nothing stands
+        fresh.replace(target)  # atomic for files, and for a folder where there is none yet
         return
     target.rename(aside)
     try:
@@ -101,7 +103,7 @@ def _fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def resource_errors(target: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission, while `target` is written, into a ResourceError that says so."""
+    """Turn a full disk or a missing permission, while `target` is written, into a ResourceError that says so."""
     try:
         yield
     except OSError as error:
@@ -116,47 +118,87 @@ def resource_errors(target: Path) -> Iterator[None]:
 
 
 def nearest(path: Path) -> Path:
-    """The path itself or the first of its parents that is there."""
+    """Return the path itself, or the first of its parents, that exists."""
     return next(parent for parent in [path, *path.parents] if parent.exists())
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     return hash_file(path, "sha256")["sha256"]
 
 
-def hash_file(path: str | os.PathLike[str], *kinds: FileHash) -> dict[FileHash, str]:
-    """Hashes of a file's bytes, in hex, in one pass: SHA-256, or XXH3 of 128 bits.
+def hash_file(path: str | os.PathLike[str], *hashes: FileHash) -> dict[FileHash, str]:
+    """Return hashes of a file's bytes, in hex, in one pass: SHA-256, or XXH3 of 128 bits.
 
-    XXH3 takes a tenth of the time and finds accidents; it does not withstand who wants two files to have one hash.
-    Both let other threads run.
+    XXH3 takes a tenth of the time and finds accidents; it does not protect against someone who makes two files with
+    one hash on purpose. Both let other threads run.
     """
-    digests: dict[FileHash, Any] = {kind: hashlib.sha256() if kind == "sha256" else xxhash.xxh3_128() for kind in kinds}
+    digests: dict[FileHash, Any] = {name: _HASHERS[name]() for name in hashes}
     buffer = memoryview(bytearray(2**22))
     with Path(path).open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             for digest in digests.values():
                 digest.update(buffer[:size])
-    return {kind: digest.hexdigest() for kind, digest in digests.items()}
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def list_files(folder: Path, *hashes: FileHash, without: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return what a manifest holds of the files in a folder: path within the folder -> its ``size`` and hashes.
+
+    Args:
+        folder: its files are listed in order, those in folders below it, too.
+        hashes: which to compute.
+        without: the name of files that are left out, such as the manifest itself.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != without:
+            name = path.relative_to(folder).as_posix()
+            entry: dict[str, Any] = {"size": path.stat().st_size}
+            for hash_name, digest in hash_file(path, *hashes).items():
+                entry[hash_name] = digest
+            files[name] = entry
+    return files
+
+
+def file_damage(path: Path, expected: Mapping[str, Any], file_hash: FileHash, owner: str) -> str | None:
+    """Return what is wrong with a file, in a sentence; None if it is as it was listed.
+
+    Args:
+        path: of the file.
+        expected: its entry in the manifest, as `list_files` wrote it.
+        file_hash: which hash to compare; where the entry has the other one alone, that one.
+        owner: what the file is part of, for the sentence: ``model``.
+    """
+    if not path.is_file():
+        return f"a file of the {owner} is missing"
+    size = path.stat().st_size
+    if size != expected.get("size"):
+        return f"a file of the {owner} has {size} bytes instead of {expected.get('size')}"
+    if file_hash not in expected:
+        file_hash = "sha256" if "sha256" in expected else "xxh3"
+    if hash_file(path, file_hash)[file_hash] != expected.get(file_hash):
+        return f"a file of the {owner} is not what was saved (its {_HASH_TITLES[file_hash]} differs)"
+    return None
 
 
 def dump_json(value: Any, *, indent: int | None = 2) -> str:
-    r"""JSON text of `value`, for every value that JSON has, and a path as its name; with `indent` None, on one line.
+    r"""Return `value` as JSON text; a path becomes its name. With `indent` None, the text is one line.
 
-    A file's name that is no UTF-8 comes out as escapes that give it back: ``os.fsencode(json.loads(text))``.
+    A file's name that is not UTF-8 comes out as escapes that give it back: ``os.fsencode(json.loads(text))``.
     NaN and infinities are refused: no other JSON reader takes them.
 
     >>> dump_json("caf\udce9")
     '"caf\\udce9"\n'
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False, default=_path_name)
-    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    return re.sub("[\ud800-\udfff]", lambda surrogate: f"\\u{ord(surrogate[0]):04x}", text) + "\n"
 
 
 def _path_name(value: object) -> str:
     if isinstance(value, os.PathLike):
         return os.fsdecode(value)
-    raise TypeError(f"{type(value).__name__} is no JSON value")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -168,7 +210,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Publish a UTF-8 text file, replacing an older one.
 
-    A file's name that is no UTF-8 is written as its bytes are (`os.fsencode`).
+    A file's name that is not UTF-8 is written as its bytes are (`os.fsencode`).
     """
     publish(path, lambda fresh: _write_text(fresh, text), replace=True)
 
@@ -178,24 +220,28 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder."""
+    """Return the JSON object in a file of a model folder.
+
+    Raises:
+        CorruptArtefact: the file is not JSON, or not an object.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptArtefact(
             f"not a JSON file: {error}", where=path, fix="download or save the model again"
         ) from error
-    if not isinstance(found, dict):
-        message = f"a JSON object was expected, found {type(found).__name__}"
+    if not isinstance(value, dict):
+        message = f"a JSON object was expected, found {type(value).__name__}"
         raise CorruptArtefact(message, where=path, fix="download or save the model again")
-    return found
+    return value
 
 
 def content_hash(content: bytes | str) -> bytes:
-    """SHA-256 of bytes, or of a text's UTF-8."""
+    """Return the SHA-256 of bytes, or of a text's UTF-8."""
     return hashlib.sha256(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content).digest()
 
 
 def json_hash(value: Any) -> str:
-    """The first 16 hex characters of SHA-256 over a value's JSON, keys sorted."""
+    """Return the first 16 hex characters of SHA-256 over a value's JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -86,7 +86,8 @@ def walk(root: str | os.PathLike[str]) -> Tree:
         tree.files.extend(here / name for name in files if not _skip(name, "file", tree.skipped))
     if tree.root in tree.unreadable:
         raise DataError(
-            f"UNREADABLE: the folder cannot be listed: {tree.unreadable[tree.root]}",
+            f"the folder cannot be listed: {tree.unreadable[tree.root]}",
+            code="UNREADABLE",
             where=show(tree.root),
             fix="give yourself permission to read it",
         )

@@ -15,9 +15,10 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 class BadText(DataError):
     """A text that cannot be used; `code` is NOT_TEXT, EMPTY_TEXT or BAD_TEXT."""
 
+    code: str
+
     def __init__(self, code: str, message: str) -> None:
-        self.code = code
-        super().__init__(f"{code}: {message}", fix="mend or drop it")
+        super().__init__(message, fix="mend or drop it", code=code)
 
 
 def is_blank(text: str) -> bool:

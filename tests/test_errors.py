@@ -65,3 +65,11 @@ def test_a_setting_of_the_reference_is_named_as_its_own():
         assert option("on_bad", "skip") == "train.on_bad=skip"
     with within("evaluate.reference", ["text"]):
         assert option("text", "caption") == 'text="caption"'
+
+
+def test_a_code_stands_before_the_message_and_can_be_read_without_it():
+    error = errors.DataError("no such file", where="a.csv", code="MISSING")
+    assert str(error).splitlines()[0] == error.message == "MISSING: no such file"
+    assert (error.code, error.detail) == ("MISSING", "no such file")
+    plain = errors.ModelError("weights are missing", topic="weights")
+    assert (plain.code, plain.message, plain.topic) == (None, plain.detail, "weights")

@@ -143,3 +143,23 @@ def test_json_is_strict_and_readable(tmp_path):
 def test_sha256_is_that_of_the_bytes(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     assert files.sha256_file(tmp_path / "abc").startswith("ba7816bf8f01cfea")  # FIPS 180-2, B.1
+
+
+def test_a_listed_file_that_is_missing_cut_or_changed_is_named(tmp_path):
+    (tmp_path / "below").mkdir()
+    path = tmp_path / "below" / "a.bin"
+    path.write_bytes(b"abc")
+    (tmp_path / "manifest.json").write_text("{}")
+    listed = files.list_files(tmp_path, "sha256", "xxh3", without="manifest.json")
+    assert list(listed) == ["below/a.bin"]
+    entry = listed["below/a.bin"]
+    assert list(entry) == ["size", "sha256", "xxh3"]
+    assert files.file_damage(path, entry, "sha256", "model") is None
+    path.write_bytes(b"abd")
+    for name, title in (("sha256", "SHA-256"), ("xxh3", "XXH3")):
+        damage = files.file_damage(path, {"size": 3, name: entry[name]}, "sha256", "model")
+        assert damage == f"a file of the model is not what was saved (its {title} differs)"
+    path.write_bytes(b"ab")
+    assert files.file_damage(path, entry, "xxh3", "model") == "a file of the model has 2 bytes instead of 3"
+    path.unlink()
+    assert files.file_damage(path, entry, "xxh3", "model") == "a file of the model is missing"

@@ -163,7 +163,7 @@ def _texts(columns: Sequence[Sequence[Any]], index: int, no_text: str) -> tuple[
     try:
         found = [text for cell in cells for text in texts_of(cell)]
     except BadText as error:
-        raise _BadRow(error.code, error.message.removeprefix(f"{error.code}: ")) from error
+        raise _BadRow(error.code, error.detail) from error
     full = [text for text in found if text]
     if not full:
         raise _BadRow("EMPTY_TEXT", no_text)

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
-from clipkit.errors import BadImage, DataError
+from clipkit.errors import DataError
 from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.eval_mode import eval_mode
 from clipkit.progress import track
-from clipkit.texts import BadText
 
 T = TypeVar("T")
 
@@ -55,9 +54,8 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def reject(row: int, item: Any, error: DataError) -> Reject:
-    """The load report's entry for an item that was refused."""
-    code = error.code if isinstance(error, (BadImage, BadText)) else "BAD_DATA"
-    return Reject(row, code, error.message.removeprefix(f"{code}: "), error.where or f"item {row}", _path(item))
+    """Return the load report\'s entry for an item that was refused."""
+    return Reject(row, error.code or "BAD_DATA", error.detail, error.where or f"item {row}", _path(item))
 
 
 def _path(item: object) -> str | None:

@@ -151,7 +151,9 @@ def check_finite(model: nn.Module, where: object) -> None:
             continue
         least, most = tensor.aminmax()  # NaN wherever there is one; a tenth of the time of isfinite
         if not (least.isfinite() and most.isfinite()):
-            raise ModelError(f"weight {name} holds NaN or infinity", where=where, fix="use an earlier checkpoint")
+            raise ModelError(
+                f"weight {name} holds NaN or infinity", where=where, fix="use an earlier checkpoint", topic="weights"
+            )
 
 
 def root_of(backend: Backend, part: Modality) -> str:

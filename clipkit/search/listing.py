@@ -78,7 +78,7 @@ def _list_folder(root: Path, on_bad: OnBad) -> Listing:
     files = find_images(tree)
     rejected = unreadable_folders(tree, row=len(files))
     if rejected and on_bad == "error":
-        raise DataError(f"{rejected[0].code}: {rejected[0].message}", where=rejected[0].where)
+        raise DataError(rejected[0].message, where=rejected[0].where, code=rejected[0].code)
     unused = tree.passed_over(files)
     if unused is not None:
         log.info(unused)

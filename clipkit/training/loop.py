@@ -190,7 +190,7 @@ class Loop:
                 self.clock.values["evaluated"] = False
                 loss, norm = self.updater.update(self.step, batch)
                 self._log_step(loss, norm, progress)
-                stop, due = self._any_rank(self.stop.wanted is not None, self._is_checkpoint_due())
+                stop, due = self._any_rank(self.stop.received is not None, self._is_checkpoint_due())
                 if stop or due:
                     self.save()
                 if stop:
@@ -200,7 +200,7 @@ class Loop:
                     return
 
     def _interrupted(self, state: str) -> Interrupted:
-        by = self.stop.wanted.name if self.stop.wanted else "another rank"
+        by = self.stop.received.name if self.stop.received else "another rank"
         return Interrupted(
             f"stopped by {by} after step {self.step} of {self.total}; {state}",
             where=self.folder,
@@ -356,7 +356,7 @@ class Loop:
 
     def _stop_if_asked(self) -> None:
         """Stop if a signal came after the last step; the last checkpoint holds everything that was trained."""
-        (stop,) = self._any_rank(self.stop.wanted is not None)
+        (stop,) = self._any_rank(self.stop.received is not None)
         if stop:
             raise self._interrupted("all steps are taken, and the last checkpoint holds them")
 

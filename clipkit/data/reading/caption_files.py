@@ -53,8 +53,7 @@ class CaptionFiles:
             text = read_text(path, self.encoding, empty_ok=True)
             return _of_json(text) if path.suffix.lower() == ".json" else _lines(text)
         except DataError as error:
-            code, _, message = error.message.partition(": ")
-            return Unusable(code, f"{message} ({error.where}); {error.fix}")
+            return Unusable(error.code or "BAD_DATA", f"{error.detail} ({error.where}); {error.fix}")
         except ResourceError as error:
             return Unusable("UNREADABLE", f"{error.message} ({error.where})")
         except (ValueError, RecursionError) as error:

@@ -39,14 +39,14 @@ def classes_of(tree: Tree, images: Sequence[Path]) -> list[str]:
     parts = [image.relative_to(tree.root).parts for image in images]
     loose = [image for image, inner in zip(images, parts, strict=True) if len(inner) == 1]
     if loose:
-        message = f"NO_TEXT: {len(loose):,} images have no caption and lie in no class folder"
-        raise DataError(message, where=show(loose[0]), fix=_SAY)
+        message = f"{len(loose):,} images have no caption and lie in no class folder"
+        raise DataError(message, where=show(loose[0]), fix=_SAY, code="NO_TEXT")
     classes = {inner[0] for inner in parts}
     _refuse_other_names(tree, sorted(classes), deep={inner[0] for inner in parts if len(inner) > 2})
     if empty := sorted({path.name for path in tree.folders[1:] if path.parent == tree.root} - classes):
         fix = "remove it, or put images into it"
         where = show(tree.root)
-        raise DataError(f"EMPTY_CLASS: a class folder holds no image: {', '.join(empty)}", where=where, fix=fix)
+        raise DataError(f"a class folder holds no image: {', '.join(empty)}", where=where, fix=fix, code="EMPTY_CLASS")
     return [inner[0] for inner in parts]
 
 
@@ -60,7 +60,8 @@ def _refuse_other_names(tree: Tree, names: list[str], deep: set[str]) -> None:
         return
     first = next((name for name in odd if name in deep), None)
     raise DataError(
-        f"NO_CLASSES: these folders are named like parts of a data set, not like classes: {_some(odd)}",
+        f"these folders are named like parts of a data set, not like classes: {_some(odd)}",
+        code="NO_CLASSES",
         where=show(tree.root),
         fix=f"read one of them: {show(tree.root / first)}" if first else _SAY,
     )

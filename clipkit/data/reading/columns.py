@@ -121,26 +121,27 @@ def _of_images(table: Table) -> str | None:
 def _unknown(table: Table, role: str, name: str | None) -> DataError:
     columns = ", ".join(map(repr, table.names))
     if name is None:
-        message = f"COLUMN: no column is obviously the {role}; there are {columns}"
+        message = f"no column is obviously the {role}; there are {columns}"
         fix = f"name it: {option(role, 'COLUMN')}"
         if role == "text":
             fix += f", or the column of the class: {option('label', 'COLUMN')}"
     else:
-        message = f"COLUMN: no column {name!r} for the {role}; there are {columns}"
+        message = f"no column {name!r} for the {role}; there are {columns}"
         lower = {column.lower(): column for column in table.names}
         near = difflib.get_close_matches(name.lower(), lower, n=1)
         fix = f"did you mean {option(role, lower[near[0]])}?" if near else f"name one of them: {option(role, 'COLUMN')}"
     header = "".join(table.names)
     if other := next((word for s, word in SEPARATOR_WORDS.items() if s != "," and s in header), None):
         fix = f"if the columns look wrong, name their separator: {option('separator', other)}"
-    return DataError(message, where=table.name, fix=fix)
+    return DataError(message, where=table.name, fix=fix, code="COLUMN")
 
 
 def _refuse_overwriting(table: Table, image: str, texts: Sequence[str], label: str | None) -> None:
     for role, chosen in (("image", [image]), ("texts", texts), ("label", [label])):
         if role in table.names and chosen != [None] and role not in [image, *texts, label]:
             raise DataError(
-                f"HEADER: the result has a column {role!r} of its own, but one of that name is there already",
+                f"the result has a column {role!r} of its own, but one of that name is there already",
+                code="HEADER",
                 where=table.name,
                 fix=f"rename the column {role!r}, or use it: {option(role.removesuffix('s'), role)}",
             )

@@ -97,4 +97,4 @@ def _no_images(tree: Tree) -> DataError:
     tables = _tables(tree)
     fix = f"pass the table itself: {show(tables[0])}" if tables else "check the folder"
     found = tree.passed_over([]) or "the folder is empty"
-    return DataError(f"EMPTY_TABLE: expected images; found none ({found})", where=show(tree.root), fix=fix)
+    return DataError(f"expected images; found none ({found})", where=show(tree.root), fix=fix, code="EMPTY_TABLE")

@@ -49,9 +49,9 @@ class ImageColumn:
             data = table.columns.cast_column(column, Image(decode=False))
         except Exception as error:  # pyarrow and datasets have many types for it
             found = table.columns.features[column]
-            message = f"COLUMN: the column {column!r} holds neither paths nor images, but {found}"
+            message = f"the column {column!r} holds neither paths nor images, but {found}"
             raise DataError(
-                message, where=table.name, fix=f"name another column: {option('image', 'COLUMN')}"
+                message, code="COLUMN", where=table.name, fix=f"name another column: {option('image', 'COLUMN')}"
             ) from error
         paths, sizes = _paths_and_sizes(data, column)
         if not any(size is not None for size in sizes):

@@ -58,7 +58,8 @@ def _tables(files: Sequence[Path], form: TextFormat) -> Iterator[Table]:
         table = read_table(path, form)
         if "file_name" not in table.names:
             raise DataError(
-                f"COLUMN: a metadata file names its images in the column file_name; there are {', '.join(table.names)}",
+                f"a metadata file names its images in the column file_name; there are {', '.join(table.names)}",
+                code="COLUMN",
                 where=show(path),
                 fix=f"rename that column, or pass the table itself: {show(path)}",
             )

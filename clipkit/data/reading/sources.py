@@ -34,7 +34,8 @@ def open_source(source: Any, ledger: LoadReport, *, split: str, form: TextFormat
     if isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.is_dir():
         return Table(f"data set {source}", Path.cwd(), _from_hub(source, split))
     raise DataError(
-        "MISSING: no such file or folder",
+        "no such file or folder",
+        code="MISSING",
         where=show(path),
         fix=did_you_mean(path) or "check the path; a data set of the hub is written org/name",
     )
@@ -63,7 +64,7 @@ def _one_split(data: Any, split: str) -> Dataset:
         fix = "datasets.Dataset.from_pandas, from_list and from_dict make a data set of what is in memory"
         raise UsageError(f"expected a path, a name or a datasets.Dataset; found {type(data).__name__}", fix=fix)
     if not len(data):
-        raise DataError("EMPTY_TABLE: the data set has no row")
+        raise DataError("the data set has no row", code="EMPTY_TABLE")
     return data.with_format(None)
 
 
@@ -78,7 +79,8 @@ def _from_hub(name: str, split: str) -> Dataset:
         text = str(error).strip()
         reason = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no reason given'}"
         raise DataError(
-            f"MISSING: neither a local file or folder, nor a data set that could be loaded: {reason}",
+            f"neither a local file or folder, nor a data set that could be loaded: {reason}",
+            code="MISSING",
             where=name,
             fix="check the spelling; if the network is off (HF_HUB_OFFLINE), load it once with the network on",
         ) from error

@@ -155,7 +155,8 @@ def read_table(path: Path, form: TextFormat = _PLAIN) -> Table:
         form = form._replace(separator=form.separator or SEPARATORS[suffix])
         return _read_csv(path, read_text(path, form.encoding), form)
     raise DataError(
-        f"NOT_A_TABLE: expected a file that ends in {', '.join(TABLE_SUFFIXES)}; found {suffix or 'no suffix'}",
+        f"expected a file that ends in {', '.join(TABLE_SUFFIXES)}; found {suffix or 'no suffix'}",
+        code="NOT_A_TABLE",
         where=show(path),
         fix=f"convert it, or name the separator if it is a text table: {option('separator', 'semicolon')}",
     )
@@ -172,7 +173,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError("MISSING: no such file", where=show(path), fix=did_you_mean(path)) from error
+        raise DataError("no such file", where=show(path), fix=did_you_mean(path), code="MISSING") from error
     except OSError as error:
         raise ResourceError(f"the file cannot be read: {error.strerror}", where=show(path)) from error
 
@@ -183,24 +184,25 @@ def read_text(path: Path, encoding: str, *, empty_ok: bool = False) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encoding = "utf-16"
     if not data.strip() and not empty_ok:
-        raise DataError("EMPTY_TABLE: the file is empty", where=show(path))
+        raise DataError("the file is empty", where=show(path), code="EMPTY_TABLE")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig")
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"ENCODING: byte 0x{data[error.start]:02x} at offset {error.start:,} is not {name}: {error.reason}",
+            f"byte 0x{data[error.start]:02x} at offset {error.start:,} is not {name}: {error.reason}",
+            code="ENCODING",
             where=f"{show(path)}:{line}",
             fix=f"name the encoding that the file was saved in, such as {option('encoding', 'cp1252')}",
         ) from error
     except (LookupError, UnicodeError) as error:  # no such encoding, or none of texts
         fix = f"name one that Python knows, such as {option('encoding', 'cp1252')}"
-        raise DataError(f"ENCODING: {error}", where=show(path), fix=fix) from error
+        raise DataError(str(error), where=show(path), fix=fix, code="ENCODING") from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         fix = f"remove it; if every other byte is NUL the file is UTF-16: {option('encoding', 'utf-16')}"
-        raise DataError("NUL: a NUL character in a text table", where=f"{show(path)}:{line}", fix=fix)
+        raise DataError("a NUL character in a text table", where=f"{show(path)}:{line}", fix=fix, code="NUL")
     return text
 
 
@@ -216,7 +218,8 @@ def _read_csv(path: Path, text: str, form: TextFormat) -> Table:
             continue
         if len(cells) != len(header):
             raise DataError(
-                f"FIELDS: expected {len(header)} fields as in the header, found {len(cells)}: {_abridged(cells)}",
+                f"expected {len(header)} fields as in the header, found {len(cells)}: {_abridged(cells)}",
+                code="FIELDS",
                 where=f"{show(path)}:{line}",
                 fix=f"{verb} a cell that holds a {SEPARATOR_WORDS.get(sep, repr(sep))}",
             )
@@ -224,7 +227,7 @@ def _read_csv(path: Path, text: str, form: TextFormat) -> Table:
         lines.append(line)
         rows.append(cells)
     if not rows:
-        raise DataError("EMPTY_TABLE: there is a header, but no row", where=show(path))
+        raise DataError("there is a header, but no row", where=show(path), code="EMPTY_TABLE")
     return Table(show(path), path.parent, dict(zip(header, zip(*rows, strict=True), strict=True)), lines)
 
 
@@ -240,11 +243,14 @@ def _records(path: Path, text: str, sep: str, quoting: Quoting) -> Iterator[tupl
             line = reader.line_num + 1
     except csv.Error as error:
         if "field larger" in str(error):
-            message, fix = f"FIELD_SIZE: a cell of more than {_LARGEST_FIELD:,} characters", "is a quote left open?"
+            code = "FIELD_SIZE"
+            message = f"a cell of more than {_LARGEST_FIELD:,} characters"
+            fix = "is a quote left open?"
         else:
-            message = f"QUOTE: a quotation mark is not balanced ({error})"
+            code = "QUOTE"
+            message = f"a quotation mark is not balanced ({error})"
             fix = _mend_quotes(text.splitlines()[line - 1 : line], quoting)
-        raise DataError(message, where=f"{show(path)}:{line}", fix=fix) from error
+        raise DataError(message, where=f"{show(path)}:{line}", fix=fix, code=code) from error
     finally:
         csv.field_size_limit(before)
 
@@ -263,17 +269,19 @@ def _header(path: Path, line: int, cells: list[str], sep: str) -> list[str]:
     if len(names) == 1:
         other = next((s for s in SEPARATOR_WORDS if s != sep and s in names[0]), None)
         raise DataError(
-            f"SEPARATOR: expected at least two columns, found one: {names[0]!r}",
+            f"expected at least two columns, found one: {names[0]!r}",
+            code="SEPARATOR",
             where=where,
             fix=f"the separator is probably a {SEPARATOR_WORDS[other]}: {option('separator', SEPARATOR_WORDS[other])}"
             if other
             else "a table has at least a column of images, and one of texts or labels",
         )
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"HEADER: a column name occurs twice: {', '.join(twice)}", where=where, fix="rename one")
+        raise DataError(f"a column name occurs twice: {', '.join(twice)}", where=where, fix="rename one", code="HEADER")
     if any(is_image_name(name) for name in names):
         raise DataError(
-            f"HEADER: the first line looks like data, not like column names: {_abridged(cells)}",
+            f"the first line looks like data, not like column names: {_abridged(cells)}",
+            code="HEADER",
             where=where,
             fix=f"add a first line such as image{sep}text",
         )
@@ -292,7 +300,8 @@ def _refuse_swallowed_rows(path: Path, line: int, cells: list[str], sep: str) ->
             parts = enumerate(inner.split(sep), 0 if number else column)
             if any(at in columns and (number or at > column) and _names_image(path, part) for at, part in parts):
                 raise DataError(
-                    f"QUOTE: a quoted cell holds what looks like another row: {inner[:60]!r}",
+                    f"a quoted cell holds what looks like another row: {inner[:60]!r}",
+                    code="QUOTE",
                     where=f"{show(path)}:{line}",
                     fix=f"close the quotation mark; where cells are not quoted: {option('quoting', 'none')}",
                 )
@@ -314,7 +323,7 @@ def _abridged(cells: Sequence[str]) -> str:
 def _read_jsonl(path: Path, text: str) -> Table:
     if text.lstrip().startswith("["):
         fix = "write one object a line (JSON lines)"
-        raise DataError("BAD_JSON: the file is one JSON array", where=show(path), fix=fix)
+        raise DataError("the file is one JSON array", where=show(path), fix=fix, code="BAD_JSON")
     lines: list[int] = []
     rows: list[dict[str, Any]] = []
     rejects: list[Reject] = []
@@ -329,7 +338,7 @@ def _read_jsonl(path: Path, text: str) -> Table:
             rejects.append(Reject(line, "BAD_JSON", str(error), f"{show(path)}:{line}"))
     names = dict.fromkeys(name for row in rows for name in row)
     if rejects and not rows:
-        raise DataError(f"BAD_JSON: no line is a JSON object: {rejects[0].message}", where=rejects[0].where)
+        raise DataError(f"no line is a JSON object: {rejects[0].message}", where=rejects[0].where, code="BAD_JSON")
     columns = {name: [row.get(name) for row in rows] for name in names}
     return Table(show(path), path.parent, columns, lines, rejects=rejects)
 
@@ -370,12 +379,12 @@ def _read_parquet(path: Path) -> Dataset:
         table = pq.read_table(pa.BufferReader(data))
     except (pa.ArrowException, OSError) as error:
         fix = "write or copy it again"
-        raise DataError(f"BAD_PARQUET: {str(error).splitlines()[0]}", where=show(path), fix=fix) from error
+        raise DataError(str(error).splitlines()[0], where=show(path), fix=fix, code="BAD_PARQUET") from error
     for index, column in enumerate(table.schema):
         if pa.types.is_dictionary(column.type):  # pandas' categories
             table = table.set_column(index, column.name, table.column(index).cast(column.type.value_type))
     if not table.num_rows:
-        raise DataError("EMPTY_TABLE: there are columns, but no row", where=show(path))
+        raise DataError("there are columns, but no row", where=show(path), code="EMPTY_TABLE")
     if len(set(table.column_names)) != table.num_columns:
-        raise DataError("HEADER: a column name occurs twice", where=show(path), fix="rename one")
+        raise DataError("a column name occurs twice", where=show(path), fix="rename one", code="HEADER")
     return Dataset(table)

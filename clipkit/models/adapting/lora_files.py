@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageError
 from clipkit.extras import upgrade_command
-from clipkit.files import dump_json, publish, read_json, sha256_file
+from clipkit.files import dump_json, file_damage, list_files, publish, read_json
 from clipkit.modality import MODALITIES, Modality
 from clipkit.models.adapting.lora import ADAPTER, MARK, base, inject, require_peft
 from clipkit.models.backend import Adapted, Backend, check_finite, root_of
@@ -61,11 +61,7 @@ def _write(backend: Backend, processor: Processor, folder: Path, name: str) -> N
         _write_peft(backend, part, adapted, folder / part, name)
     rest = _trained(backend)
     save_file(rest, folder / REST)
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = list_files(folder, "sha256")
     body: dict[str, Any] = {"schema": SCHEMA, "base": name, "base_fingerprint": _base_record(backend, processor, rest)}
     body["parts"] = {part: asdict(adapted) for part, adapted in backend.lora.parts.items()}
     body["files"] = files
@@ -170,10 +166,9 @@ def _read(folder: Path) -> dict[str, Any]:
         raise CorruptArtefact("its content is not what was saved", where=folder / NAME, fix=_AGAIN)
     for name, expected in body["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise CorruptArtefact("a file of the adapter is missing", where=path, fix=_AGAIN)
-        if path.stat().st_size != expected["size"] or sha256_file(path) != expected["sha256"]:
-            raise CorruptArtefact("a file of the adapter is not what was saved", where=path, fix=_AGAIN)
+        damage = file_damage(path, expected, "sha256", "adapter")
+        if damage is not None:
+            raise CorruptArtefact(damage, where=path, fix=_AGAIN)
     return body
 
 

@@ -102,7 +102,7 @@ def settle_end_of_text(text_tower: Any, tokenizer: Any) -> None:
         return
     if end is None or expected != _HIGHEST_ID or text_tower.config.model_type.startswith("metaclip"):
         found = f"the text tower pools at token {expected}, the tokenizer ends texts with {end}"
-        raise ModelError(found, fix="set eos_token_id in the text config to the tokenizer's")
+        raise ModelError(found, topic="pooling", fix="set eos_token_id in the text config to the tokenizer's")
     text_tower.eos_token_id = text_tower.config.eos_token_id = end
 
 

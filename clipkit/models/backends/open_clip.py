@@ -243,7 +243,9 @@ def _settle_end_of_text(model: Any, texts: OpenClipTexts, config: dict[str, Any]
         return
     if end is None:
         found = f"the text tower pools at the highest id ({highest}), the tokenizer has no end-of-text token"
-        raise ModelError(found, fix="a tokenizer with an end-of-text token, or another pool_type in text_cfg")
+        raise ModelError(
+            found, topic="pooling", fix="a tokenizer with an end-of-text token, or another pool_type in text_cfg"
+        )
     logger.warning("token %d stands above the end of text (%d): texts are pooled at their end, not there", highest, end)
     names = ("pool_type", "eos_id") if tower is not model else ("text_pool_type", "text_eos_id")
     for name, value in zip(names, ("eos", end), strict=True):

@@ -1,4 +1,4 @@
-"""How a model behaves: as when it was saved, unlike for unlike inputs, the same alone and in a batch."""
+"""How a model behaves: as when it was saved, differently for different inputs, the same alone and in a batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipkit.modality import Modality
     from clipkit.models.dual_encoder import DualEncoder
 
-_COLLAPSED = 1e-6  # of any component between the embeddings of unlike inputs
+_COLLAPSED = 1e-6  # of any component between the embeddings of different inputs
 
 
 _BF16_COSINE = 0.98  # of the same input; tiny random models reach 0.999
@@ -34,10 +34,12 @@ _BY_VOCABULARY = ("ids", "case", "start_token", "end_token", "end_when_cut", "pa
 
 
 def changes(body: dict[str, Any], now: Fingerprint) -> Iterator[Finding]:
-    """In what the fingerprint differs from the saved one; without what another vocabulary entails."""
-    found = Fingerprint.from_dict(body.get("fingerprint") or {}).changes(now)
-    entailed = ["text." + name for name in _BY_VOCABULARY if any(key == "text.tokenizer" for key, *_ in found)]
-    for key, before, after in found:
+    """Report where the fingerprint differs from the saved one, without what follows from another vocabulary."""
+    differences = Fingerprint.from_dict(body.get("fingerprint") or {}).changes(now)
+    entailed: list[str] = []
+    if any(key == "text.tokenizer" for key, _, _ in differences):
+        entailed = [f"text.{name}" for name in _BY_VOCABULARY]
+    for key, before, after in differences:
         if key.endswith(".class") or key in entailed:
             continue
         name = about(key)
@@ -48,19 +50,18 @@ def changes(body: dict[str, Any], now: Fingerprint) -> Iterator[Finding]:
             )
         else:
             what = f"{words(key)} was {before} when the model was saved and is {after} now"
-            fix = _UNDO
-            yield Finding("error", name, what, why(name), fix)
+            yield Finding("error", name, what, why(name), _UNDO)
 
 
-def golden_findings(body: dict[str, Any], found: GoldenEmbeddings) -> Iterator[Finding]:
+def golden_findings(body: dict[str, Any], embeddings: GoldenEmbeddings) -> Iterator[Finding]:
     try:
-        worst = artefact.golden_differences(body, found)
+        worst = artefact.golden_differences(body, embeddings)
     except (KeyError, TypeError, ValueError) as error:
         yield Finding(
             "error",
             "golden embeddings",
             f"clipkit.json holds none that can be read: {error!r}",
-            "the model cannot be held to them",
+            "the model cannot be compared with them",
             "copy it again",
         )
         return
@@ -69,19 +70,19 @@ def golden_findings(body: dict[str, Any], found: GoldenEmbeddings) -> Iterator[F
             what = (
                 f"{side} embeddings of the built-in {side}s differ by {value:.2g} from those it gave when it was saved"
             )
-            reason = f"more than {artefact.TOLERANCE:g} is no rounding: results are not those of the saved model"
+            reason = f"more than {artefact.TOLERANCE:g} is not rounding: results are not those of the saved model"
             yield Finding(
                 "error",
                 "golden embeddings",
                 what,
                 reason,
-                "mend what is named above, or install the library versions it was saved with",
+                "fix what is named above, or install the library versions it was saved with",
             )
 
 
-def behaviour(model: DualEncoder, found: GoldenEmbeddings) -> Iterator[Finding]:
+def behaviour(model: DualEncoder, embeddings: GoldenEmbeddings) -> Iterator[Finding]:
     for side in MODALITIES:
-        apart = (found[side][:, None] - found[side][None]).abs().amax(-1)
+        apart = (embeddings[side][:, None] - embeddings[side][None]).abs().amax(-1)
         if float(apart.max()) < _COLLAPSED:
             what = f"all {side}s get the same {side} embedding"
             yield Finding(
@@ -93,7 +94,7 @@ def behaviour(model: DualEncoder, found: GoldenEmbeddings) -> Iterator[Finding]:
             )
     alone = _alone(model)
     for side in MODALITIES:
-        worst = float((alone[side] - found[side]).abs().max())
+        worst = float((alone[side] - embeddings[side]).abs().max())
         if not worst <= artefact.TOLERANCE:
             what = f"{side} embeddings differ by {worst:.2g} alone and in a batch of unequal {side}s"
             reason = "an item's embedding depends on what it happens to be batched with"
@@ -103,7 +104,7 @@ def behaviour(model: DualEncoder, found: GoldenEmbeddings) -> Iterator[Finding]:
     half = {"image": model.encode_images(golden_images(), dtype=torch.bfloat16)}
     half["text"] = model.encode_texts(GOLDEN_TEXTS, dtype=torch.bfloat16)
     for side in MODALITIES:
-        cosine = float((half[side] * found[side]).sum(1).min())
+        cosine = float((half[side] * embeddings[side]).sum(1).min())
         if not cosine >= _BF16_COSINE:
             what = f"{side} embeddings in bfloat16 have a cosine of {cosine:.3f} only to those in float32"
             yield Finding("warning", "bfloat16", what, "half precision changes results", "encode in float32")

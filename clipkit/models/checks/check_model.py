@@ -1,4 +1,4 @@
-"""`clipkit check model`: what a model is, what is wrong with it, why that matters and how to mend it."""
+"""`clipkit check model`: what a model is, what is wrong with it, why that matters and how to fix it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from clipkit.models.loading.load import open_model
 
 @dataclass
 class Report:
-    """What `check_model` found. ``str(report)`` is for people, `as_dict` for machines."""
+    """The result of `check_model`. ``str(report)`` is for people, `as_dict` for machines."""
 
     name: str
     about: dict[str, str] = field(default_factory=dict)
     """What the model is, in words; empty if it cannot be opened."""
     fingerprint: Fingerprint | None = None
     recorded: bool = False
-    """Whether there is a clipkit.json to hold the model to."""
+    """Whether there is a clipkit.json to compare the model with."""
     findings: list[Finding] = field(default_factory=list)
     effects: list[str] = field(default_factory=list)
     """What the errors above do to embeddings, where they are known to be the cause."""
@@ -61,7 +61,7 @@ class Report:
         warnings = len(self.findings) - self.errors
         beside = f"; {_count(warnings, 'thing')} unusual, see above" if warnings else ""
         if not self.ok:
-            return f"NOT HEALTHY: {_count(self.errors, 'thing')} wrong{beside}. Do not use it before that is mended."
+            return f"NOT HEALTHY: {_count(self.errors, 'thing')} wrong{beside}. Do not use it before that is fixed."
         if self.recorded:
             return f"healthy: it is the model that was saved{beside}"
         return f"healthy as far as can be told without a clipkit.json{beside}"
@@ -84,7 +84,7 @@ class Report:
 
 
 def check_model(model: str | os.PathLike[str] | DualEncoder, *, trust_remote_code: bool = False) -> Report:
-    """Look at a model from all sides, and go on after what is found wrong.
+    """Check a model in every respect, and go on after an error.
 
     Files against clipkit.json, weights (finite, complete, unprefixed), the fingerprint and the golden embeddings
     against those that were saved, what is known of its family, and how it behaves: other embeddings for other inputs,
@@ -101,7 +101,8 @@ def check_model(model: str | os.PathLike[str] | DualEncoder, *, trust_remote_cod
         report = Report(model.name)
         _examine_opened(report, model, None, None)
         return report
-    report, folder = Report(os.fspath(model)), _folder(model)
+    report = Report(os.fspath(model))
+    folder = _folder(model)
     if folder is not None:
         report.recorded = (folder / artefact.NAME).is_file()
         report.findings += [*file_findings(folder), *weight_findings(folder)]
@@ -124,7 +125,7 @@ def _open(
 ) -> tuple[DualEncoder | None, dict[str, Any] | None]:
     try:
         backend, processor, body, _ = open_model(name, None, trust_remote_code)
-    except Exception as error:  # a damaged folder fails in any way; what was found so far is to be told
+    except Exception as error:  # a damaged folder can fail with any error; the findings so far are reported
         if folder is None and isinstance(error, ClipkitError):
             raise  # there is nothing to examine
         foreign = [] if folder is None else list(vocabulary.of_folder(folder))
@@ -139,24 +140,14 @@ def _open(
 
 def _unopened(error: Exception) -> Finding:
     if not isinstance(error, ClipkitError):
-        what = f"the model does not open: {type(error).__name__}: {error}"
-        return Finding("error", "opening", what, "its files contradict each other", _AGAIN)
-    name = next((name for said, name in _NAMED.items() if said in error.message), "opening")
-    reason = why(name) if name != "opening" else "opened in spite of it, it would give other embeddings, or none"
-    return Finding("error", name, f"the model does not open: {error.message}", reason, error.fix or _AGAIN)
+        message = f"the model does not open: {type(error).__name__}: {error}"
+        return Finding("error", "opening", message, "its files contradict each other", _AGAIN)
+    topic = error.topic or "opening"
+    reason = "opened in spite of it, it would give other embeddings, or none" if topic == "opening" else why(topic)
+    return Finding("error", topic, f"the model does not open: {error.message}", reason, error.fix or _AGAIN)
 
 
 _AGAIN = "download or save the model again"
-
-
-_NAMED = {  # what an error at opening is about
-    "the text tower pools at": "pooling",
-    "weights are missing": "weights",
-    "holds NaN": "weights",
-    "keys that the model has no place for": "weights",
-    "has shape": "weights",
-    "asks to run its own code": "remote code",
-}
 
 
 def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | None, folder: Path | None) -> None:
@@ -175,13 +166,13 @@ def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | N
         report.findings += [f for f in changes(body, report.fingerprint) if not _named(report, f, folder)]
     report.findings += [f for f in known_answers(model, report.fingerprint) if not _named(report, f, folder)]
     try:
-        found = golden_embeddings(model.backend, model.processor)
-        changed = [] if body is None else list(golden_findings(body, found))
+        embeddings = golden_embeddings(model.backend, model.processor)
+        changed = [] if body is None else list(golden_findings(body, embeddings))
         if report.ok:
             report.findings += changed
         else:
             report.effects += [finding.what for finding in changed]
-        report.findings += behaviour(model, found)
+        report.findings += behaviour(model, embeddings)
     except _FAILURES as error:
         if not any(f.about in ("image size", "context length") for f in report.findings):
             report.findings.append(_no_embeddings(error))
@@ -191,35 +182,36 @@ _FAILURES = (ClipkitError, RuntimeError, ValueError, IndexError)  # of a model t
 
 
 def _no_embeddings(error: Exception) -> Finding:
-    what = f"the model gives no embeddings: {str(error).splitlines()[0]}"
-    return Finding("error", "embeddings", what, "it cannot be used", "take another copy of it")
+    message = f"the model gives no embeddings: {str(error).splitlines()[0]}"
+    return Finding("error", "embeddings", message, "it cannot be used", "take another copy of it")
 
 
 def _named(report: Report, finding: Finding, folder: Path | None) -> bool:
     """Whether the report has it already: by its own name, or as the damage to the file that it comes from."""
     if finding.about == "weights" and folder is not None:
         return any(name.endswith((".safetensors", ".bin")) for name in damaged(folder))
-    names = {each.about for each in report.findings}
-    return finding.about in names or ("vocabulary" in names and finding.about in _BY_VOCABULARY)
+    topics = {reported.about for reported in report.findings}
+    return finding.about in topics or ("vocabulary" in topics and finding.about in _BY_VOCABULARY)
 
 
 _BY_VOCABULARY = ("token ids", "case", "start token", "end token (EOS)")
 
 
-def describe(model: DualEncoder, found: Fingerprint) -> dict[str, str]:
-    """What a model is, line by line."""
-    record, backend = found.record, model.backend
+def describe(model: DualEncoder, fingerprint: Fingerprint) -> dict[str, str]:
+    """Return what a model is: name of a line -> its text."""
+    record = fingerprint.record
+    backend = model.backend
     classes = " + ".join(dict.fromkeys(str(record[part].get("class")) for part in MODALITIES))
     parameters = sum(p.numel() for p in backend.parameters())
     scale = math.exp(float(record["logit_scale"])) if record["logit_scale"] < 100 else math.inf
     bias = "no bias" if record["logit_bias"] is None else f"bias {record['logit_bias']:g}"
     lines = {
         "what": f"{record['family']} ({classes}), {parameters:,} parameters, embeddings of {record['dim']} numbers",
-        "fingerprint": found.hash,
+        "fingerprint": fingerprint.hash,
     }
     for part in MODALITIES:
-        own = sum(p.numel() for name, p in backend.named_parameters() if backend.belongs_to(part, name))
         facts = record[part]
+        own = sum(p.numel() for name, p in backend.named_parameters() if backend.belongs_to(part, name))
         lines[f"{part} tower"] = f"{own:,} parameters, activation {facts['activation']}, pooling: {facts['pooling']}"
     lines["images"] = image_facts.readable(record["image"])
     lines["texts"] = text_facts.readable(record["text"])
@@ -237,7 +229,7 @@ def _lines(report: Report) -> Iterator[str]:
     for finding in report.findings:
         yield ""
         yield f"{finding.level}: {finding.about}"
-        for name, text in (("what", finding.what), ("why", finding.why), ("mend", finding.fix)):
+        for name, text in (("what", finding.what), ("why", finding.why), ("fix", finding.fix)):
             yield f"  {name:<5} {text}"
     yield ""
     for effect in report.effects:

@@ -27,7 +27,7 @@ _FAILURES = (RuntimeError, ValueError, IndexError, TypeError, KeyError)
 
 @dataclass
 class Comparison:
-    """What `compare_models` found. ``str(comparison)`` is for people, `as_dict` for machines."""
+    """What `compare_models` measured. ``str(comparison)`` is for people, `as_dict` for machines."""
 
     names: tuple[str, str]
     differences: list[tuple[str, Any, Any]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Comparison:
     cosine: dict[str, float | None] = field(default_factory=dict)
     """The lowest cosine between the two models' embeddings of one input."""
     damage: dict[str, dict[str, str]] = field(default_factory=dict)
-    """For `A` and `B`: the files that are not what was saved, with a sentence on each."""
+    """For `A` and `B`: the files that are not what was saved, with a sentence about every file."""
 
     @property
     def ok(self) -> bool:
@@ -82,7 +82,7 @@ def compare_models(
 ) -> Comparison:
     """Compare the fingerprints of two models, and their embeddings of the built-in images and texts step by step.
 
-    A folder with files that are not what was saved is compared as it is, and its damage is told.
+    A folder with files that are not what was saved is compared as it is, and its damage is reported.
 
     Args:
         a, b: names as `DualEncoder.from_pretrained` takes them, or models that are open.
@@ -92,19 +92,23 @@ def compare_models(
         ModelError: one of them does not exist.
         CorruptArtefact: one of them is there, but cannot be opened.
     """
-    first, second = (_opened(each, trust_remote_code) for each in (a, b))
-    found = Comparison((first.name, second.name))
-    found.damage = {letter: files for letter, each in (("A", a), ("B", b)) if (files := _damaged(each))}
-    found.differences = first.fingerprint().changes(second.fingerprint())
-    _compare_inputs(found, first, second)
-    _compare_weights(found, first, second)
+    first = _opened(a, trust_remote_code)
+    second = _opened(b, trust_remote_code)
+    comparison = Comparison((first.name, second.name))
+    for letter, model in (("A", a), ("B", b)):
+        files = _damaged(model)
+        if files:
+            comparison.damage[letter] = files
+    comparison.differences = first.fingerprint().changes(second.fingerprint())
+    _compare_inputs(comparison, first, second)
+    _compare_weights(comparison, first, second)
     others = golden_embeddings(second.backend, second.processor)
     for side, one in golden_embeddings(first.backend, first.processor).items():
         other = others[side]
         same = one.shape == other.shape
-        found.embeddings[side] = float((one - other).abs().max()) if same else None
-        found.cosine[side] = float((one * other).sum(1).min()) if same else None
-    return found
+        comparison.embeddings[side] = float((one - other).abs().max()) if same else None
+        comparison.cosine[side] = float((one * other).sum(1).min()) if same else None
+    return comparison
 
 
 def _opened(model: str | os.PathLike[str] | DualEncoder, trust_remote_code: bool) -> DualEncoder:
@@ -130,27 +134,28 @@ def _path(model: str | os.PathLike[str]) -> Path:
     return model_of_run(Path(os.fspath(model).removeprefix(OPEN_CLIP)).expanduser())
 
 
-def _compare_inputs(found: Comparison, a: DualEncoder, b: DualEncoder) -> None:
+def _compare_inputs(comparison: Comparison, a: DualEncoder, b: DualEncoder) -> None:
     images = golden_images()
-    mine, theirs = a.processor.images(images), b.processor.images(images)
+    mine = a.processor.images(images)
+    theirs = b.processor.images(images)
     if mine.shape != theirs.shape:
-        found.same_inputs["image"] = False
-        found.inputs["image"] = f"other shapes: {tuple(mine.shape[1:])} and {tuple(theirs.shape[1:])}"
+        comparison.same_inputs["image"] = False
+        comparison.inputs["image"] = f"other shapes: {tuple(mine.shape[1:])} and {tuple(theirs.shape[1:])}"
     else:
         worst = float((mine - theirs).abs().max())
         # one level of 255 after normalisation is about 0.015: libraries may round a resized pixel either way
-        found.same_inputs["image"] = worst < 0.02
-        found.inputs["image"] = "the same pixels" if worst < 0.02 else f"pixels differ by up to {worst:.2g}"
+        comparison.same_inputs["image"] = worst < 0.02
+        comparison.inputs["image"] = "the same pixels" if worst < 0.02 else f"pixels differ by up to {worst:.2g}"
     rows = [_rows(model, GOLDEN_TEXTS) for model in (a, b)]
-    unlike = [text for text, x, y in zip(GOLDEN_TEXTS, *rows, strict=True) if x != y]
-    found.same_inputs["text"] = not unlike
-    found.inputs["text"] = f"other ids, first for {unlike[0][:40]!r}" if unlike else "the same ids"
-    if not unlike and not _equal(a.processor.texts(GOLDEN_TEXTS), b.processor.texts(GOLDEN_TEXTS)):
-        found.inputs["text"] = "the same ids, other padding or mask"
+    changed = [text for text, x, y in zip(GOLDEN_TEXTS, *rows, strict=True) if x != y]
+    comparison.same_inputs["text"] = not changed
+    comparison.inputs["text"] = f"other ids, first for {changed[0][:40]!r}" if changed else "the same ids"
+    if not changed and not _equal(a.processor.texts(GOLDEN_TEXTS), b.processor.texts(GOLDEN_TEXTS)):
+        comparison.inputs["text"] = "the same ids, other padding or mask"
 
 
 def _rows(model: DualEncoder, texts: tuple[str, ...]) -> list[list[int]]:
-    """Ids of each text without padding."""
+    """Return the ids of every text without padding."""
     from clipkit.models.fingerprint.tokenizer import unpadded
 
     return [unpadded(model.processor.text_side, text) for text in texts]
@@ -161,31 +166,35 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @torch.no_grad()
-def _compare_weights(found: Comparison, a: DualEncoder, b: DualEncoder) -> None:
+def _compare_weights(comparison: Comparison, a: DualEncoder, b: DualEncoder) -> None:
     inputs = {
         "image": {"pixel_values": a.processor.images(golden_images())},
         "text": a.processor.texts(GOLDEN_TEXTS),
     }
     for side, tensors in inputs.items():
-        found.weights[side] = None
+        comparison.weights[side] = None
         try:
             one, other = (getattr(model(**tensors), side) for model in (a, b))
         except _FAILURES:
             continue
         if one.shape == other.shape:
-            found.weights[side] = float((one - other).abs().max())
+            comparison.weights[side] = float((one - other).abs().max())
 
 
-def _lines(found: Comparison) -> Iterator[str]:
-    yield f"A  {found.names[0]}"
-    yield f"B  {found.names[1]}"
+def _lines(comparison: Comparison) -> Iterator[str]:
+    yield f"A  {comparison.names[0]}"
+    yield f"B  {comparison.names[1]}"
     yield ""
-    for letter, files in found.damage.items():
+    for letter, files in comparison.damage.items():
         yield from (f"{letter} is damaged: {what}" for what in files.values())
-        yield f"    clipkit check model {found.names['AB'.index(letter)]} tells more"
+        yield f"    clipkit check model {comparison.names['AB'.index(letter)]} tells more"
         yield ""
-    shown = [each for each in found.differences if not each[0].endswith(".class")]
-    yield f"{len(shown)} difference{'s' * (len(shown) > 1)}:" if shown else "no recorded fact differs"
+    shown = [difference for difference in comparison.differences if not difference[0].endswith(".class")]
+    if shown:
+        noun = "difference" if len(shown) == 1 else "differences"
+        yield f"{len(shown)} {noun}:"
+    else:
+        yield "no recorded fact differs"
     for key, a, b in shown:
         yield f"- {words(key)}: {a} in A, {b} in B"
         if not key.endswith(".weights"):
@@ -193,11 +202,11 @@ def _lines(found: Comparison) -> Iterator[str]:
     for side in ("image", "text"):
         yield ""
         yield f"{side}s"
-        yield f"  preprocessing  {found.inputs[side]}"
-        yield f"  weights        {_same_tensors(found.weights[side])}"
-        yield f"  together       {_together(found.embeddings[side], found.cosine[side])}"
+        yield f"  preprocessing  {comparison.inputs[side]}"
+        yield f"  weights        {_same_tensors(comparison.weights[side])}"
+        yield f"  together       {_together(comparison.embeddings[side], comparison.cosine[side])}"
     yield ""
-    yield _verdict(found)
+    yield _verdict(comparison)
 
 
 def _same_tensors(worst: float | None) -> str:
@@ -216,23 +225,25 @@ def _together(worst: float | None, cosine: float | None) -> str:
     return f"embeddings differ by up to {worst:.2g}, cosine down to {cosine:.4f}"
 
 
-def _verdict(found: Comparison) -> str:
-    if found.ok:
+def _verdict(comparison: Comparison) -> str:
+    if comparison.ok:
         return "the same embeddings: either can stand in for the other"
-    damage = " and ".join(found.damage)
-    damage = f"{damage} is not what was saved: do not use it before that is mended. " if damage else ""
-    causes = [f"{side}s: {_cause(found, side)}" for side in ("image", "text") if not _within(found.embeddings[side])]
-    if any(key.startswith("logit") for key, _, _ in found.differences):
+    damage = " and ".join(comparison.damage)
+    damage = f"{damage} is not what was saved: do not use it before that is fixed. " if damage else ""
+    causes = [
+        f"{side}s: {_cause(comparison, side)}" for side in ("image", "text") if not _within(comparison.embeddings[side])
+    ]
+    if any(key.startswith("logit") for key, _, _ in comparison.differences):
         causes.append("logits: scale or bias")
     return damage + (f"they disagree. Where: {'; '.join(causes)}" if causes else "Their embeddings are the same")
 
 
-def _cause(found: Comparison, side: str) -> str:
+def _cause(comparison: Comparison, side: str) -> str:
     """Preprocessing, the model behind it, or both."""
-    if _within(found.weights[side]):
+    if _within(comparison.weights[side]):
         return "preprocessing alone"
     model = "weights, activation or pooling"
-    return model if found.same_inputs[side] else f"preprocessing, and {model}"
+    return model if comparison.same_inputs[side] else f"preprocessing, and {model}"
 
 
 def _within(value: float | None) -> bool:

@@ -147,8 +147,8 @@ _ANY = [
 _MADE_WITH_CLIP_TOKENS = "49407"
 
 
-def kind(model: DualEncoder, facts: Fingerprint) -> str:
-    """`clip`, `siglip` or `other`: whose training is known."""
+def training_family(model: DualEncoder, facts: Fingerprint) -> str:
+    """Return the family that the model was trained like: `clip`, `siglip`, or `other` if that is not known."""
     family = model.backend.family
     if family in ("clip", "siglip"):
         return family
@@ -160,14 +160,16 @@ def kind(model: DualEncoder, facts: Fingerprint) -> str:
 
 
 def known_answers(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
-    """What is wrong or unusual by what is known of the model's family, and of any model."""
+    """Report what is wrong or unusual by what is known of the model's family, and of any model."""
     siglip2 = list(_siglip2(model, facts))
+    reported = {finding.about for finding in siglip2}
     for rule in _rules(model, facts):
-        found = _value(facts.record, rule.key)
+        value = _value(facts.record, rule.key)
         name = about(rule.key)
-        if found is not None and not str(found).startswith(rule.accepted) and name not in {f.about for f in siglip2}:
-            part = rule.key.split(".")[0]
-            yield Finding(rule.level, name, f"{part} {name}: {found}; {rule.says}", why(name), rule.fix)
+        if value is None or str(value).startswith(rule.accepted) or name in reported:
+            continue
+        part = rule.key.split(".")[0]
+        yield Finding(rule.level, name, f"{part} {name}: {value}; {rule.says}", why(name), rule.fix)
     yield from siglip2
     yield from _scale(facts)
     yield from _sizes(model, facts)
@@ -179,7 +181,7 @@ def _rules(model: DualEncoder, facts: Fingerprint) -> list[_Rule]:
         return [*_CLIP_COLOURS, _END_TOKEN if family == "metaclip_2" else _FIRST_TOKEN, *_ANY]
     if family == "align":
         return [_FIRST_TOKEN, *_ANY[:1]]
-    known = kind(model, facts)
+    known = training_family(model, facts)
     if known == "clip":
         return [*(_CLIP_ACTIVATION if family == "clip" else ()), *_CLIP, *_CLIP_COLOURS, _END_TOKEN, *_ANY]
     return [*_SIGLIP, *_ANY] if known == "siglip" else _ANY[:1]
@@ -194,7 +196,7 @@ def _siglip2(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
     tokenizer = getattr(model.processor.text_side, "tokenizer", None)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     gemma = type(tokenizer).__name__.startswith(("Gemma", "Siglip2"))
-    if gemma and kind(model, facts) == "siglip" and facts.record["text"]["case"] == "kept":
+    if gemma and training_family(model, facts) == "siglip" and facts.record["text"]["case"] == "kept":
         says = "text case: kept; SigLIP 2 (a SigLIP with Gemma's tokenizer) was trained on lower-cased texts"
         yield Finding(
             "error", "case", says, why("case"), "transformers 5 with tokenizer_class Siglip2Tokenizer, or text.lower()"
@@ -220,17 +222,19 @@ def _scale(facts: Fingerprint) -> Iterator[Finding]:
 
 
 def _sizes(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
-    given, wanted = model.processor.image_size, tower_size(model.backend)
-    if wanted is not None and given != wanted:
-        what = f"image size: the processor gives {given} pixels, the image tower takes {wanted}"
+    given = model.processor.image_size
+    expected = tower_size(model.backend)
+    if expected is not None and given != expected:
+        what = f"image size: the processor gives {given} pixels, the image tower takes {expected}"
         yield Finding(
             "error",
             "image size",
             what,
             "the tower refuses such images or reads its positions wrongly",
-            f"size {wanted} in {_PREPROCESSING}",
+            f"size {expected} in {_PREPROCESSING}",
         )
-    length, positions = model.processor.context_length, text_positions(model.backend)
+    length = model.processor.context_length
+    positions = text_positions(model.backend)
     if positions is not None and length > positions:
         what = f"context length: texts of up to {length} tokens, but the text tower has {positions} positions"
         yield Finding(
@@ -240,7 +244,7 @@ def _sizes(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
             "long texts fail or are read wrongly",
             f"model_max_length {positions} in tokenizer_config.json",
         )
-    elif positions is not None and length != positions and kind(model, facts) == "siglip":
+    elif positions is not None and length != positions and training_family(model, facts) == "siglip":
         what = f"context length: {length} tokens, but the text tower has {positions} positions and reads the last one"
         yield Finding(
             "error", "context length", what, why("padding"), f"model_max_length {positions} in tokenizer_config.json"
@@ -268,5 +272,5 @@ def text_positions(backend: Backend) -> int | None:
     if getattr(model, "context_length", None) is not None:
         return int(model.context_length)
     config = getattr(getattr(model, "config", None), "text_config", None)
-    found = getattr(config, "max_position_embeddings", None)
-    return int(found) if isinstance(found, int) and found > 0 else None
+    positions = getattr(config, "max_position_embeddings", None)
+    return int(positions) if isinstance(positions, int) and positions > 0 else None

@@ -1,12 +1,9 @@
-"""One thing that `check model` has to say."""
+"""A finding of `clipkit check model`, and why its topic matters."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 Level = Literal["error", "warning"]
 
@@ -49,7 +46,7 @@ ABOUT = {
 }
 
 
-# Why each matters. Measured figures: open_clip #771, clip-as-service #904, mteb #1424.
+# Why it matters. Measured figures: open_clip #771, clip-as-service #904, mteb #1424.
 WHY = {
     "activation": "weights work with the function they were trained with; with another one the model still runs and is "
     "quietly worse (a CLIP fell from 62.9 to 60.2 on ImageNet)",

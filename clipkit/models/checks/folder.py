@@ -23,25 +23,25 @@ _READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py"
 
 
 def damaged(folder: Path) -> dict[str, str]:
-    """The files that are missing or not what was saved, the card aside: their names, and a sentence on each."""
-    found = {}
-    for each in artefact.damages(folder):
-        name = each.path.relative_to(folder).as_posix()
-        short = each.message.removeprefix("a file of the model ")
-        if not each.prose:
-            found[name] = f"{name}: {short}" if short == each.message else f"{name} {short}"
-    return found
+    """Return the files that are missing or not what was saved, the card aside: name -> a sentence about it."""
+    sentences = {}
+    for damage in artefact.damages(folder):
+        name = damage.path.relative_to(folder).as_posix()
+        short = damage.message.removeprefix("a file of the model ")
+        if not damage.prose:
+            sentences[name] = f"{name}: {short}" if short == damage.message else f"{name} {short}"
+    return sentences
 
 
 def file_findings(folder: Path) -> Iterator[Finding]:
-    found = damaged(folder)
-    if found:
-        several = len(found) > 1
+    sentences = damaged(folder)
+    if sentences:
+        several = len(sentences) > 1
         reason = f"{'they were' if several else 'it was'} damaged, cut or edited after the model was saved"
-        what = "; ".join(found.values())
+        what = "; ".join(sentences.values())
         fix = f"copy or download {'these files' if several else 'that file'} again"
         yield Finding("error", "files", what, reason, fix)
-    if any(each.prose for each in artefact.damages(folder)):
+    if any(damage.prose for damage in artefact.damages(folder)):
         what = f"{artefact.CARD} was edited"
         yield Finding("warning", "files", what, "it does not change the model", "nothing to do")
     body = recorded(folder)
@@ -68,11 +68,11 @@ def recorded(folder: Path) -> dict[str, Any] | None:
     try:
         return read_json(path) if path.is_file() else None
     except ClipkitError:
-        return None  # named by its damage
+        return None  # reported as damage
 
 
 def weight_findings(folder: Path) -> Iterator[Finding]:
-    """What can be said of weight files without building the model, damage aside that clipkit.json shows."""
+    """Check weight files without building the model; damage that clipkit.json shows is left out."""
     named = damaged(folder)
     for path in sorted(path for path in folder.rglob("*.safetensors") if path.name[0] != "."):
         name = path.relative_to(folder).as_posix()
@@ -94,11 +94,18 @@ def weight_findings(folder: Path) -> Iterator[Finding]:
         if bad:
             what = f"{name}: {len(bad)} of {len(keys)} weights with NaN or infinity, the first is {bad[0]}"
             yield Finding("error", "weights", what, "every embedding becomes NaN", "use an earlier checkpoint")
-        prefix = next((p for p in _PREFIXES if keys and all(key.startswith(p) for key in keys)), None)
-        if prefix:
+        prefix = _common_prefix(keys)
+        if prefix is not None:
             what = f"{name}: every name begins with {prefix!r}, the mark of a wrapper"
             reason = "libraries find no weight by its name, and transformers then opens a random model"
             yield Finding("error", "weights", what, reason, "save the model inside the wrapper (model.module)")
+
+
+def _common_prefix(keys: list[str]) -> str | None:
+    for prefix in _PREFIXES:
+        if keys and all(key.startswith(prefix) for key in keys):
+            return prefix
+    return None
 
 
 def _finite(tensor: Tensor) -> bool:

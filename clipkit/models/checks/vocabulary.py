@@ -65,17 +65,21 @@ def vocabulary_findings(family: str, vocabulary: Mapping[str, int], table: int) 
         vocabulary: tokens and their ids.
         table: rows of the tower's table of token embeddings.
     """
-    count, highest = len(vocabulary), max(vocabulary.values(), default=-1)
-    expected, found = _MARK_OF_FAMILY.get(family), _mark(vocabulary)
-    foreign = expected is not None and found is not None and found != expected
+    count = len(vocabulary)
+    highest = max(vocabulary.values(), default=-1)
+    expected = _MARK_OF_FAMILY.get(family)
+    mark = _mark(vocabulary)
+    foreign = expected is not None and mark is not None and mark != expected
     too_few = expected is not None and count < _PADDED * table
     if highest < table and not too_few and not foreign:
         return
-    what = f"the tokenizer has {count:,} tokens{_whose(count)}, the text tower embeds {table:,}{_whose(table)}"
+    what = (
+        f"the tokenizer has {count:,} tokens{_known_owner(count)}, the text tower embeds {table:,}{_known_owner(table)}"
+    )
     if highest >= table:
         what += f"; ids {table:,} to {highest:,} have no embedding"
-    if foreign and expected and found:
-        what += f"; it splits words into {_MARKS[found]}, and {family} was trained on {_MARKS[expected]}"
+    if foreign and expected and mark:
+        what += f"; it splits words into {_MARKS[mark]}, and {family} was trained on {_MARKS[expected]}"
     fix = "take the tokenizer's files (tokenizer.json, tokenizer_config.json) from the original model"
     if highest >= table and not foreign:
         fix += "; for tokens that were added, resize_token_embeddings(len(tokenizer)) and train them"
@@ -83,7 +87,7 @@ def vocabulary_findings(family: str, vocabulary: Mapping[str, int], table: int) 
     yield Finding(level, "vocabulary", what, why("vocabulary"), fix)  # type: ignore[arg-type]
 
 
-def _whose(size: int) -> str:
+def _known_owner(size: int) -> str:
     return f" (as {_KNOWN_SIZES[size]})" if size in _KNOWN_SIZES else ""
 
 
@@ -92,7 +96,7 @@ def _mark(vocabulary: Mapping[str, int]) -> str | None:
         mark: sum(token.endswith(mark) if mark == "</w>" else token.startswith(mark) for token in vocabulary)
         for mark in _MARKS
     }
-    mark = max(counts, key=lambda each: counts[each])
+    mark = max(counts, key=lambda name: counts[name])
     return mark if counts[mark] else None
 
 
@@ -115,9 +119,11 @@ def of_folder(folder: Path) -> Iterator[Finding]:
     try:
         family = str(read_json(folder / "config.json").get("model_type"))
         vocabulary = open_tokenizer(folder, False).get_vocab()
-        shapes = [each for path in weight_files(folder) for each in weight_shapes(path).items()]
+        shapes: list[tuple[str, Any]] = []
+        for path in weight_files(folder):
+            shapes += weight_shapes(path).items()
     except (ClipkitError, OSError):
-        return  # named already
+        return  # reported already
     tables = [shape[0] for name, shape in shapes if name.removesuffix(".weight").endswith(_TABLES)]
     if tables:
         yield from vocabulary_findings(family, vocabulary, max(tables))

@@ -9,16 +9,15 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 from clipkit.errors import ModelError
 
 CONVERTS = "CLIP with a ViT (CLIPModel; open_clip's ViT-B-32, B-16, L-14 …) and SigLIP convert"
 
 
-def refuse(what: str) -> ModelError:
+def refuse(reason: str) -> ModelError:
     return ModelError(
-        f"this model cannot be converted: {what}", fix=f"{CONVERTS}; save_pretrained keeps its own format"
+        f"this model cannot be converted: {reason}", fix=f"{CONVERTS}; save_pretrained keeps its own format"
     )
 
 
@@ -85,45 +84,40 @@ def _open_clip_blocks(config: Any) -> dict[str, Any]:
 
 def _timm_siglip(vision: Any) -> str:
     """Name of the ViT of timm that pools by attention and has this shape and activation."""
-    wanted = _shape(vision) | {"activation": vision.hidden_act}
+    expected = _shape(vision)
     near: set[str] = set()
     for name in timm.list_models("*siglip*"):
         cfg = timm.get_pretrained_cfg(name)
         if cfg is None or cfg.input_size[-1] != vision.image_size:
             continue
         with torch.device("meta"):
-            found = timm_shape(timm.create_model(name, pretrained=False, num_classes=0))
-        if found == wanted:
+            shape = timm_shape(timm.create_model(name, pretrained=False, num_classes=0))
+        if shape == expected:
             return str(name)
-        if found is not None and found | {"activation": wanted["activation"]} == wanted:
-            near.add(f"{name} computes {found['activation']}")
+        if shape is not None and shape | {"hidden_act": expected["hidden_act"]} == expected:
+            near.add(f"{name} computes {shape['hidden_act']}")
     known = f"; the nearest, {', '.join(sorted(near))}" if near else ""
-    shape = ", ".join(f"{key} {value}" for key, value in wanted.items())
-    raise refuse(f"timm, which open_clip takes its SigLIP towers from, has none with {shape}{known}")
+    sizes = ", ".join(f"{key} {value}" for key, value in expected.items())
+    raise refuse(f"timm, which open_clip takes its SigLIP towers from, has none with {sizes}{known}")
 
 
 def _shape(vision: Any) -> dict[str, Any]:
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size")
-    return {key: getattr(vision, key) for key in (*keys, "layer_norm_eps")}
+    return {key: getattr(vision, key) for key in (*keys, "layer_norm_eps", "hidden_act")}
 
 
 def timm_shape(trunk: Any) -> dict[str, Any] | None:
-    """What a SiglipVisionConfig says, of a ViT of timm; None if it is another kind of tower."""
+    """Return what a SiglipVisionConfig says of a ViT of timm; None for a tower of another kind."""
     pool = getattr(trunk, "attn_pool", None)
     if pool is None or getattr(trunk, "num_prefix_tokens", 1) != 0:
         return None
     if not hasattr(trunk, "blocks") or not hasattr(trunk, "patch_embed"):  # NaFlex has the first alone
         return None
-    block = trunk.blocks[0]
+    mlp = trunk.blocks[0].mlp
     return {
-        "hidden_size": trunk.embed_dim,
-        "num_hidden_layers": len(trunk.blocks),
-        "num_attention_heads": block.attn.num_heads,
-        "intermediate_size": block.mlp.fc1.out_features,
+        **_transformers_blocks(trunk.embed_dim, trunk.blocks, mlp.fc1, mlp.act, trunk.norm),
         "patch_size": trunk.patch_embed.patch_size[0],
         "image_size": trunk.patch_embed.img_size[0],
-        "layer_norm_eps": trunk.norm.eps,
-        "activation": activation(block.mlp.act),
     }
 
 
@@ -134,9 +128,8 @@ def transformers_siglip(model: Any) -> Any:
     shape = timm_shape(model.visual.trunk)
     if shape is None or len(model.visual.head) or model.text.pool_type != "last" or model.text.attn_mask is not None:
         raise refuse("its image tower is timm's, and not that of SigLIP")
-    vision = {key: value for key, value in shape.items() if key != "activation"}
     text = {**_transformers_text(model.text), "projection_size": model.text.text_projection.out_features}
-    return SiglipConfig(vision_config={**vision, "hidden_act": shape["activation"]}, text_config=text)
+    return SiglipConfig(vision_config=shape, text_config=text)
 
 
 def transformers_clip(model: Any, ids: dict[str, int | None]) -> Any:
@@ -153,13 +146,15 @@ def transformers_clip(model: Any, ids: dict[str, int | None]) -> Any:
     for reason, holds in odd.items():
         if holds:
             raise refuse(reason)
-    pool, end = (getattr(text, short, getattr(text, f"text_{short}", None)) for short in ("pool_type", "eos_id"))
+    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    end = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
     if pool not in ("argmax", "eos"):
         raise refuse(f"its text tower pools the {pool} token")
-    # 2 makes transformers take the highest id, which is what argmax does
-    end = end if pool == "eos" else ids["eos_token_id"] if ids["eos_token_id"] == model.vocab_size - 1 else 2
+    if pool == "argmax":
+        # 2 makes transformers take the highest id, which is what argmax does
+        end = ids["eos_token_id"] if ids["eos_token_id"] == model.vocab_size - 1 else 2
     vision = {
-        **_transformers_blocks(visual.transformer, visual.ln_post),
+        **_open_clip_tower(visual.transformer, visual.ln_post),
         "patch_size": visual.conv1.kernel_size[0],
         "image_size": visual.image_size[0],
     }
@@ -171,25 +166,31 @@ def transformers_clip(model: Any, ids: dict[str, int | None]) -> Any:
 
 
 def _transformers_text(text: Any) -> dict[str, Any]:
-    positions, vocabulary = len(text.positional_embedding), text.token_embedding.num_embeddings
-    blocks = _transformers_blocks(text.transformer, text.ln_final)
+    positions = len(text.positional_embedding)
+    vocabulary = text.token_embedding.num_embeddings
+    blocks = _open_clip_tower(text.transformer, text.ln_final)
     return {**blocks, "max_position_embeddings": positions, "vocab_size": vocabulary}
 
 
-def _transformers_blocks(transformer: Any, norm: nn.LayerNorm) -> dict[str, Any]:
-    block = transformer.resblocks[0]
+def _open_clip_tower(transformer: Any, norm: Any) -> dict[str, Any]:
+    mlp = transformer.resblocks[0].mlp
+    return _transformers_blocks(transformer.width, transformer.resblocks, mlp.c_fc, mlp.gelu, norm)
+
+
+def _transformers_blocks(width: int, blocks: Any, mlp_input: Any, mlp_activation: Any, norm: Any) -> dict[str, Any]:
+    """Return what a config of transformers says of a tower's blocks: timm and open_clip name them differently."""
     return {
-        "hidden_size": transformer.width,
-        "num_hidden_layers": len(transformer.resblocks),
-        "num_attention_heads": block.attn.num_heads,
-        "intermediate_size": block.mlp.c_fc.out_features,
+        "hidden_size": width,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": blocks[0].attn.num_heads,
+        "intermediate_size": mlp_input.out_features,
         "layer_norm_eps": norm.eps,
-        "hidden_act": activation(block.mlp.gelu),
+        "hidden_act": activation(mlp_activation),
     }
 
 
 def activation(module: Any) -> str:
-    """What transformers calls an activation of open_clip or timm."""
+    """Return the name that transformers has for an activation of open_clip or timm."""
     if type(module).__name__ == "QuickGELU":
         return "quick_gelu"
     tanh = getattr(module, "approximate", "none") == "tanh" or type(module).__name__ == "GELUTanh"

@@ -64,7 +64,8 @@ def export(
             if not worst <= TOLERANCE:
                 raise refuse(f"the {side} embeddings of the converted model differ by {worst:.2g}")
         save(target, target_processor, folder, overwrite, name=name, card=card)
-    mine, theirs = golden_embeddings(source, processor), golden_embeddings(target, target_processor)
+    mine = golden_embeddings(source, processor)
+    theirs = golden_embeddings(target, target_processor)
     cosines: dict[str, float] = {side: float((mine[side] * theirs[side]).sum(1).min()) for side in mine}
     return ExportReport(folder, to, tensors, cosines, notes)
 
@@ -93,20 +94,21 @@ def _to_open_clip(backend: Backend, processor: Processor, folder: Path) -> list[
     native: Any = getattr(backend, "model", None)
     if backend.family not in ("clip", "siglip") or native is None:
         raise refuse(f"it is {_called(backend.family)}")
-    kind = native.config.model_type
-    config = (arch_configs.open_clip_clip if kind == "clip" else arch_configs.open_clip_siglip)(native.config)
+    is_clip = native.config.model_type == "clip"
+    describe = arch_configs.open_clip_clip if is_clip else arch_configs.open_clip_siglip
+    config = describe(native.config)
     image_side: Any = processor.image_side
     text_side: Any = processor.text_side
     images, tokenizer = image_side.image_processor, text_side.tokenizer
     notes = []
-    if kind == "clip" and convert_inputs.simple_tokenizer_agrees(tokenizer, processor.context_length):
+    if is_clip and convert_inputs.simple_tokenizer_agrees(tokenizer, processor.context_length):
         notes.append("open_clip's own tokenizer gives the same ids on all probe texts")
     else:
         config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads its files from the same folder
         tokenizer.save_pretrained(folder)
         notes.append("the tokenizer of transformers lies beside the weights, and open_clip uses it")
     layers = (native.config.vision_config.num_hidden_layers, native.config.text_config.num_hidden_layers)
-    rules = convert.clip_rules(*layers) if kind == "clip" else convert.siglip_rules(*layers)
+    rules = convert.clip_rules(*layers) if is_clip else convert.siglip_rules(*layers)
     save_file(convert.rename(_weights(native), rules, to_open_clip=True), folder / "open_clip_model.safetensors")
     body = {"model_cfg": config, "preprocess_cfg": convert_inputs.open_clip_preprocess(images)}
     (folder / "open_clip_config.json").write_text(dump_json(body), encoding="utf-8")
@@ -114,7 +116,7 @@ def _to_open_clip(backend: Backend, processor: Processor, folder: Path) -> list[
 
 
 def _weights(native: Any) -> dict[str, Tensor]:
-    return {name: each.detach().cpu() for name, each in native.state_dict().items()}
+    return {name: tensor.detach().cpu() for name, tensor in native.state_dict().items()}
 
 
 def _called(family: str) -> str:
@@ -137,9 +139,11 @@ def _to_transformers(backend: Backend, processor: Processor, folder: Path) -> li
     texts: Any = processor.text_side
     tokenizer = convert_inputs.transformers_tokenizer(texts.tokenizer, texts.context_length)
     images = convert_inputs.transformers_images(dict(native.visual.preprocess_cfg), siglip)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = arch_configs.transformers_siglip(native) if siglip else arch_configs.transformers_clip(native, ids)
-    weights = {name.removeprefix("text.") if not siglip else name: each for name, each in _weights(native).items()}
+    weights = _weights(native)
+    if not siglip:
+        weights = {name.removeprefix("text."): tensor for name, tensor in weights.items()}
     layers = (config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers)
     rules = convert.siglip_rules(*layers) if siglip else convert.clip_rules(*layers)
     with torch.device("meta"):
@@ -179,7 +183,7 @@ def _full_length(processor: Processor, texts: Sequence[str]) -> Tensor:
 def _random_ids(backend: Backend, processor: Processor) -> Tensor:
     """Rows with any ids of the vocabulary before the end of text: which token is pooled shows in them."""
     rows = _full_length(processor, GOLDEN_TEXTS[-1:]).repeat(4, 1)
-    table = next(each for name, each in backend.named_parameters() if name.endswith("token_embedding.weight"))
+    table = next(parameter for name, parameter in backend.named_parameters() if name.endswith("token_embedding.weight"))
     rows[:, 1:-1] = torch.randint(len(table), (4, rows.shape[1] - 2), generator=torch.Generator().manual_seed(0))
     tokenizer = processor.text_side.tokenizer  # type: ignore[attr-defined]
     end = getattr(tokenizer, "eot_token_id", None) or getattr(tokenizer, "tokenizer", tokenizer).eos_token_id

@@ -96,7 +96,7 @@ def _trace(module: nn.Module, inputs: Mapping[str, Tensor], processor: Processor
     axes: dict[int, Any] = {0: batch}
     if path.stem == "text" and measure_processor(processor)["text"]["padding"] == "longest":
         axes[1] = torch.export.Dim("length", max=processor.context_length)
-    size = sum(each.numel() * 4 for each in module.parameters())
+    size = sum(parameter.numel() * 4 for parameter in module.parameters())
     with _calm():
         torch.onnx.export(
             module,
@@ -113,18 +113,18 @@ def _trace(module: nn.Module, inputs: Mapping[str, Tensor], processor: Processor
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """Without what the exporter says of its own doings: axes, constants it does not fold, weights it merges."""
+    """Silence the exporter's messages about its own steps: axes, constants it does not fold, weights it merges."""
     loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
-    levels = [each.level for each in loggers]
-    for each in loggers:
-        each.setLevel(logging.ERROR)
+    levels = [exporter.level for exporter in loggers]
+    for exporter in loggers:
+        exporter.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"# The axis name: \w+ will not be used", UserWarning)
             yield
     finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
+        for exporter, level in zip(loggers, levels, strict=True):
+            exporter.setLevel(level)
 
 
 def _session(path: Path) -> Any:
@@ -134,7 +134,7 @@ def _session(path: Path) -> Any:
 
 
 def _run(session: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    return torch.from_numpy(session.run(None, {name: each.numpy() for name, each in inputs.items()})[0])
+    return torch.from_numpy(session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0])
 
 
 def _check(backend: Backend, processor: Processor, side: str, folder: Path) -> float:
@@ -191,7 +191,7 @@ def _facts(
         "similarity": backend.similarity,
         "scale": float(scale.detach().exp().reshape(())),
         "bias": None if bias is None else float(bias.detach().reshape(())),
-        "inputs": {side: list(each) for side, each in inputs.items()},
+        "inputs": {side: list(arguments) for side, arguments in inputs.items()},
         "outputs": {side: f"{side}_embeds" for side in inputs},
         "preprocessing": measure_processor(processor),
         "largest_difference_from_torch": dict(tensors),
@@ -202,7 +202,8 @@ def _end_to_end(backend: Backend, processor: Processor, folder: Path) -> dict[st
     """Smallest cosine to the model itself where transformers' own readers of the files prepare the inputs."""
     from transformers import AutoImageProcessor, AutoTokenizer
 
-    golden, pipeline = golden_embeddings(backend, processor), {}
+    golden = golden_embeddings(backend, processor)
+    pipeline: dict[str, float] = {}
     if (folder / "preprocessor_config.json").is_file():
         images = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         pixels = images(images=golden_images(), return_tensors="pt")["pixel_values"].float()
@@ -218,7 +219,7 @@ def _end_to_end(backend: Backend, processor: Processor, folder: Path) -> dict[st
             return_tensors="pt",
         )
         session = _session(folder / "text.onnx")
-        inputs = {each.name: tokens[each.name] for each in session.get_inputs()}
+        inputs = {argument.name: tokens[argument.name] for argument in session.get_inputs()}
         pipeline["text"] = _smallest(golden["text"], _run(session, inputs))
     return pipeline
 

@@ -29,14 +29,20 @@ PROBES = (
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
+def _set_sides(image_processor: Any, name: str) -> dict[str, Any]:
+    """Return the sides that a size of an image processor sets, without those that are None or 0."""
+    sides = dict(getattr(image_processor, name, None) or {})
+    return {key: side for key, side in sides.items() if side}
+
+
 def open_clip_preprocess(image_processor: Any) -> dict[str, Any]:
     """preprocess_cfg of open_clip for an image processor of transformers.
 
     Raises:
         ModelError: it does what open_clip's transform cannot.
     """
-    size, crop = (dict(getattr(image_processor, name, None) or {}) for name in ("size", "crop_size"))
-    size, crop = ({key: side for key, side in each.items() if side} for each in (size, crop))
+    size = _set_sides(image_processor, "size")
+    crop = _set_sides(image_processor, "crop_size")
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not getattr(image_processor, step, False):
             raise ModelError(f"open_clip's transform always does what {step}=False leaves out")
@@ -90,21 +96,21 @@ def transformers_tokenizer(tokenizer: Any, length: int) -> Any:
         ModelError: on a probe text it does not.
     """
     if hasattr(tokenizer, "tokenizer"):
-        found = copy.deepcopy(tokenizer.tokenizer)
+        converted = copy.deepcopy(tokenizer.tokenizer)
         if getattr(tokenizer, "strip_sep_token", False) or getattr(tokenizer, "tokenizer_mode", ""):
             raise ModelError("transformers cannot strip separators or append a class token as this tokenizer does")
     else:
-        found = _as_clip_tokenizer(tokenizer)
-    found.model_max_length = length
-    differs = first_difference(tokenizer, found, length, None)
-    if differs is not None and found.is_fast:
-        _clean_first(found, tokenizer.clean_fn.__name__)
-        differs = first_difference(tokenizer, found, length, None)
+        converted = _as_clip_tokenizer(tokenizer)
+    converted.model_max_length = length
+    differs = first_difference(tokenizer, converted, length, None)
+    if differs is not None and converted.is_fast:
+        _clean_first(converted, tokenizer.clean_fn.__name__)
+        differs = first_difference(tokenizer, converted, length, None)
     if differs is not None:
         raise ModelError(f"no tokenizer of transformers gives the same ids for {differs[:60]!r}")
-    found.backend_tokenizer.no_truncation()  # of the last call; it would be saved
-    found.backend_tokenizer.no_padding()
-    return found
+    converted.backend_tokenizer.no_truncation()  # of the last call; it would be saved
+    converted.backend_tokenizer.no_padding()
+    return converted
 
 
 def _as_clip_tokenizer(simple: Any) -> Any:

@@ -11,10 +11,10 @@ class ExportReport:
     """What an export was checked for.
 
     Attributes:
-        folder, to: where it stands, and in which format.
+        folder, to: where the exported model is, and its format.
         tensors: largest difference of an embedding's component on identical pixels and token ids, by `image` and
             `text`. It is at most 1e-5 (ONNX: 1e-4), or nothing would have been written.
-        pipeline: smallest cosine between both models' embeddings of the same photos and captions, each model with
+        pipeline: smallest cosine between both models' embeddings of the same photos and captions, every model with
             its own preprocessing. It falls below 1 where the other library resizes or crops otherwise.
         notes: what else to know.
     """
@@ -27,6 +27,11 @@ class ExportReport:
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.to}"]
-        lines += [f"  identical tensors, {side}: largest difference {each:.1e}" for side, each in self.tensors.items()]
-        lines += [f"  own preprocessing, {side}: smallest cosine {each:.6f}" for side, each in self.pipeline.items()]
+        lines += [
+            f"  identical tensors, {side}: largest difference {difference:.1e}"
+            for side, difference in self.tensors.items()
+        ]
+        lines += [
+            f"  own preprocessing, {side}: smallest cosine {cosine:.6f}" for side, cosine in self.pipeline.items()
+        ]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

@@ -67,9 +67,9 @@ def siglip_rules(vision_layers: int, text_layers: int) -> Iterator[Rule]:
 
 def _attention_pool(head: str, pool: str) -> Iterator[Rule]:
     yield _same(f"{head}.probe", f"{pool}.latent")
-    for kind in ("weight", "bias"):
-        right = (f"{pool}.q.{kind}", f"{pool}.kv.{kind}")
-        yield Rule((f"{head}.attention.in_proj_{kind}",), right, _query_apart, lambda q, kv: (torch.cat([q, kv]),))
+    for parameter in ("weight", "bias"):
+        right = (f"{pool}.q.{parameter}", f"{pool}.kv.{parameter}")
+        yield Rule((f"{head}.attention.in_proj_{parameter}",), right, _query_apart, lambda q, kv: (torch.cat([q, kv]),))
     names = {"attention.out_proj": "proj", "layernorm": "norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     for left, right_name in names.items():
         yield from _affine(f"{head}.{left}", f"{pool}.{right_name}")
@@ -89,9 +89,9 @@ def _open_clip_blocks(left: str, right: str, layers: int) -> Iterator[Rule]:
 
 
 def _fused(left: str, right: str) -> Iterator[Rule]:
-    for kind in ("weight", "bias"):
-        apart = tuple(f"{left}.{part}_proj.{kind}" for part in "qkv")
-        yield Rule(apart, (right.format(kind),), lambda *qkv: (torch.cat(qkv),), lambda x: x.chunk(3))
+    for parameter in ("weight", "bias"):
+        apart = tuple(f"{left}.{part}_proj.{parameter}" for part in "qkv")
+        yield Rule(apart, (right.format(parameter),), lambda *qkv: (torch.cat(qkv),), lambda x: x.chunk(3))
 
 
 def _affine(left: str, right: str) -> Iterator[Rule]:
@@ -114,7 +114,7 @@ def rename(weights: Weights, rules: Iterator[Rule], *, to_open_clip: bool) -> di
         ModelError: a weight that the rules ask for is missing, or one that they do not know is left.
     """
     left: dict[str, Tensor] = dict(weights)
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for rule in rules:
         names, others, turn = (
             (rule.left, rule.right, rule.there) if to_open_clip else (rule.right, rule.left, rule.back)
@@ -123,8 +123,8 @@ def rename(weights: Weights, rules: Iterator[Rule], *, to_open_clip: bool) -> di
         if missing:
             raise ModelError(f"it has no weight {missing[0]}, which the other library's architecture asks for")
         tensors = turn(*(left.pop(name) for name in names))
-        found |= {name: tensor.contiguous().clone() for name, tensor in zip(others, tensors, strict=True)}
+        renamed |= {name: tensor.contiguous().clone() for name, tensor in zip(others, tensors, strict=True)}
     if left:
         some = ", ".join(sorted(left)[:3])
         raise ModelError(f"the other library's architecture has no place for {len(left)} weights: {some}")
-    return found
+    return renamed

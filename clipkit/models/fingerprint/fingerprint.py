@@ -73,7 +73,7 @@ class Fingerprint:
         return json_hash({key: self.record.get(key) for key in ("family", "dim", part)})
 
     def difference(self, other: Fingerprint) -> list[str]:
-        """One line for each thing in which two models differ, `what: mine != theirs`; empty for the same model."""
+        """Return one line for every fact that differs, `fact: mine != theirs`; empty for the same model."""
         return [f"{words(key)}: {mine} != {theirs}" for key, mine, theirs in self.changes(other)]
 
     def changes(self, other: Fingerprint) -> list[tuple[str, Any, Any]]:
@@ -87,15 +87,15 @@ class Fingerprint:
         return {"hash": self.hash, **self.record}
 
     @classmethod
-    def from_dict(cls, found: Mapping[str, Any]) -> Fingerprint:
-        return cls({key: value for key, value in found.items() if key != "hash"})
+    def from_dict(cls, record: Mapping[str, Any]) -> Fingerprint:
+        return cls({key: value for key, value in record.items() if key != "hash"})
 
     def __str__(self) -> str:
         return self.hash
 
 
 def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
-    """The fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
+    """Return the fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
     record = dict(settings_fingerprint(backend, processor).record)
     for part, weights in hash_towers(backend).items():
         record[part] = {"weights": weights, **record[part]}
@@ -103,7 +103,7 @@ def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
 
 
 def hash_towers(backend: Backend) -> dict[Modality, str]:
-    """`hash_weights` of each tower with its head."""
+    """Return `hash_weights` of every tower, its head included."""
     state = backend.state_dict()
     return {
         part: hash_weights({name: tensor for name, tensor in state.items() if backend.belongs_to(part, name)})
@@ -112,43 +112,48 @@ def hash_towers(backend: Backend) -> dict[Modality, str]:
 
 
 def tower_hash(backend: Backend, processor: Processor) -> str:
-    """16 hex characters for the image tower's features, before its head: the head may train on."""
-    weights = {n: each for n, each in backend.state_dict().items() if backend.belongs_to("image", n, head=False)}
-    about = settings_fingerprint(backend, processor).record["image"]
-    return json_hash({"family": backend.family, "weights": hash_weights(weights), "image": about})
+    """Return 16 hex characters for the image tower's features, before its head: the head may train on."""
+    weights = {
+        name: tensor for name, tensor in backend.state_dict().items() if backend.belongs_to("image", name, head=False)
+    }
+    image_record = settings_fingerprint(backend, processor).record["image"]
+    return json_hash({"family": backend.family, "weights": hash_weights(weights), "image": image_record})
 
 
 @one_thread()
 def settings_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
-    """The fingerprint without the hashes of the weights, measured by what towers and processor do: 0.1 seconds."""
+    """Return the fingerprint without the hashes of the weights, by running towers and processor: 0.1 seconds."""
     scale, bias = backend.logit_scale_and_bias()
     described = measure_processor(processor)
     sides = {"image": processor.image_side, "text": processor.text_side}
     parts: dict[Modality, dict[str, Any]] = {"image": described["image"] | _IMAGE_POLICY, "text": described["text"]}
+    towers: dict[str, Any] = {
+        part: {**measure_towers(backend, part, sides[part]), **inputs} for part, inputs in parts.items()
+    }
     return Fingerprint(
         {
             "family": backend.family,
             "dim": backend.dim,
             "logit_scale": _round(scale),
             "logit_bias": None if bias is None else _round(bias),
-            **{part: {**measure_towers(backend, part, sides[part]), **about} for part, about in parts.items()},
+            **towers,
         }
     )
 
 
 def measure_processor(processor: Processor) -> dict[Modality, dict[str, Any]]:
-    """The processor's part of the fingerprint: what its image side and its text side really do."""
+    """Return the processor's part of the fingerprint: what its image side and its text side really do."""
     return {"image": measure_transform(processor.image_side), "text": measure_tokenizer(processor.text_side)}
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 (16 hex characters) over names, types, shapes and bytes, in the order of the names.
+    """Return SHA-256 (16 hex characters) over names, types, shapes and bytes, in the order of the names.
 
-    It is computed once for a state of the weights, at about 1 GB a second. Whether they are in a state that was hashed
-    before is asked of every byte, by XXH3 at ten times that rate: a step, an edit in place, `load_state_dict`, a merge,
+    It is computed once for a state of the weights, at about 1 GB a second. XXH3 over every byte, at ten times that
+    rate, tells whether this state was hashed before: a step, an edit in place, `load_state_dict`, a merge,
     a cast and new buffers all change it. Neither the identity of tensors nor torch's version counters are trusted: an
-    edit through `.data` or NumPy moves neither. XXH3 is no cryptographic hash: who makes two models on purpose that it
-    cannot tell apart, and opens both in one process, gets one fingerprint for both.
+    edit through `.data` or NumPy moves neither. XXH3 is not a cryptographic hash: two models that are made on purpose
+    so that it cannot tell them apart, and opened in one process, get one fingerprint.
     """
     state = xxh3(weights)
     known = _hashed.get(state)
@@ -167,7 +172,7 @@ _hashed: dict[bytes, str] = {}  # by XXH3, for all models of this process
 
 
 def sha256(weights: Mapping[str, Tensor]) -> str:
-    """The slow hash, which is written down."""
+    """Return SHA-256 over the weights, the slow hash, which goes into files."""
     digest = hashlib.sha256()
     for part in _bytes(weights):
         digest.update(part)
@@ -175,7 +180,7 @@ def sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def xxh3(weights: Mapping[str, Tensor]) -> bytes:
-    """The fast hash, which is kept in memory."""
+    """Return XXH3 over the weights, the fast hash, which is kept in memory alone."""
     digest = xxhash.xxh3_128()
     for part in _bytes(weights):
         digest.update(part)
@@ -194,7 +199,7 @@ def _round(scalar: Tensor) -> float:
 
 
 def words(key: str) -> str:
-    """A key of a record in words: `image.filter` is the image resize filter."""
+    """Return a key of a record in words: `image.filter` is the image resize filter."""
     return _WORDS.get(key, key.replace(".", " ").replace("_", " "))
 
 

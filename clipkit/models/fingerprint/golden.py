@@ -26,7 +26,7 @@ GOLDEN_TEXTS = (
 
 
 def golden_images() -> list[Image.Image]:
-    """Four images drawn with integers alone, of odd sides and high frequency, wide and tall, small and large.
+    """Return four images drawn with integers alone, of odd sides and high frequency, wide and tall, small and large.
 
     Stripes, a disc on a ramp, noise, and noise larger than any model's input, where antialias and filter show.
     """
@@ -36,15 +36,20 @@ def golden_images() -> list[Image.Image]:
 @cache
 def _drawn() -> tuple[Image.Image, ...]:
     images = []
-    for kind, (width, height) in enumerate(((97, 61), (53, 89), (301, 223), (1021, 767))):
+    for index, (width, height) in enumerate(((97, 61), (53, 89), (301, 223), (1021, 767))):
         y, x = np.mgrid[0:height, 0:width]
         noise = (x * 7919 + y * 104729 + x * y * 31 + (x * x + 3 * y * y) // 7) % 256
-        red, green = (noise, (noise * 37 + x) % 256) if kind > 1 else (x * 255 // width, y * 255 // height)
         blue = (noise * 101 + y) % 256
-        if kind == 0:
-            red, green = (x // 5 % 2) * 255, (y // 7 % 2) * 255
-        if kind == 1:
+        if index == 0:
+            red = (x // 5 % 2) * 255
+            green = (y // 7 % 2) * 255
+        elif index == 1:
+            red = x * 255 // width
+            green = y * 255 // height
             blue = ((x - width // 2) ** 2 + (y - height // 2) ** 2 < 400) * 255
+        else:
+            red = noise
+            green = (noise * 37 + x) % 256
         images.append(Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8)))
     return tuple(images)
 
@@ -59,11 +64,12 @@ FEW: dict[Modality, tuple[int, ...]] = {"image": (3,), "text": (0, 3)}
 def golden_embeddings(
     backend: Backend, processor: Processor, rows: Mapping[Modality, Sequence[int]] | None = None
 ) -> GoldenEmbeddings:
-    """The embeddings of the built-in images and texts, in fp32 on the CPU; of all, or of some `rows` such as `FEW`."""
+    """Return the embeddings of the built-in images and texts, or of `rows` of them such as `FEW`; fp32, on the CPU."""
     plain = as_fp32_cpu(backend)
     images, texts = golden_images(), list(GOLDEN_TEXTS)
     if rows is not None:
-        images, texts = [images[row] for row in rows["image"]], [texts[row] for row in rows["text"]]
+        images = [images[row] for row in rows["image"]]
+        texts = [texts[row] for row in rows["text"]]
     pixels = image_chunks(images, processor, len(images), 0)
     tokens = text_chunks(texts, processor, len(texts))
     with one_thread():
@@ -74,7 +80,7 @@ def golden_embeddings(
 
 
 def as_fp32_cpu(backend: Backend) -> Backend:
-    """The backend in fp32 on the CPU: itself if it is so already, else a copy."""
+    """Return the backend in fp32 on the CPU: itself if it is there already, else a copy."""
     if backend.device.type == "cpu" and backend.dtype is torch.float32:
         return backend
     return copy.deepcopy(backend).cpu().float()

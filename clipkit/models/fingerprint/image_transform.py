@@ -1,4 +1,4 @@
-"""What an image transform really does, found by running it on small drawn images: configs can lie, pixels cannot."""
+"""What an image transform really does, measured by running it on small drawn images: configs can lie, pixels cannot."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _ramp(width: int, height: int) -> np.ndarray[Any, Any]:
 
 
 def _axis(profile: Tensor, length: int) -> _Axis:
-    """A straight line through what the output saw of a ramp; its ends are left out, for filters bend them."""
+    """A straight line through what the output saw of a ramp; its ends are left out, because filters bend them."""
     n = len(profile)
     kept = torch.arange(n, dtype=torch.float64)[n // 8 : n - n // 8]
     source = profile.double()[n // 8 : n - n // 8] * (length - 1) + 0.5
@@ -166,8 +166,8 @@ def _filter(unit: _Unit, goal: int, short: int, out: int, resized: str) -> dict[
     seen = unit(_noise(side, side))
     errors: dict[tuple[str, str], float] = {}
     for top in {(short - out) // 2, (short - out + 1) // 2}:
-        for name, whole in _references(side, short):
-            expected = whole[top : top + out, top : top + out]
+        for name, resampled in _references(side, short):
+            expected = resampled[top : top + out, top : top + out]
             if expected.shape == seen.shape:
                 error = float((seen - expected).abs().mean())
                 errors[name] = min(error, errors.get(name, 1.0))
@@ -190,17 +190,17 @@ def _noise(width: int, height: int) -> np.ndarray[Any, Any]:
 @lru_cache(4)
 def _reference_list(side: int, short: int) -> list[tuple[tuple[str, str], Tensor]]:
     image = Image.fromarray(_noise(side, side))
-    found = [
+    references = [
         ((name, "on"), torch.from_numpy(np.asarray(image.resize((short, short), kernel)) / 255.0))
         for name, kernel in _SMOOTH.items()
     ]
     nearest = np.asarray(image.resize((short, short), Image.Resampling.NEAREST)) / 255.0
-    found.append((("nearest", "off"), torch.from_numpy(nearest)))
+    references.append((("nearest", "off"), torch.from_numpy(nearest)))
     pixels = torch.from_numpy(np.asarray(image) / 255.0)[None, None]
     for name in ("bilinear", "bicubic"):
         sampled = F.interpolate(pixels, (short, short), mode=name, align_corners=False)[0, 0].clamp(0, 1)
-        found.append(((name, "off"), sampled))
-    return found
+        references.append(((name, "off"), sampled))
+    return references
 
 
 def _references(side: int, short: int) -> Iterator[tuple[tuple[str, str], Tensor]]:

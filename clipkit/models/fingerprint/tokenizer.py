@@ -1,4 +1,4 @@
-"""What a tokenizer really does, found by running it on a few texts: case, padding, mask, ends, truncation."""
+"""What a tokenizer really does, measured by running it on a few texts: case, padding, mask, ends, truncation."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ _PROBES = (
 
 
 def measure_tokenizer(side: TextSide) -> dict[str, Any]:
-    """Case, context length, padding, mask, start and end tokens and what truncation keeps, and the tokenizer's ids."""
-    short, longer = (unpadded(side, text) for text in (_SHORT, _LONGER))
-    longest = [_SHORT + " and a cat" * side.context_length]
-    cut = _tokens(side, longest[0])
-    same_end, same_start = short[-1:] == longer[-1:], short[:1] == longer[:1]
+    """Return case, context length, padding, mask, start and end token, what truncation keeps, and a hash of ids."""
+    short = unpadded(side, _SHORT)
+    longer = unpadded(side, _LONGER)
+    cut = _tokens(side, _SHORT + " and a cat" * side.context_length)
     # Both probes begin with "a": a start token is one that another first word leaves in place.
-    same_start = same_start and unpadded(side, "two dogs")[:1] == short[:1]
-    end = short[-1] if same_end else None
+    same_start = unpadded(side, "two dogs")[:1] == short[:1] == longer[:1]
+    end = short[-1] if short[-1:] == longer[-1:] else None
+    end_when_cut = "-"
+    if end is not None:
+        end_when_cut = "kept" if cut[-1] == end else "lost"
     return {
         **side.describe(),
         "ids": json_hash([unpadded(side, text) for text in _PROBES]),
@@ -47,22 +49,25 @@ def measure_tokenizer(side: TextSide) -> dict[str, Any]:
         **_padding(side, len(short)),
         "start_token": str(short[0]) if same_start else "none",
         "end_token": "none" if end is None else str(end),
-        "end_when_cut": "-" if end is None else ("kept" if cut[-1] == end else "lost"),
+        "end_when_cut": end_when_cut,
     }
 
 
 def end_token(side: TextSide) -> int | None:
-    """The id that ends every text, if there is one."""
-    short, longer = (unpadded(side, text) for text in (_SHORT, _LONGER))
+    """Return the id that ends every text, if there is one."""
+    short = unpadded(side, _SHORT)
+    longer = unpadded(side, _LONGER)
     return short[-1] if short[-1:] == longer[-1:] else None
 
 
 def padded_row(side: TextSide) -> tuple[dict[str, Any], int, bool]:
-    """A short text as it comes beside a longer one, how many tokens it has, and whether padding is on its left."""
+    """Return a short text batched with a longer one, how many tokens it has, and whether padding is on its left."""
     batch = side([_SHORT, _LONGER])
     row = {name: value[:1] for name, value in batch.items()}
-    ids, own = row["input_ids"][0].tolist(), unpadded(side, _SHORT)
-    return row, len(own), ids[: len(own)] != own and ids[-len(own) :] == own
+    ids = row["input_ids"][0].tolist()
+    own = unpadded(side, _SHORT)
+    padded_left = ids[: len(own)] != own and ids[-len(own) :] == own
+    return row, len(own), padded_left
 
 
 def _tokens(side: TextSide, text: str) -> list[int]:
@@ -71,8 +76,9 @@ def _tokens(side: TextSide, text: str) -> list[int]:
 
 
 def unpadded(side: TextSide, text: str) -> list[int]:
-    """Ids without padding."""
-    inputs, count = side([text]), side.counts([text])[0]
+    """Return the ids of a text without padding."""
+    inputs = side([text])
+    count = side.counts([text])[0]
     ids: list[int] = inputs["input_ids"][0].tolist()
     if count >= len(ids):
         return ids
@@ -96,9 +102,12 @@ def _case(side: TextSide) -> str:
 
 
 def _padding(side: TextSide, count: int) -> dict[str, str]:
-    alone, (batch, _, left) = len(_tokens(side, _SHORT)), padded_row(side)
+    alone = len(_tokens(side, _SHORT))
+    batch, _, left = padded_row(side)
     ids = batch["input_ids"][0].tolist()
-    pad = (ids[0] if left else ids[-1]) if len(ids) > count else None
+    pad = None
+    if len(ids) > count:
+        pad = ids[0] if left else ids[-1]
     return {
         "padding": "max_length" if alone > count or alone == side.context_length else "longest",
         "padding_side": "left" if left else "right",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -40,28 +40,34 @@ _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, Attribut
 
 
 def measure_towers(backend: Backend, part: Modality, side: Any) -> dict[str, Any]:
-    """Activation, attention heads, norm and pooling of one part; what its backend declares where that is not found."""
+    """Return activation, attention heads, norm and pooling of a tower: measured, or else as its backend declares."""
     declared = backend.describe(part)
-    found = activation(backend, part) or str(declared.get("activation"))
+    activations = activation(backend, part) or str(declared.get("activation"))
     pooling = image_pooling(backend, side) if part == "image" else text_pooling(backend, side)
     modules = list(_modules(backend, part))
-    heads = {getattr(m, key) for m in modules for key in ("num_heads", "num_attention_heads") if hasattr(m, key)}
-    eps = {getattr(m, key) for m in modules for key in ("eps", "variance_epsilon") if _is_number(getattr(m, key, None))}
+    heads = _settings(modules, ("num_heads", "num_attention_heads"))
+    eps = _settings(modules, ("eps", "variance_epsilon"))
     return {
         "class": declared.get("class", type(backend).__name__),
         "head": declared.get("head", "its own"),
-        "activation": found,
+        "activation": activations,
         "pooling": str(declared.get("pooling", NOT_MEASURED)) if pooling == NOT_MEASURED else pooling,
         "attention_heads": _listed(heads),
         "norm_eps": _listed(eps),
     }
 
 
-def _listed(values: set[Any]) -> str:
-    return ", ".join(f"{value:g}" for value in sorted(v for v in values if _is_number(v))) or "-"
+def _settings(modules: list[nn.Module], names: tuple[str, ...]) -> set[float]:
+    """Return the numbers that modules have as attributes of these names."""
+    values = (getattr(module, name, None) for module in modules for name in names)
+    return {value for value in values if _is_number(value)}
 
 
-def _is_number(value: Any) -> bool:
+def _listed(values: set[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(values)) or "-"
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -72,9 +78,9 @@ def _modules(backend: Backend, part: Modality, *, head: bool = False) -> Iterato
 
 
 def activation(backend: Backend, part: Modality) -> str:
-    """The activations among a tower's modules, each named by what it does to numbers; empty if it has none."""
-    found = {_name(module) for module in _modules(backend, part) if _is_activation(module)}
-    return " + ".join(sorted(found))
+    """Return the activations among a tower's modules, named by what they do to numbers; empty if it has none."""
+    names = {_name(module) for module in _modules(backend, part) if _is_activation(module)}
+    return " + ".join(sorted(names))
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -96,9 +102,9 @@ def _name(module: nn.Module) -> str:
 
 
 def image_pooling(backend: Backend, side: ImageSide) -> str:
-    """`class token`, `mean of all positions`, `mean of the patches`, `attention` ...: what the embedding reads."""
+    """Return what the embedding reads: `class token`, `mean of the patches`, `mean of all positions`, `attention`."""
     size = side.image_size
-    device, dtype = _kind(backend)
+    device, dtype = _device_and_dtype(backend)
     channels = _channels(backend, size)
     pixels = torch.linspace(-2, 2, channels * size * size).sin().view(1, channels, size, size)
 
@@ -111,18 +117,18 @@ def image_pooling(backend: Backend, side: ImageSide) -> str:
     read, even = _positions(weights)
     if read == [0]:
         return "class token"
-    whole = len(weights)
-    if read == list(range(whole)):
+    length = len(weights)
+    if read == list(range(length)):
         return "mean of all positions" if even else "attention"
-    if read == list(range(1, whole)) and even:
+    if read == list(range(1, length)) and even:
         return "mean of the patches"
-    return f"{len(read)} of {whole} positions"
+    return f"{len(read)} of {length} positions"
 
 
 def text_pooling(backend: Backend, side: TextSide) -> str:
-    """`end token`, `last position`, `first token`, `mean over the mask` ...: what the embedding reads."""
+    """Return what the embedding reads: `end token`, `last position`, `first token`, `mean over the mask` ..."""
     inputs, count, left = padded_row(side)
-    device, _ = _kind(backend)
+    device, _ = _device_and_dtype(backend)
     inputs = {name: value.to(device) for name, value in inputs.items()}
 
     def read(changed: Tensor) -> tuple[list[int], bool, int] | None:
@@ -131,13 +137,14 @@ def text_pooling(backend: Backend, side: TextSide) -> str:
         return None if weights is None else (*_positions(weights), len(weights))
 
     ids = inputs["input_ids"]
-    found = read(ids)
-    if found is None:
+    reading = read(ids)
+    if reading is None:
         return NOT_MEASURED
-    positions, even, length = found
+    positions, even, length = reading
     if len(positions) != 1:
         return _several(positions, even, length, count, left)
-    at, last = positions[0], length - 1
+    at = positions[0]
+    last = length - 1
     end = length - 1 if left else count - 1
     if at == 0 and end != 0:
         return "first token"
@@ -150,17 +157,17 @@ def text_pooling(backend: Backend, side: TextSide) -> str:
     if moved is None or moved[0] != [1]:
         return "last position" if end == last else "last token"
     highest = _vocabulary(backend) - 1
-    if highest > token and read(_put(ids, 1, highest)) == ([1], *found[1:]):
+    if highest > token and read(_put(ids, 1, highest)) == ([1], *reading[1:]):
         return "highest token id"
     return "end token"
 
 
 def _several(positions: list[int], even: bool, length: int, count: int, left: bool) -> str:
     real = list(range(length - count, length) if left else range(count))
-    kind = "mean" if even else "attention"
+    reading = "mean" if even else "attention"
     if positions == list(range(length)) and length != count:
-        return f"{kind} of all positions"
-    return f"{kind} over the mask" if positions == real else f"{len(positions)} of {length} positions"
+        return f"{reading} of all positions"
+    return f"{reading} over the mask" if positions == real else f"{len(positions)} of {length} positions"
 
 
 def _pop_mask(given: dict[str, Tensor]) -> Tensor | None:
@@ -178,7 +185,7 @@ def _vocabulary(backend: Backend) -> int:
     return max(sizes, default=0)
 
 
-def _kind(backend: Backend) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(backend: Backend) -> tuple[torch.device, torch.dtype]:
     first = next(p for p in backend.parameters() if p.is_floating_point() and p.ndim > 1)
     return first.device, first.dtype
 
@@ -189,7 +196,7 @@ def _channels(backend: Backend, size: int) -> int:
 
 
 def _positions(weights: Tensor) -> tuple[list[int], bool]:
-    """Which positions count at all, and whether they count alike. `weights`: (positions, width) gradients."""
+    """Return the positions with a gradient, and whether all have the same one. `weights`: (positions, width)."""
     size = weights.abs().amax(1)
     read = torch.nonzero(size > 1e-4 * size.max()).flatten().tolist()
     kept = weights[read]
@@ -197,7 +204,7 @@ def _positions(weights: Tensor) -> tuple[list[int], bool]:
 
 
 def _read(backend: Backend, part: Modality, run: Callable[[], Tensor]) -> Tensor | None:
-    """(positions, width): the gradient of the embedding at the last hidden state before pooling; None if there is none.
+    """Return the gradient (positions, width) of the embedding at the last hidden state before pooling, or None.
 
     Blocks after the first are skipped where they keep shapes: what is pooled does not depend on them.
     """
@@ -218,7 +225,7 @@ def _read(backend: Backend, part: Modality, run: Callable[[], Tensor]) -> Tensor
 
 
 class _Tap:
-    """Cuts the graph at every hidden state (n, positions, width), and so keeps the last one before pooling."""
+    """Cuts the graph at every hidden state (n, positions, width), so that the last one before pooling is kept."""
 
     def __init__(self) -> None:
         self.leaf: Tensor | None = None
@@ -259,7 +266,7 @@ def _eval(backend: Backend) -> Iterator[None]:
 
 @contextmanager
 def _skipped(backend: Backend, part: Modality, on: bool) -> Iterator[None]:
-    """All blocks of a stack but the first give back what they are given."""
+    """Make all blocks of a stack but the first return their input."""
     stacks = [m for m in _modules(backend, part) if isinstance(m, nn.ModuleList) and len(m) > 1]
     patched: list[tuple[nn.Module, Any]] = []
     for stack in stacks if on else []:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.extras import upgrade_command
-from clipkit.files import FILE_HASHES, FileHash, dump_json, hash_file, read_json
+from clipkit.files import FILE_HASHES, FileHash, dump_json, file_damage, list_files, read_json
 from clipkit.modality import Modality
 from clipkit.models.fingerprint.fingerprint import Fingerprint, words
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, GoldenEmbeddings
@@ -47,9 +47,6 @@ SCHEMA = 2  # 2: the fingerprint is measured
 
 
 _LARGE = 2**24  # bytes: hashed beside the opening
-
-
-_HASH_NAMES = {"sha256": "SHA-256", "xxh3": "XXH3"}
 
 
 TOLERANCE = 1e-4  # of any component; other CPUs and thread counts move fp32 by some 1e-6
@@ -72,12 +69,8 @@ def write(
         golden: golden embeddings; None where a later save follows, which has them.
         tamper_proof: whether SHA-256 is written beside XXH3.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != NAME]
-    kinds = FILE_HASHES if tamper_proof else ("xxh3",)
-    files = {
-        str(path.relative_to(folder).as_posix()): {"size": path.stat().st_size, **hash_file(path, *kinds)}
-        for path in paths
-    }
+    hashes: tuple[FileHash, ...] = FILE_HASHES if tamper_proof else ("xxh3",)
+    files = list_files(folder, *hashes, without=NAME)
     body = {"schema": SCHEMA, "form": form, **about, "settings": dict(settings), "files": files}
     if golden is not None:
         body["golden"] = {side: _pack(vectors) for side, vectors in golden.items()}
@@ -110,7 +103,7 @@ def damages(folder: Path, kind: FileHash = "sha256") -> Iterator[Damage]:
     if not _is_intact(body, path):
         yield Damage(path, "its content is not what was saved")
     for name, expected in _files(body):
-        damage = _damage(folder / name, expected, kind)
+        damage = file_damage(folder / name, expected, kind, "model")
         if damage is not None:
             yield Damage(folder / name, damage, prose=name == CARD)
 
@@ -153,7 +146,7 @@ def verified_files(folder: Path, body: Mapping[str, Any], kind: FileHash) -> Ite
         if (name, expected) not in large:
             _require_intact(folder / name, expected, kind)
     with ThreadPoolExecutor(max_workers=1) as thread:
-        checks = [thread.submit(_damage, folder / name, expected, kind) for name, expected in large]
+        checks = [thread.submit(file_damage, folder / name, expected, kind, "model") for name, expected in large]
         try:
             yield
         finally:
@@ -164,7 +157,7 @@ def verified_files(folder: Path, body: Mapping[str, Any], kind: FileHash) -> Ite
 
 
 def _require_intact(path: Path, expected: Mapping[str, Any], kind: FileHash) -> None:
-    message = _damage(path, expected, kind)
+    message = file_damage(path, expected, kind, "model")
     if message is None:
         return
     if path.name != CARD:
@@ -188,19 +181,6 @@ def _files(body: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     files = body.get("files")
     found = files.items() if isinstance(files, dict) else ()
     return [(name, each) for name, each in found if isinstance(each, dict)]
-
-
-def _damage(path: Path, expected: Mapping[str, Any], kind: FileHash) -> str | None:
-    if not path.is_file():
-        return "a file of the model is missing"
-    size = path.stat().st_size
-    if size != expected.get("size"):
-        return f"a file of the model has {size} bytes instead of {expected.get('size')}"
-    if kind not in expected:
-        kind = "sha256" if "sha256" in expected else "xxh3"  # one of the two alone: an older save, a new best
-    if hash_file(path, kind)[kind] != expected.get(kind):
-        return f"a file of the model is not what was saved (its {_HASH_NAMES[kind]} differs)"
-    return None
 
 
 def check(

@@ -179,7 +179,9 @@ def _check_shapes(path: Path, model: Any, config: Mapping[str, Any]) -> None:
     for name, tensor in model.state_dict().items():
         if name in found and found[name] != tuple(tensor.shape) and tensor.numel() != 1:
             message = f"weight {name} has shape {found[name]}, the config asks for {tuple(tensor.shape)}"
-            raise ModelError(message, where=path, fix="config and weights must come from the same model")
+            raise ModelError(
+                message, where=path, fix="config and weights must come from the same model", topic="weights"
+            )
     if config.get("init_logit_bias") is not None and "logit_bias" not in found:
         raise ModelError("weight logit_bias is missing; open_clip would take 0", where=path)
 

@@ -52,7 +52,9 @@ def refuse_code(folder: Path, *, trust_remote_code: bool = False) -> None:
         if asked:
             agree = option("trust_remote_code", True, python="trust_remote_code=True with a fixed revision=")
             fix = f"read that code, then {agree}"
-            raise ModelError(f"the model asks to run its own code ({', '.join(asked[:5])})", where=path, fix=fix)
+            raise ModelError(
+                f"the model asks to run its own code ({', '.join(asked[:5])})", where=path, fix=fix, topic="remote code"
+            )
 
 
 def _asked(value: Any, at: str = "") -> Iterator[str]:

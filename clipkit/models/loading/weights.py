@@ -155,7 +155,9 @@ def load_exactly(
     _check_missing([key for key in missing if not key.startswith(may_lack or ("\0",))], info, folder)
     if info["unexpected_keys"] and not spare:
         keys = _few(info["unexpected_keys"])
-        raise ModelError(f"the weights hold keys that the model has no place for: {keys}", where=folder)
+        raise ModelError(
+            f"the weights hold keys that the model has no place for: {keys}", where=folder, topic="weights"
+        )
     check_finite(model, folder)
     return model.eval(), missing
 
@@ -163,7 +165,9 @@ def load_exactly(
 def _check_shapes(mismatched: Iterable[Any], folder: Path) -> None:
     for key, found, expected in sorted(mismatched):
         message = f"weight {key} has shape {tuple(found)}, the config asks for {tuple(expected)}"
-        raise ModelError(message, where=folder, fix="config.json and weights must come from the same model")
+        raise ModelError(
+            message, where=folder, fix="config.json and weights must come from the same model", topic="weights"
+        )
 
 
 def _check_missing(missing: list[str], info: Any, folder: Path) -> None:
@@ -174,7 +178,7 @@ def _check_missing(missing: list[str], info: Any, folder: Path) -> None:
     fix = "save the whole model again"
     if prefixed:
         fix = f"the keys carry a wrapper's prefix ({prefixed[0]}): save the unwrapped model (model.module)"
-    raise ModelError(message, where=folder, fix=fix)
+    raise ModelError(message, where=folder, fix=fix, topic="weights")
 
 
 def _few(names: Iterable[str]) -> str:

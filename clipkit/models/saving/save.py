@@ -35,7 +35,7 @@ class Saved:
     Attributes:
         form: `open_clip` (its `local-dir:`), `vision-text-dual-encoder` or another model type of transformers
             (AutoModel and AutoProcessor), or `towers` (vision/, text/, heads.safetensors, without_clipkit.py).
-        why: what opens it, and for `towers` why it is no VisionTextDualEncoder.
+        why: what opens it, and for `towers` why it is not a VisionTextDualEncoder.
     """
 
     form: str
@@ -80,7 +80,7 @@ def save(
 
 
 def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) -> None:
-    """Refuse a folder that something stands in, unless it is to be overwritten and holds one of the files `marks`."""
+    """Refuse a folder that is not empty, unless it is to be overwritten and holds one of the files `marks`."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not overwrite:
@@ -88,7 +88,7 @@ def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) ->
             "the folder exists and is not empty", where=folder, fix=f"another folder, or {option('overwrite', True)}"
         )
     if not any((folder / name).is_file() for name in marks):
-        raise UsageError("only a model may be overwritten, and this is none", where=folder, fix="another folder")
+        raise UsageError("only a model may be overwritten, and this is not one", where=folder, fix="another folder")
 
 
 def _write(backend: Backend, processor: Processor, folder: Path, name: str, card: Card) -> tuple[Saved, Card]:
@@ -111,7 +111,7 @@ def _write(backend: Backend, processor: Processor, folder: Path, name: str, card
         "card": card.as_dict(),
     }
     artefact.write(folder, form=saved.form, settings=backend.settings(), about=about, golden=expected)
-    check_saved(folder, name)  # while an older model still stands: what cannot be opened is not published
+    check_saved(folder, name)  # before an older model is replaced: what cannot be opened is not published
     return saved, card
 
 

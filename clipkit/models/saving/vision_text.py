@@ -1,7 +1,7 @@
-"""Joined towers as a VisionTextDualEncoder of transformers, wherever that class can say what they are.
+"""Joined towers as a VisionTextDualEncoder of transformers, wherever that class can hold them.
 
 It projects `output[1]` of both towers by bias-free layers and has no logit bias. Whether a model is more than
-that is tried, not listed: what was written is opened by transformers alone and has to give the same embeddings.
+that is tested, not listed: the files are opened by transformers alone and have to give the same embeddings.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _renamed(backend: TowersBackend) -> dict[str, Tensor]:
 
 
 def _difference(folder: Path, processor: Processor, golden: GoldenEmbeddings) -> str | None:
-    """In what transformers' own pipeline departs from ours, in words."""
+    """Return how transformers' own pipeline differs from ours, in words; None if it does not."""
     native = AutoProcessor.from_pretrained(folder, local_files_only=True)
     images = golden_images()
     several = [*images, *_odd_sizes(images[-1], processor.image_size)]
@@ -105,8 +105,8 @@ def _difference(folder: Path, processor: Processor, golden: GoldenEmbeddings) ->
     if not worst <= TOLERANCE:
         return f"{type(native.image_processor).__name__} of transformers gives other pixels (by up to {worst:.2g})"
     model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    found = embed(model, native, images, GOLDEN_TEXTS, processor)
-    for side, vectors in found.items():
+    embeddings = embed(model, native, images, GOLDEN_TEXTS, processor)
+    for side, vectors in embeddings.items():
         worst = float((vectors - golden[side]).abs().max())
         if not worst <= TOLERANCE:
             return f"transformers gives other {side} embeddings (by up to {worst:.2g})"
@@ -122,7 +122,7 @@ def _odd_sizes(image: Image.Image, size: int) -> list[Image.Image]:
 def embed(
     model: Any, native: Any, images: Sequence[Image.Image], texts: Sequence[str], processor: Processor
 ) -> GoldenEmbeddings:
-    """What a person gets who follows the documentation of transformers."""
+    """Return the embeddings that the documented calls of transformers give."""
     side = processor.text_side
     assert isinstance(side, TransformersTexts)
     inputs = native(

@@ -1,12 +1,12 @@
-"""Checkpoints: folders that are whole or not there, and known to be what was saved.
+"""Checkpoints: folders that appear complete or not at all, and are verified before use.
 
     checkpoints/step_00000120/
-        weights.safetensors  optimizer.safetensors …    the tensors of each part of the run
-        state.json                                       the facts of each part
+        weights.safetensors  optimizer.safetensors …    the tensors of every part of the run
+        state.json                                       the facts of every part
         manifest.json                                    size and SHA-256 of every file, written last
 
 A new one is written beside, synced, renamed into place and read back; only then the oldest goes. Two are kept, so
-that there is one to fall back on should the newest rot.
+that there is one to fall back on if the newest is damaged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ResourceError, option
-from clipkit.files import dump_json, nearest, publish, resource_errors, sha256_file
+from clipkit.files import dump_json, file_damage, list_files, nearest, publish, resource_errors
 from clipkit.training.state import Stateful
 
 logger = logging.getLogger("clipkit")
@@ -52,7 +52,7 @@ class Snapshot:
 
     Attributes:
         step: that was taken last.
-        facts: part -> what it said of itself in JSON.
+        facts: part -> its state in JSON.
         tensors: part -> its tensors, by name, on the CPU.
     """
 
@@ -61,7 +61,7 @@ class Snapshot:
     tensors: dict[str, dict[str, Tensor]]
 
     def restore(self, parts: Mapping[str, Stateful]) -> None:
-        """Give every part what it was.
+        """Restore every part.
 
         Raises:
             CorruptArtefact: the run had other parts, or they are of another model.
@@ -105,7 +105,7 @@ class Checkpoints:
 
         Args:
             parts: of the run.
-            later: bytes that they will come to hold beside what they hold now: moments and best weights.
+            later: bytes that will be added to them: moments and best weights.
 
         Raises:
             ResourceError: as `require_room`.
@@ -113,7 +113,7 @@ class Checkpoints:
         self.require_room(max(1, KEPT + 1 - len(self.paths())) * (size_of(parts) + later))
 
     def require_room(self, needed: int) -> None:
-        """Foresee a full disk.
+        """Refuse a disk with too little free space.
 
         Args:
             needed: bytes.
@@ -130,14 +130,18 @@ class Checkpoints:
             )
 
     def paths(self) -> list[Path]:
-        """All that bear a checkpoint's name, the oldest step first."""
+        """Return all folders with a checkpoint's name, the oldest step first."""
         if not self.folder.is_dir():
             return []
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
+        step_of = {}
+        for path in self.folder.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match:
+                step_of[path] = int(match[1])
+        return sorted(step_of, key=lambda path: (step_of[path], path))
 
     def newest(self) -> Path | None:
-        """The newest valid one, by its step; those that are not valid are set aside as ``….corrupt``, and named."""
+        """Return the valid checkpoint of the latest step; rename damaged ones to ``….corrupt``, with a warning."""
         for path in reversed(self.paths()):
             try:
                 verify(path)
@@ -150,24 +154,26 @@ class Checkpoints:
         return None
 
     def damaged(self) -> list[Path]:
-        """Those that were set aside."""
+        """Return the damaged checkpoints that `newest` set aside."""
         return sorted(self.folder.glob("step_*.corrupt*")) if self.folder.is_dir() else []
 
 
 def size_of(parts: Mapping[str, Stateful]) -> int:
-    """Bytes of the tensors."""
-    return sum(each.numel() * each.element_size() for part in parts.values() for each in part.tensor_state().values())
+    """Return the bytes of all tensors."""
+    return sum(
+        tensor.numel() * tensor.element_size() for part in parts.values() for tensor in part.tensor_state().values()
+    )
 
 
 def _write(folder: Path, step: int, parts: Mapping[str, Stateful]) -> None:
     folder.mkdir()
     for name, part in parts.items():
-        tensors = {key: each.detach().cpu().contiguous() for key, each in part.tensor_state().items()}
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.tensor_state().items()}
         if tensors:
             save_file(tensors, folder / f"{name}.safetensors")
     facts = {name: part.json_state() for name, part in parts.items()}
     (folder / STATE).write_text(dump_json({"step": step, "parts": facts}), encoding="utf-8")
-    files = {path.name: {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(folder.iterdir())}
+    files = list_files(folder, "sha256")
     (folder / MANIFEST).write_text(dump_json({"schema": SCHEMA, "files": files}), encoding="utf-8")
 
 
@@ -183,20 +189,19 @@ def verify(path: Path) -> None:
         raise CorruptArtefact(f"expected a manifest of schema {SCHEMA}, found {schema!r}", where=path / MANIFEST)
     if (path / MANIFEST).read_bytes() != dump_json(manifest).encode():
         raise CorruptArtefact("the manifest is not what was saved", where=path / MANIFEST)
-    if odd := {each.name for each in path.iterdir()} - {MANIFEST} - files.keys():
-        raise CorruptArtefact("a file is not in the manifest", where=path / min(odd))
+    names = {file.name for file in path.iterdir()}
+    unlisted = names - {MANIFEST} - files.keys()
+    if unlisted:
+        raise CorruptArtefact("a file is not in the manifest", where=path / min(unlisted))
     for name, expected in files.items():
-        file = path / name
-        size, digest = (expected.get(key) if isinstance(expected, dict) else None for key in ("size", "sha256"))
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "none"
-            raise CorruptArtefact(f"expected {size} bytes, found {found}", where=file)
-        if sha256_file(file) != digest:
-            raise CorruptArtefact("the content is not what was saved (its SHA-256 differs)", where=file)
+        entry = expected if isinstance(expected, dict) else {}
+        damage = file_damage(path / name, entry, "sha256", "checkpoint")
+        if damage is not None:
+            raise CorruptArtefact(damage, where=path / name)
 
 
 def read(path: Path) -> Snapshot:
-    """A checkpoint that `newest` found valid.
+    """Return the content of a checkpoint that `newest` verified.
 
     Raises:
         CorruptArtefact: it cannot be read, on any process.
@@ -213,12 +218,12 @@ def read(path: Path) -> Snapshot:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CorruptArtefact(f"{path.name} cannot be read: {error}", where=path) from error
-    if not isinstance(found, dict):
-        raise CorruptArtefact(f"{path.name} holds no object", where=path)
-    return found
+    if not isinstance(value, dict):
+        raise CorruptArtefact(f"a JSON object was expected in {path.name}, found {type(value).__name__}", where=path)
+    return value
 
 
 def _free(path: Path) -> Path:
@@ -230,7 +235,7 @@ def _free(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """In one rename it is no checkpoint any more; then its bytes go."""
+    """Delete a checkpoint: rename it first, so that a half-deleted one is never taken for a checkpoint."""
     trash = path.with_name(f".{path.name}.trash")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)

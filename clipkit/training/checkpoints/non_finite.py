@@ -26,7 +26,7 @@ class NonFinite(Facts):
     """Counts the steps whose loss or gradient was not a number; more than `allowed` end the run.
 
     Args:
-        folder: of the run; the rows of each such batch are written into its nonfinite.jsonl.
+        folder: of the run; the rows of every such batch are written into its nonfinite.jsonl.
         plan: tells which rows these are.
         allowed: steps that may be left out.
     """
@@ -44,7 +44,7 @@ class NonFinite(Facts):
         self.values["steps"] += 1
         epoch, k = divmod(step - 1, self.plan.steps_per_epoch)
         names = [n for n, p in learner.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        what = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        reason = f"the gradient is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         line: dict[str, Any] = {
             "step": step,
             "epoch": epoch,
@@ -58,13 +58,16 @@ class NonFinite(Facts):
                 file.write(json.dumps(line) + "\n")
         count = self.values["steps"]
         if count > self.allowed:
+            message = f"{reason}; the step was not applied"
+            if self.allowed:
+                message += f" ({count} such, skip_nonfinite={self.allowed} allows fewer)"
             raise ClipkitError(
-                f"{what}; the step was not applied ({count} such, skip_nonfinite={self.allowed} allows fewer)"
-                if self.allowed
-                else f"{what}; the step was not applied",
+                message,
                 where=self.folder / NAME,
                 fix=f"look at these rows for broken images or captions, lower {option('learning_rate')}, or use "
                 f"{option('precision', 'fp32')}; {option('skip_nonfinite', 3)} leaves out three such steps",
             )
         if distributed.is_main():
-            logger.warning("step %d: %s; the step was not applied (%d of %d allowed)", step, what, count, self.allowed)
+            logger.warning(
+                "step %d: %s; the step was not applied (%d of %d allowed)", step, reason, count, self.allowed
+            )

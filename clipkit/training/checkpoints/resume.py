@@ -1,4 +1,4 @@
-"""Whether a run that is to go on is the run that it was."""
+"""Check that a run that continues has the config, data and model it began with."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def run_fingerprint(
     pairs: Any,
     evaluators: Sequence[Evaluator],
 ) -> dict[str, Any]:
-    """What decides about every figure of a run, as JSON: equal identities mean equal global batches and one model.
+    """Return all that decides about a run's results, as JSON: equal values mean equal global batches and one model.
 
-    The trained weights are not in it, for a checkpoint holds them; frozen ones are.
+    The trained weights are not in it, because a checkpoint holds them; frozen ones are.
     """
     codes, numbers = key_columns(similar)
     planned = [*config.distinct, *filter(None, (config.balanced, config.grouped))]
@@ -59,7 +59,7 @@ def run_fingerprint(
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
     identity = {
         "train": settings,
-        "similar": [str(notion) for notion in similar],
+        "similar": [str(similarity) for similarity in similar],
         "data": data_fingerprint(
             pairs, [*codes, *numbers, *planned], progress=config.progress and distributed.is_main()
         ),
@@ -88,7 +88,7 @@ def _listed(value: Any) -> Any:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """One line for each thing that differs, ``train.seed: 0 before, 1 now``."""
+    """Return one line for every setting that differs, ``train.seed: 0 before, 1 now``."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         keys = [*before, *(key for key in now if key not in before)]
         return [
@@ -101,19 +101,24 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         return [line for i, (one, other) in pairs for line in differences(one, other, f"{name}[{i}]")]
     if before == now:
         return []
-    one, other = (json.dumps(value, ensure_ascii=False) for value in (before, now))
-    same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    one = json.dumps(before, ensure_ascii=False)
+    other = json.dumps(now, ensure_ascii=False)
+    same = min(len(one), len(other))
+    for index, (character, other_character) in enumerate(zip(one, other, strict=False)):
+        if character != other_character:
+            same = index
+            break
     return [f"{name}: {_short(one, same)} before, {_short(other, same)} now"]
 
 
 def _short(text: str, same: int) -> str:
-    """About 60 characters of it, those around number `same` among them."""
+    """Return about 60 characters of a text, around the character number `same`."""
     start = max(0, same - 30) if len(text) > 60 else 0
     return ("…" if start else "") + text[start : start + 60] + ("…" if len(text) > start + 60 else "")
 
 
 def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:
-    """Compare with what the folder's run was; on rank 0.
+    """Compare with the run that the folder holds; on rank 0.
 
     Raises:
         UsageError: something changed; lists all of it.
@@ -133,11 +138,11 @@ def check_same_run(folder: Path, now: Mapping[str, Any]) -> None:
 
 
 def find_checkpoint(folder: Path, checkpoints: Checkpoints, now: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that a run goes on from; None where it begins, which then is the folder's run. On rank 0.
+    """Return the checkpoint that a run continues from, or None for a new run, which the folder then records; on rank 0.
 
     Raises:
         UsageError: the folder's run is another one.
-        CorruptArtefact: there were checkpoints, and none of them is whole.
+        CorruptArtefact: there were checkpoints, and all of them are damaged.
     """
     clean_up(folder)
     if not what_stands(folder):

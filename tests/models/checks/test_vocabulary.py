@@ -162,7 +162,7 @@ def test_a_comparison_with_a_damaged_folder_fails_and_says_of_what(how: str, sav
         if how == "cut":
             assert "model.safetensors has" in said
         if how == "same embeddings":
-            assert f"{letter} is not what was saved: do not use it before that is mended. Their embeddings" in said
+            assert f"{letter} is not what was saved: do not use it before that is fixed. Their embeddings" in said
         assert f"clipkit check model {saved} tells more" in said
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from clipkit import files
 from clipkit.errors import CorruptArtefact, UsageError
 from clipkit.files import dump_json
 from clipkit.models.dual_encoder import DualEncoder
@@ -27,7 +28,7 @@ class Counts:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.golden: list[Any] = []
         self.hashed: list[tuple[str, str]] = []
-        golden_embeddings, hash_file = load.golden_embeddings, manifest.hash_file
+        golden_embeddings, hash_file = load.golden_embeddings, files.hash_file
 
         def counting_golden(*args: Any) -> Any:
             self.golden.append(args[2])
@@ -38,14 +39,14 @@ class Counts:
             return hash_file(path, *kinds)
 
         monkeypatch.setattr(load, "golden_embeddings", counting_golden)
-        monkeypatch.setattr(manifest, "hash_file", counting_hash)
+        monkeypatch.setattr(files, "hash_file", counting_hash)
 
     def opened(self, folder: Path, verify: Any = "once") -> tuple[int, set[str]]:
         self.golden.clear()
         self.hashed.clear()
         DualEncoder.from_pretrained(folder, verify=verify)
-        files = json.loads((folder / manifest.NAME).read_text())["files"]
-        assert sorted(name for name, _ in self.hashed) == sorted(Path(name).name for name in files)  # each file once
+        listed = json.loads((folder / manifest.NAME).read_text())["files"]
+        assert sorted(name for name, _ in self.hashed) == sorted(Path(name).name for name in listed)  # each file once
         return len(self.golden), {kind for _, kind in self.hashed}
 
 

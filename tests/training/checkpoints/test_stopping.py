@@ -83,7 +83,7 @@ def test_handlers_are_put_back_and_other_threads_have_none():
     with StopSignal() as stop:
         assert signal.getsignal(signal.SIGTERM) == stop._note
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.wanted is signal.SIGUSR1
+        assert stop.received is signal.SIGUSR1
     assert signal.getsignal(signal.SIGTERM) == before
     seen = []
 

@@ -27,6 +27,8 @@ def is_blank(text: str) -> bool:
     >>> is_blank("\\ufeff\\u200b \\n"), is_blank("007")
     (True, False)
     """
+    if "!" <= text[:1] <= "~":  # the ASCII signs that print; most captions begin with one
+        return False
     return not any(map(_has_ink, text))
 
 

@@ -3,8 +3,9 @@
 A sha256 over the rows in their order: how many, every caption, every image, hard negatives, and the columns named.
 
 Not seen: columns that were not named; where files lie and what they are called; of an image file above 64 KiB what lies
-outside its first, middle and last 16 KiB when its length stays the same (100,000 files are to take seconds). A file
-that cannot be read counts by its path. Of rows that open their images themselves 1,000 are looked at, or none where two
+outside its first, middle and last 16 KiB when its length stays the same (100,000 files are to take seconds). Of more
+than 100,000 rows the length of every file counts, and the content of 10,000 files, evenly spread. A file that cannot be
+read counts by its path. Of rows that open their images themselves 1,000 are looked at, or none where two
 looks differ (random augmentation); what a transform of `datasets` makes of its columns is not looked at either.
 """
 
@@ -13,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from clipkit.data.dataset import MapStyleDataset, as_dataset, drawn, require_column
+from clipkit.data.dataset import MapStyleDataset, as_dataset, drawn, iterate_column, require_column
 from clipkit.errors import BadImage
 from clipkit.images.load import bytes_of
 from clipkit.progress import track
@@ -31,6 +32,7 @@ _WHOLE, _WINDOW = 64 * 1024, 16 * 1024  # files up to here are read whole, of lo
 
 
 _SAMPLE = 1000
+_READ_ALL, _READ_OF_MORE = 100_000, 10_000  # rows: the files of up to so many are all read; of more, so many files
 
 
 _READ = ("texts", "image", "image_features", "hard_texts", "hard_images")  # by every training, where they are there
@@ -57,8 +59,10 @@ def data_fingerprint(source: Any, columns: Sequence[str] = (), *, progress: bool
         seen: dict[str, bytes] = {}
         with drawn(0):  # a data set that draws of its own draws the same each time
             cells = _sample(source) if name == "image" and opened(source) else raw_cells(source, name)
-            for cell in track(cells, len(source), f"reading the column {name!r}", unit="row", shown=progress):
-                column.update(_cell(name, cell, seen))
+            content = _rows_read(len(source))
+            tracked = track(cells, len(source), f"reading the column {name!r}", unit="row", shown=progress)
+            for row, cell in enumerate(tracked):
+                column.update(_cell(name, cell, seen, row in content))
         whole.update(column.digest())
     return whole.hexdigest()
 
@@ -83,13 +87,19 @@ def raw_cells(source: Any, column: str) -> Iterator[Any]:
         source = source.cast_column(column, Image(decode=False)) if isinstance(kind, Image) else source
     elif column == "hard_images" and isinstance(getattr(features[column], "feature", None), Image):
         source = source.cast_column(column, List(Image(decode=False)))
-    for start in range(0, len(source), 1000):
-        yield from source[start : start + 1000][column]
+    yield from iterate_column(source, column)
 
 
-def _cell(column: str, cell: Any, seen: dict[str, bytes]) -> bytes:
+def _rows_read(rows: int) -> Container[int]:
+    """The rows whose image files are read; of the others the size alone counts."""
+    if rows <= _READ_ALL:
+        return range(rows)
+    return set(np.linspace(0, rows - 1, _READ_OF_MORE).astype(int).tolist())
+
+
+def _cell(column: str, cell: Any, seen: dict[str, bytes], content: bool) -> bytes:
     if column == "image":
-        return _image(cell, seen)
+        return _image(cell, seen) if content else _image_size(cell)
     if column == "image_features":
         return _features(cell)
     if column == "hard_images":
@@ -155,6 +165,17 @@ def _image(cell: Any, seen: dict[str, bytes]) -> bytes:
     return hashlib.sha256(b"none" if found is None else found).digest()
 
 
+def _image_size(cell: Any) -> bytes:
+    """As `_image`, but of a file the size alone."""
+    image = file_or_bytes(cell)
+    if not isinstance(image, str):
+        return _image(cell, {})
+    try:
+        return b"%d bytes\n" % os.stat(image).st_size  # noqa: PTH116 (a Path costs as much as the call)
+    except (OSError, ValueError):
+        return _unreadable(image)
+
+
 def _features(cell: Any) -> bytes:
     return hashlib.sha256(np.asarray(cell, dtype=np.float32).tobytes()).digest()
 
@@ -165,7 +186,11 @@ def _file(path: str) -> bytes:
             size = os.fstat(file.fileno()).st_size
             return hashlib.sha256(b"%d " % size + b"".join(_windows(file, size))).digest()
     except (OSError, ValueError):
-        return hashlib.sha256(b"unreadable " + path.encode("utf-8", "surrogatepass")).digest()
+        return _unreadable(path)
+
+
+def _unreadable(path: str) -> bytes:
+    return hashlib.sha256(b"unreadable " + path.encode("utf-8", "surrogatepass")).digest()
 
 
 def _windows(file: BinaryIO, size: int) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from clipkit.data.dataset import as_dataset, has_texts
+from clipkit.data.dataset import as_dataset, has_texts, iterate_column
 from clipkit.data.split import digest, known_images
 
 
@@ -40,8 +40,10 @@ class Overlap:
 def overlap(train: Any, test: Any) -> Overlap:
     """Compare two data sets; reads only those files of which both have one of the same size."""
     train, test = as_dataset(train), as_dataset(test)
-    seen = {text for texts in train["texts"] for text in texts}
-    captions = [text for texts in test["texts"] for text in texts] if has_texts(test) else []  # of labels alone
+    seen = {text for texts in iterate_column(train, "texts") for text in texts}
+    captions: list[str] = []
+    if has_texts(test):  # not of images and labels alone
+        captions = [text for texts in iterate_column(test, "texts") for text in texts]
     shared = sum(text in seen for text in captions)
     return Overlap(_shared_images(train, test), len(test), shared, len(captions))
 

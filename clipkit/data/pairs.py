@@ -49,8 +49,9 @@ def load_pairs(
 
     Captions are the text of their cells, unchanged: "None", "NA" and "007" are words. Only a cell with nothing in it
     (or whitespace, null, NaN) is empty. Several rows of one image file become one row with several texts; its other
-    columns are those of the first row. Each image file is looked at (there, not empty, begins as an image) but not
-    decoded: `check_data` does that.
+    columns are those of the first row. Each image file is checked (it exists, is not empty or too large, begins as an
+    image) but not decoded: `check_data` does that. Of more than 10,000 rows the files are not opened, so that a million
+    take seconds: a file that is not an image, or that may not be read, is then refused where it is decoded.
 
     Args:
         source: a .csv, .tsv, .jsonl or .parquet file; a folder of images with captions beside them (`CaptionFiles`) or

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from clipkit.errors import DataError, UsageError, option
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Value = TypeVar("Value", bound=Hashable)
+_END = 4096  # bytes
 
 
 def split_pairs(
@@ -49,16 +52,41 @@ def split_pairs(
 def image_keys(pairs: Any) -> list[Hashable]:
     """For each row a key that is equal where the encoded images are equal, byte by byte.
 
-    Of the files only those of one size can be equal, so only these are read and hashed. A file that cannot be read is
-    known by its path, an image that was decoded already by its pixels.
+    Of the files only those of one size can be equal; of these the beginning and the end are read, and only those that
+    agree in them are read and hashed as a whole. A file that cannot be read is known by its path, an image that was
+    decoded already by its pixels.
     """
-    kept = known_images(pairs)
-    often = Counter(size for size, _, _ in set(kept))
-    digests = {path: digest(path) for size, path, _ in set(kept) if path and size is not None and often[size] > 1}
-    return [
-        content or (digests.get(path, size) if path and size is not None else path or ("row", row))
-        for row, (size, path, content) in enumerate(kept)
-    ]
+    known = known_images(pairs)
+    sizes = {path: size for size, path, _ in known if path and size is not None}
+    of_one_size = _repeated({path: _size_and_ends(path, size) for path, size in _repeated(sizes).items()})
+    digests = {path: digest(path) for path in of_one_size}
+    keys: list[Hashable] = []
+    for row, (size, path, content) in enumerate(known):
+        if content:
+            keys.append(content)
+        elif path and size is not None:
+            keys.append(digests.get(path, path))
+        else:
+            keys.append(path or ("row", row))
+    return keys
+
+
+def _repeated(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Keep the entries whose value occurs more than once."""
+    counts = Counter(values.values())
+    return {path: value for path, value in values.items() if counts[value] > 1}
+
+
+def _size_and_ends(path: str, size: int) -> Hashable:
+    """The size of a file with a hash of its first and last 4 KiB; its path where it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a Path costs as much as the call)
+            ends = file.read(_END)
+            file.seek(max(0, size - _END))
+            ends += file.read(_END)
+    except (OSError, ValueError):
+        return path
+    return size, hashlib.sha256(ends).digest()
 
 
 def known_images(pairs: Any) -> list[tuple[int | None, str | None, bytes]]:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from clipkit import load_pairs
+from clipkit.data import fingerprint
 from clipkit.data.batches.augment import augment
 from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.fingerprint import data_fingerprint
@@ -74,6 +75,27 @@ def test_large_files_are_known_by_length_and_three_windows(tmp_path):
     whole = identity()
     assert len({whole, identity(0), identity(150_000), identity(-1), identity(length=1)}) == 5
     assert identity(60_000) == whole  # what the first lines of the module say is not seen
+
+
+def test_of_very_many_files_some_are_read_and_all_are_measured(table, monkeypatch):
+    pairs = load_pairs(table)
+    before = data_fingerprint(pairs)
+    monkeypatch.setattr(fingerprint, "_READ_ALL", 5)
+    monkeypatch.setattr(fingerprint, "_READ_OF_MORE", 2)  # the first and the last row
+
+    def changed(row, edit):
+        path = table.parent / f"{row}.png"
+        content = path.read_bytes()
+        path.write_bytes(edit(content))
+        identity = data_fingerprint(pairs)
+        path.write_bytes(content)
+        return identity
+
+    sampled = data_fingerprint(pairs)
+    assert sampled == data_fingerprint(list(pairs)) != before
+    assert changed(2, lambda content: content[:-1] + b"x") == sampled
+    others = {changed(5, lambda content: content[:-1] + b"x"), changed(2, lambda content: content + b"x")}
+    assert len(others | {sampled}) == 3
 
 
 def test_embedded_and_decoded_images_and_features_are_seen_as_they_are(table):

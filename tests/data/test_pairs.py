@@ -15,10 +15,12 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pillow
 
+from clipkit.data.check import check_data
 from clipkit.data.pairs import load_pairs
+from clipkit.data.reading import image_column
 from clipkit.data.reading.rejects import LoadReport, Reject
 from clipkit.errors import ClipkitError, DataError, TooManyRejected, UsageError
-from clipkit.images.load import load_image
+from clipkit.images.load import load_image, probe_image
 
 
 def png(shade: int = 0) -> bytes:
@@ -437,6 +439,31 @@ def test_the_list_is_short_and_the_file_complete(folder: Path) -> None:
     assert str(error).count("MISSING") == 10
     assert "... and 15 more" in str(error)
     assert len((folder / "r.jsonl").read_text().splitlines()) == 25
+
+
+def test_the_files_of_a_large_table_are_not_opened(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "page.png").write_text("<html>")
+    (folder / "empty.png").touch()
+    (folder / "link.png").symlink_to("img/3.png")
+    (folder / "large.png").touch()
+    os.truncate(folder / "large.png", 64 * 1024**2 + 1)
+    names = ["img/0.png", "page.png", "empty.png", "gone.png", "img", "large.png", "link.png", "https://x.org/a.png"]
+    path = table(folder, "image,text\n" + "".join(f"{name},x\n" for name in names))
+    probed = []
+    monkeypatch.setattr(image_column, "probe_image", lambda name, guess: probed.append(name) or probe_image(name))
+    counts = []
+    for opened in (len(names), len(names) - 1):
+        monkeypatch.setattr(image_column, "_OPENED", opened)
+        ledger = LoadReport()
+        pairs = load_pairs(path, on_bad="skip", max_bad=1.0, ledger=ledger)
+        assert ledger.rows == ledger.used + len(ledger.rejects) == len(names)
+        counts.append((len(pairs), {reject.row: reject.code for reject in ledger.rejects}, len(probed)))
+        probed.clear()
+    codes = {4: "EMPTY", 5: "MISSING", 6: "NOT_REGULAR", 7: "TOO_LARGE", 9: "URL"}
+    assert counts == [(2, {3: "NOT_IMAGE"} | codes, 8), (3, codes, 5)]
+    report = check_data(pairs, ledger=ledger)  # which decodes
+    assert report.rows == report.images + len(report.rejects) == len(names)
+    assert {reject.row: reject.code for reject in report.rejects} == {3: "NOT_IMAGE"} | codes
 
 
 def test_the_budget(folder: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 
+from clipkit.data import split as split_module
 from clipkit.data.split import image_keys, split_pairs
 from clipkit.errors import DataError, UsageError
 
@@ -87,6 +88,25 @@ def test_only_images_of_one_size_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     keys = image_keys(pairs)
     assert sorted(read) == ["0.png", "2.png"]
     assert keys[0] == keys[2] != keys[1]
+
+
+def test_only_images_of_equal_ends_are_read_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = b"s" * 5000, b"e" * 5000
+    contents = {
+        "one": b"1".join(ends),
+        "copy": b"1".join(ends),
+        "two": b"2".join(ends),
+        "start": b"S" * 5000 + b"1" + ends[1],
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    read = []
+    digest = split_module.digest
+    monkeypatch.setattr(split_module, "digest", lambda path: read.append(Path(path).name) or digest(path))
+    keys = image_keys([{"image": str(tmp_path / name)} for name in contents])
+    assert read == ["one", "copy", "two"]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
 
 
 @pytest.mark.parametrize("seed", range(5))

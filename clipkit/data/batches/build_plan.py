@@ -9,7 +9,7 @@ import numpy as np
 
 from clipkit.data.batches.assignment import Ints
 from clipkit.data.batches.plan import Plan
-from clipkit.data.dataset import as_dataset, caption_counts, key_values, require_texts
+from clipkit.data.dataset import as_dataset, caption_counts, iterate_column, key_values, require_texts
 from clipkit.data.fingerprint import opened, steady
 from clipkit.data.split import image_keys
 from clipkit.errors import DataError, UsageError
@@ -55,7 +55,7 @@ def build_plan(
 
 def _codes(pairs: Any, name: str) -> Ints:
     if name == "texts":
-        return _numbered(text for texts in pairs["texts"] for text in texts)
+        return _numbered(text for texts in iterate_column(pairs, "texts") for text in texts)
     if name == "image":
         if "image_features" in pairs.column_names:
             return _numbered(np.asarray(cell, dtype=np.float32).tobytes() for cell in pairs["image_features"])

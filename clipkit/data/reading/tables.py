@@ -34,6 +34,7 @@ TABLE_SUFFIXES = (*SEPARATORS, *JSON_SUFFIXES, ".parquet")
 
 
 _LARGEST_FIELD = 16 * 1024**2
+_BATCH = 1000  # rows that `datasets` turns into Python objects at once: a fifth of the time of one by one
 
 
 SEPARATOR_WORDS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}  # which are typed without quotes
@@ -123,7 +124,14 @@ class Table:
         return len(next(iter(self.columns.values()), ())) if isinstance(self.columns, Mapping) else len(self.columns)
 
     def cells(self, name: str) -> list[Any]:
-        return list(self.columns[name])
+        """Return the cells of a column."""
+        if isinstance(self.columns, Mapping):
+            return list(self.columns[name])
+        column = self.columns.select_columns([name])
+        cells: list[Any] = []
+        for start in range(0, len(column), _BATCH):
+            cells += column[start : start + _BATCH][name]
+        return cells
 
     def row(self, index: int) -> int:
         return index if self.lines is None else self.lines[index]

@@ -74,6 +74,7 @@ def check_data_command(
         on_bad="skip",  # and lists every bad row, however many there are
         max_bad=1.0,
         ledger=load_report,
+        progress=not as_json,
     )
     processor = open_model(model).processor if model else None
     report = check_data(pairs, processor=processor, ledger=load_report, progress=not as_json)

@@ -20,6 +20,7 @@ from clipkit.data.reading.sources import open_source
 from clipkit.data.reading.tables import Quoting, Table, Unusable, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
+from clipkit.progress import track
 from clipkit.prompts import Templates, captions, check_templates
 from clipkit.texts import BadText
 
@@ -44,6 +45,7 @@ def load_pairs(
     max_bad: int | float = 0.1,
     rejects: str | os.PathLike[str] | None = None,
     ledger: LoadReport | None = None,
+    progress: bool = False,
 ) -> Dataset:
     """Image-text pairs from a table, a folder or a data set.
 
@@ -73,6 +75,7 @@ def load_pairs(
         max_bad: how many rows (int) or what fraction of them (float) may be skipped.
         rejects: file to which every row that cannot be used is written as JSON lines: row, code, message, where, path.
         ledger: a fresh `LoadReport` to be filled with the counts, the rejects and the notes.
+        progress: whether to show how many rows are read.
 
     Raises:
         DataError: the source cannot be read without doubt, or `on_bad` is ``error`` and a row cannot be used.
@@ -90,7 +93,7 @@ def load_pairs(
     pictures = ImageColumn.of(table, columns.image)
     ledger.rows = len(table) + len(table.rejects)
     ledger.rejects += table.rejects
-    items, names = _collect(table, columns, pictures, filled, ledger)
+    items, names = _collect(table, columns, pictures, filled, ledger, progress)
     ledger.images = len(items)
     ledger.origin = _origin(table, items)
     hint = _wrong_root(table, ledger)
@@ -117,7 +120,7 @@ class _BadRow(Exception):
 
 
 def _collect(
-    table: Table, columns: Columns, pictures: ImageColumn, templates: Templates, ledger: LoadReport
+    table: Table, columns: Columns, pictures: ImageColumn, templates: Templates, ledger: LoadReport, progress: bool
 ) -> tuple[list[Item], ClassLabel | None]:
     cells = table.cells(columns.label) if columns.label else []
     labels, classes = _labels(table, columns, cells)
@@ -125,7 +128,7 @@ def _collect(
     groups = table.cells("group") if "group" in table.names else None
     items: dict[str | int, Item] = {}
     empty = 0
-    for index in range(len(table)):
+    for index in track(range(len(table)), len(table), "reading rows", unit="row", shown=progress):
         try:
             found, blank = _texts(texts, index, table.no_text) if texts else ([], 0)
             name = labels[index] if labels else None

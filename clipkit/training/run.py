@@ -203,6 +203,7 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
             on_bad=loop.on_bad,
             max_bad=loop.max_bad,
             rejects=rejects if loop.on_bad == "skip" else None,
+            progress=loop.progress and distributed.is_main(),
         )
 
 

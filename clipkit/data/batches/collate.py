@@ -15,7 +15,7 @@ from torch import Tensor
 from clipkit.data.batches.augment import Augmentation, augment
 from clipkit.data.batches.batch import ROW, VIEW, Batch, RowKeys, Transform
 from clipkit.data.batches.plan import Draw, hash64
-from clipkit.data.dataset import drawn
+from clipkit.data.batches.records import FEATURES, RecordReader
 from clipkit.errors import BadImage, DataError, option
 from clipkit.images.load import describe, load_image
 from clipkit.modality import Modality
@@ -37,7 +37,7 @@ class Collator:
     """Draws -> Batch. Goes to the workers, so it carries no weights.
 
     Args:
-        source: the data set.
+        reader: of the data set.
         transform: the model's processor.
         keys: column -> (rows of the data set, ...).
         content: which of `CONTENT` are keys, too.
@@ -47,7 +47,7 @@ class Collator:
         on_bad: ``error`` or ``skip``.
     """
 
-    source: Any
+    reader: RecordReader
     transform: Transform
     keys: Mapping[str, Tensor]
     content: tuple[str, ...]
@@ -63,7 +63,7 @@ class Collator:
             BadImage: an image cannot be used, and `on_bad` is ``error``.
             DataError: none of the images can be used.
         """
-        records = _records(self.source, draws)
+        records = self.reader.read(draws)
         images = self._images(draws, records)
         kept = [(draws[i], records[i]) for i in images.kept]
         texts = [record["texts"][draw.caption] for draw, record in kept]
@@ -92,7 +92,7 @@ class Collator:
         everything = list(range(len(draws)))
         if "image" not in self.sides:
             return CollatedImages({}, everything, [], [], [])
-        if records and "image_features" in records[0]:
+        if records and FEATURES in records[0]:
             return self._features(draws, records)
         images: list[list[Any]] = []
         hard: list[Any] = []
@@ -118,19 +118,18 @@ class Collator:
 
     def _features(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> CollatedImages:
         """What a locked tower made of the images beforehand: of each one vector, or several to draw from."""
-        cells, kept, hashes, rejected = [], [], [], []
+        vectors, kept, hashes, rejected = [], [], [], []
         for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
-            cell = record["image_features"]
-            if cell is None:  # it could not be used then
-                rejected.append(self._refused(draw, why_bad(record["image"])))
+            if record[FEATURES] is None:  # it could not be used then
+                rejected.append(self._refused(draw, why_bad(self.reader.image(draw.row))))
                 continue
-            several = np.ndim(cell[0]) > 0
-            cells.append(np.asarray(cell[draw.seed % len(cell)] if several else cell, dtype=np.float32))
+            versions = np.atleast_2d(np.asarray(record[FEATURES], dtype=np.float32))
+            vectors.append(versions[draw.seed % len(versions)])
             kept.append(i)
             if "image" in self.content:  # the same whatever is drawn
-                hashes.append(_hash(np.asarray(cell[0] if several else cell, dtype=np.float32).tobytes()))
+                hashes.append(_hash(versions[0].tobytes()))
         _require_some(kept, draws, rejected)
-        return CollatedImages({"image_features": torch.from_numpy(np.stack(cells))}, kept, hashes, [], rejected)
+        return CollatedImages({FEATURES: torch.from_numpy(np.stack(vectors))}, kept, hashes, [], rejected)
 
     def _refused(self, draw: Draw, error: BadImage) -> dict[str, Any]:
         if self.on_bad == "error":
@@ -190,15 +189,3 @@ def _hash(content: bytes) -> int:
 
 def _image_hash(image: Image.Image) -> int:
     return _hash(f"{image.mode} {image.size} ".encode() + image.tobytes())
-
-
-def _records(source: Any, draws: Sequence[Draw]) -> list[dict[str, Any]]:
-    fetch = getattr(source, "__getitems__", None)  # datasets: one Arrow look-up instead of n
-    if fetch is not None:
-        with drawn(hash64(*(draw.seed for draw in draws))):
-            return list(fetch([draw.row for draw in draws]))
-    records = []
-    for draw in draws:
-        with drawn(draw.seed):
-            records.append(source[draw.row])
-    return records

@@ -16,6 +16,7 @@ from clipkit.data.batches.augment import Augmentation
 from clipkit.data.batches.batch import CONTENT, HARD, ROW, Batch, Transform
 from clipkit.data.batches.collate import Collator
 from clipkit.data.batches.plan import Plan
+from clipkit.data.batches.records import RecordReader
 from clipkit.data.dataset import as_dataset, column_codes, number_values
 from clipkit.errors import ClipkitError, UsageError
 
@@ -79,7 +80,7 @@ class Loader:
         self.workers = workers
         self.steps = _Steps(
             Collator(
-                source,
+                RecordReader(source),
                 transform,
                 keys,
                 content,

@@ -155,3 +155,46 @@ def test_paths_of_hard_images_start_at_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     assert load_pairs(tmp_path / "t.csv")["hard_images"] == [str(tmp_path / "c.png"), ""]
     assert load_pairs(tmp_path / "t.jsonl")["hard_images"] == [[str(tmp_path / "b.png"), str(tmp_path / "c.png")]]
+
+
+def features(cells, kind):
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    types = {"image": ImageFeature(decode=False), "texts": List(Value("string")), "image_features": kind}
+    columns = {"image": [png(9, broken=cell is None) for cell in cells], "texts": [["1 7"]] * len(cells)}
+    return Dataset.from_dict(columns | {"image_features": cells}, features=Features(types))
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("empty", [(), (0, 4, 8)])
+def test_features_are_read_from_arrow_as_from_rows(several, empty):
+    from datasets import List, Value
+
+    vector = List(Value("float64"))
+    cells = [[[row + 0.1, draw + 0.2, 3.0] for draw in range(3)] for row in range(N)]
+    if not several:
+        cells = [versions[0] for versions in cells]
+    cells = [None if row in empty else cell for row, cell in enumerate(cells)]
+    data = features(cells, List(vector) if several else vector)
+    shuffled = data.select([*range(N)[::-1]]).select([*range(N)[::-1]])  # by an index, as split_pairs gives them
+    options = {"columns": ["image"], "on_bad": "skip"}
+    batches = [list(loader(rows, **options).batches(0, 2)) for rows in (data, shuffled, list(data))]
+    for one, other, plain in zip(*batches, strict=True):
+        assert one.inputs["image_features"].equal(plain.inputs["image_features"])
+        assert one.inputs["image_features"].equal(other.inputs["image_features"])
+        assert one.keys["image"].equal(plain.keys["image"])
+        assert one.keys["row"].equal(plain.keys["row"])
+        assert [reject["row"] for reject in one.rejected] == [reject["row"] for reject in plain.rejected]
+        assert {reject["code"] for reject in one.rejected} <= {"TRUNCATED"}
+
+
+def test_a_batch_reads_no_other_columns(monkeypatch):
+    from datasets import Dataset
+
+    data = source(price=[1.0] * N)
+    read = []
+    fetch = Dataset.__getitems__
+    monkeypatch.setattr(Dataset, "__getitems__", lambda rows, keys: read.append(rows.column_names) or fetch(rows, keys))
+    first(data, numbers=["price"])
+    assert read == [["image", "texts"]]

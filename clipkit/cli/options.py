@@ -54,6 +54,16 @@ def parse_max_bad(typed: str | float) -> int | float:
         return float(typed)
 
 
+def parse_workers(typed: str | int) -> int | Literal["auto"]:
+    """Return `auto`, or a number of processes."""
+    if typed == "auto":
+        return "auto"
+    number = int(typed)
+    if number < 0:
+        raise ValueError(f"{number} is negative")
+    return number
+
+
 @dataclass(frozen=True)
 class TableFormat:
     """How a table or a data set of the hub is read."""
@@ -93,10 +103,17 @@ class RejectPolicy:
 
 @dataclass(frozen=True)
 class Batching:
-    """How many items are embedded at once, and by how many processes images are decoded."""
+    """How many items are embedded at once, and what decodes images."""
 
     batch_size: Annotated[int, typer.Option(help="Items embedded at once.", min=1)] = 64
-    workers: Annotated[int, typer.Option(help="Processes that decode images; 0: this one.", min=0)] = 0
+    workers: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_workers,
+            metavar="auto|NUMBER",
+            help="What decodes images: threads, or so many processes.",
+        ),
+    ] = "auto"
 
 
 _GROUPS = (TableFormat, RejectPolicy, Batching)

@@ -1,9 +1,10 @@
-"""Image batches decoded in worker processes: an image that cannot be used comes back as a value, not an exception."""
+"""Image batches, decoded: an image that cannot be used comes back as a value, not an exception."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeAlias
 
 import torch
 from PIL import Image
@@ -13,23 +14,16 @@ from torch.utils.data import Dataset
 from clipkit.errors import BadImage
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe, load_image
+from clipkit.images.parallel import decode_batch
 from clipkit.models.processor import Processor
 
-K = TypeVar("K", bound=Hashable)
+Decode: TypeAlias = Literal["exact", "fast"]
+"""``"exact"`` decodes all pixels; ``"fast"`` lets the decoder of a JPEG scale it down, see `embed`."""
 
 
-def decode_batch(
-    keys: Iterable[K], load: Callable[[K], Image.Image]
-) -> tuple[dict[K, Image.Image], list[tuple[K, BadImage]]]:
-    """Return the images of a batch that could be loaded, by key, and the errors of the others."""
-    images: dict[K, Image.Image] = {}
-    refused: list[tuple[K, BadImage]] = []
-    for key in keys:
-        try:
-            images[key] = load(key)
-        except BadImage as error:
-            refused.append((key, error))
-    return images, refused
+def smallest_side(decode: Decode, processor: Processor) -> int | None:
+    """`at_least` of `load_image`."""
+    return 3 * processor.image_size if decode == "fast" else None
 
 
 def require_unchanged(item: Any, content: bytes) -> None:
@@ -46,13 +40,23 @@ class ImageBatches(Dataset[tuple[list[int], Tensor, list[tuple[int, BadImage]]]]
         first: for each distinct item, its first row.
         content: for each distinct item, the SHA-256 of its content; empty where nothing is hashed.
         processor: makes the pixels.
+        at_least: as for `load_image`.
     """
 
-    def __init__(self, items: Sequence[Any], first: list[int], content: list[bytes], processor: Processor) -> None:
+    def __init__(
+        self,
+        items: Sequence[Any],
+        first: list[int],
+        content: list[bytes],
+        processor: Processor,
+        at_least: int | None = None,
+    ) -> None:
         self.items, self.first, self.content, self.processor = items, first, content, processor
+        self.at_least = at_least
+        self.pool: ThreadPoolExecutor | None = None
 
     def __getitem__(self, batch: list[int]) -> tuple[list[int], Tensor, list[tuple[int, BadImage]]]:
-        images, refused = decode_batch(batch, self._load)
+        images, refused = decode_batch(batch, self._load, self.pool)
         pixels = self.processor.images(list(images.values())) if images else torch.zeros(0)
         return list(images), pixels, refused
 
@@ -60,4 +64,4 @@ class ImageBatches(Dataset[tuple[list[int], Tensor, list[tuple[int, BadImage]]]]
         item = self.items[self.first[number]]
         if self.content:
             require_unchanged(item, self.content[number])
-        return load_image(item)
+        return load_image(item, at_least=self.at_least)

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
-from clipkit.embedding.decoding import ImageBatches
+from clipkit.embedding.decoding import Decode, ImageBatches, smallest_side
 from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
-from clipkit.embedding.store import EmbeddingStore, Key
+from clipkit.embedding.store import EmbeddingStore, Key, file_stat
 from clipkit.errors import BadImage, ClipkitError, DataError, ModelError, UsageError
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, describe
+from clipkit.images.parallel import Workers, prepared
 from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.encode import encode, report_cut, text_chunks
@@ -41,9 +42,10 @@ def embed(
     store: EmbeddingStore | None = None,
     features: EmbeddingStore | None = None,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: Workers = "auto",
     progress: bool = False,
     on_bad: Literal["error", "skip"] = "error",
+    decode: Decode = "exact",
 ) -> EmbedResult:
     """Embeddings of images or texts, in order, each distinct item computed once.
 
@@ -60,15 +62,19 @@ def embed(
             content and tower (`with_image_features`), and nothing is kept of their embeddings; else it is not read, and
             the log says so.
         batch_size: items at once.
-        workers: processes that decode images; 0 decodes here.
+        workers: ``"auto"`` decodes in threads, as many as there are cores, and on an accelerator ahead of the model; a
+            number: so many processes, 0 decodes here.
         progress: whether the main process shows how far it is.
         on_bad: "error" stops at an item that cannot be used, "skip" lists it in ``rejected``.
+        decode: ``"fast"`` lets the decoder of a JPEG scale it down as long as three times the model's input remains: a
+            12-megapixel photo then takes a fraction of the time, and its embedding differs by a cosine of about 0.001.
+            In a store the two are kept apart. Kept features are always exact.
 
     Raises:
         BadImage, DataError: an item cannot be used and ``on_bad`` is "error".
         ModelError: an embedding is NaN or infinite; names the item.
     """
-    _check_options(items, kind, batch_size, on_bad)
+    _check_options(items, kind, batch_size, on_bad, decode)
     if features is not None and kind == "image":
         from clipkit.embedding import image_features as locked
 
@@ -80,15 +86,16 @@ def embed(
                 "kept features are not used, for the image tower is not frozen, and each image runs through it again; "
                 'a saved model is opened with nothing frozen: model.freeze("image") freezes it'
             )
-    work = _identify(items, kind, hashed=store is not None, skip=on_bad == "skip", progress=progress)
+    work = _identify(items, kind, store, skip=on_bad == "skip", progress=progress)
     tower = _tower(model, kind) if work.content else ""  # once a call: it reads all the weights
-    keys = [Key(content, kind, tower) for content in work.content]
+    space = space_of(kind, decode)
+    keys = [Key(content, space, tower) for content in work.content]
     vectors = torch.zeros(len(work.first), model.dim)
     known = _recall(store, keys, vectors) if store is not None else set()
     missing_by_rank = distributed.together(lambda: set(range(len(vectors))) - known)
     missing = set().union(*missing_by_rank)  # what any process lacks
     batches = list(batched(sorted(missing), batch_size))
-    encode = Encoder(model, items, kind, work.first, work.content, workers, skip=on_bad == "skip")
+    encode = Encoder(model, items, kind, work.first, work.content, workers, skip=on_bad == "skip", decode=decode)
     done: list[int] = []
 
     def compute() -> tuple[list[int], dict[int, Reject]]:
@@ -111,13 +118,20 @@ def embed(
     return work.assemble(vectors, {n: reject for _, rejects in shares for n, reject in rejects.items()})
 
 
-def _check_options(items: Sequence[Any], kind: str, batch_size: int, on_bad: str) -> None:
+def _check_options(items: Sequence[Any], kind: str, batch_size: int, on_bad: str, decode: str) -> None:
     if isinstance(items, (str, bytes)):
         raise UsageError(f"expected a list of items, found one {type(items).__name__}", fix="put it in a list: [item]")
     if kind not in ("image", "text") or on_bad not in ("error", "skip"):
         raise UsageError(f'kind is "image" or "text", on_bad "error" or "skip"; found {kind!r} and {on_bad!r}')
+    if decode not in get_args(Decode):
+        raise UsageError(f"decode is one of {', '.join(get_args(Decode))}; found {decode!r}")
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, found {batch_size}")
+
+
+def space_of(kind: Modality, decode: Decode) -> str:
+    """`Key.kind` of an embedding."""
+    return "image fast" if (kind, decode) == ("image", "fast") else kind
 
 
 def _tower(model: DualEncoder, kind: Modality) -> str:
@@ -151,26 +165,38 @@ class _Work:
         return EmbedResult(vectors[[n for _, n in used]], [r for r, _ in used], [out[r] for r in sorted(out)], content)
 
 
-def _identify(items: Sequence[Any], kind: Modality, *, hashed: bool, skip: bool, progress: bool) -> _Work:
+def _identify(
+    items: Sequence[Any], kind: Modality, store: EmbeddingStore | None, *, skip: bool, progress: bool
+) -> _Work:
     """With a store an item is known by its content; without one, a text by itself and an image by its row."""
-
-    def name(row: int) -> Hashable:
-        try:
-            if kind == "text":
-                text = checked_text(items[row])
-                return content_hash(text) if hashed else text
-            return content_hash(bytes_of(items[row])) if hashed else row
-        except DataError as error:
-            if not skip:
-                raise (error.or_skip() if isinstance(error, BadImage) else error) from error.__cause__
-            return reject(row, items[row] if kind == "image" else None, error)
-
+    hashed = store is not None
     here, world = distributed.rank(), distributed.world_size()
     rows = range(here, len(items), world) if hashed or kind == "text" else range(0)
     main = progress and distributed.is_main()
-    shares = distributed.together(
-        lambda: [name(row) for row in track(rows, len(rows), f"reading {kind}s", unit=kind, shown=main)]
-    )
+
+    def name(row: int, item: Any) -> Hashable:
+        try:
+            if kind == "text":
+                text = checked_text(item)
+                return content_hash(text) if hashed else text
+            return content_hash(bytes_of(item)) if hashed else row
+        except DataError as error:
+            if not skip:
+                raise (error.or_skip() if isinstance(error, BadImage) else error) from error.__cause__
+            return reject(row, item if kind == "image" else None, error)
+
+    def name_own() -> list[Hashable]:
+        names: list[Hashable] = []
+        parts = list(batched(rows, _GET))
+        sizes = [len(part) for part in parts]
+        for part in track(iter(parts), len(rows), f"reading {kind}s", unit=kind, shown=main, sizes=sizes):
+            if kind == "image" and store is not None:
+                names += _image_contents(store, {row: items[row] for row in part}, name)
+            else:
+                names += [name(row, items[row]) for row in part]
+        return names
+
+    shares = distributed.together(name_own)
     names = [shares[row % world][row // world] if hashed or kind == "text" else row for row in range(len(items))]
     codes: dict[Hashable, int] = {}
     work = _Work([], [], [], {})
@@ -185,6 +211,28 @@ def _identify(items: Sequence[Any], kind: Modality, *, hashed: bool, skip: bool,
         work.number.append(codes[identity])
     work.content = [code for code in codes if isinstance(code, bytes)] if hashed else []
     return work
+
+
+def _image_contents(
+    store: EmbeddingStore, images: Mapping[int, Any], read: Callable[[int, Any], Hashable]
+) -> list[Hashable]:
+    """What `read` gives of each image; a file that the store has seen as it is now is not opened."""
+    paths = {row: os.fspath(item) for row, item in images.items() if isinstance(item, (str, os.PathLike))}
+    known = dict(zip(paths, store.known_contents(list(paths.values())), strict=True))
+    names: list[Hashable] = []
+    fresh: list[tuple[str, tuple[int, int, int] | None, bytes]] = []
+    for row, item in images.items():
+        known_content = known.get(row)
+        if known_content is not None:
+            names.append(known_content)
+            continue
+        before = file_stat(paths[row]) if row in paths else None
+        content = read(row, item)
+        if row in paths and isinstance(content, bytes):
+            fresh.append((paths[row], before, content))
+        names.append(content)
+    store.remember_contents(fresh)
+    return names
 
 
 def _recall(store: EmbeddingStore, keys: Sequence[Key], vectors: Tensor) -> set[int]:
@@ -216,11 +264,13 @@ class Encoder:
         kind: Modality,
         first: list[int],
         content: list[bytes],
-        workers: int,
+        workers: Workers,
         *,
         skip: bool,
+        decode: Decode,
     ) -> None:
         self.model, self.items, self.kind, self.workers, self.skip = model, items, kind, workers, skip
+        self.at_least = smallest_side(decode, model.processor)
         self.first, self.content = first, content
         self.rejected: dict[int, Reject] = {}
 
@@ -245,10 +295,8 @@ class Encoder:
             yield numbers, encode(self.model.backend, chunks, "text", texts, forward=self.model)
 
     def _images(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        source = ImageBatches(self.items, self.first, self.content, self.model.processor)
-        # batch_size None: one element of the sampler is one whole batch
-        for loaded in DataLoader(source, batch_size=None, sampler=batches, num_workers=self.workers):
-            numbers, pixels, refused = loaded
+        source = ImageBatches(self.items, self.first, self.content, self.model.processor, self.at_least)
+        for numbers, pixels, refused in prepared(source, batches, self.workers, self.model.device):
             for n, error in refused:
                 if not self.skip:
                     raise error.or_skip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -10,19 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clipkit import distributed
 from clipkit.data.batches.augment import Augmentation, augment
 from clipkit.data.batches.collate import why_bad
 from clipkit.data.batches.plan import hash64
 from clipkit.data.dataset import as_dataset
-from clipkit.embedding.decoding import decode_batch, require_unchanged
+from clipkit.embedding.decoding import require_unchanged
 from clipkit.embedding.items import EmbedResult, batched, evaluating, reject, shown
 from clipkit.embedding.store import EmbeddingStore, Key
 from clipkit.errors import BadImage, ModelError, UsageError, option
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of, load_image
+from clipkit.images.parallel import Workers, decode_batch, prepared
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint.fingerprint import tower_hash
 from clipkit.models.processor import Processor
@@ -46,7 +48,7 @@ def with_image_features(
     augmentation: Augmentation = "none",
     draws: int = 1,
     batch_size: int = 64,
-    workers: int = 0,
+    workers: Workers = "auto",
     progress: bool = False,
     on_bad: Literal["error", "skip"] = "error",
 ) -> Any:
@@ -96,7 +98,7 @@ def embed_locked(
     store: EmbeddingStore,
     *,
     batch_size: int,
-    workers: int,
+    workers: Workers,
     progress: bool,
     on_bad: Literal["error", "skip"],
 ) -> EmbedResult:
@@ -125,7 +127,7 @@ def _cells(
     draws: int,
     *,
     batch_size: int,
-    workers: int,
+    workers: Workers,
     progress: bool,
     on_bad: str,
 ) -> list[Vector | list[Vector] | None]:
@@ -154,8 +156,8 @@ def _cells(
 
     def compute() -> dict[AugmentedImage, Vector]:
         done: dict[AugmentedImage, Vector] = {}
-        loaded = DataLoader(source, batch_size=None, sampler=batches, num_workers=min(workers, len(batches)))
-        with closing(shown(iter(loaded), [len(batch) for batch in batches], "image", progress)) as parts:
+        loaded = prepared(source, batches, workers, model.device)
+        with closing(shown(loaded, [len(batch) for batch in batches], "image", progress)) as parts:
             for part in parts:
                 if isinstance(part, BadImage):
                     raise part
@@ -218,9 +220,10 @@ class _Versions(Dataset[Any]):
     ) -> None:
         self.images, self.contents, self.processor = images, contents, processor
         self.augmentation, self.on_bad = augmentation, on_bad
+        self.pool: ThreadPoolExecutor | None = None
 
     def __getitem__(self, batch: list[AugmentedImage]) -> tuple[list[AugmentedImage], torch.Tensor] | BadImage:
-        opened, refused = decode_batch(batch, self._open)
+        opened, refused = decode_batch(batch, self._open, self.pool)
         if refused and self.on_bad == "error":
             _, error = refused[0]
             return error.or_skip()

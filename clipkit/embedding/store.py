@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import stat
 import threading
 import time
 import zlib
@@ -35,7 +36,12 @@ CREATE TABLE IF NOT EXISTS spaces (
 CREATE TABLE IF NOT EXISTS embeddings (
     space INTEGER NOT NULL, content BLOB NOT NULL, vector BLOB NOT NULL, crc INTEGER NOT NULL,
     UNIQUE (space, content));
+CREATE TABLE IF NOT EXISTS files (
+    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, inode INTEGER NOT NULL,
+    content BLOB NOT NULL) WITHOUT ROWID;
 """
+
+_SETTLED = 2 * 10**9  # nanoseconds: a file that changed later than this before it was read may change within its time
 
 
 class Key(NamedTuple):
@@ -165,6 +171,35 @@ class EmbeddingStore:
                 (_record(ids[key.kind, key.tower], key.content, row) for key, row in zip(keys, rows, strict=True)),
             )
 
+    def known_contents(self, files: Sequence[str]) -> list[bytes | None]:
+        """The content hash of each file that was read before, without opening it; None for the others.
+
+        A file is known by its absolute path, size, time of change and inode.
+        """
+        stats = [file_stat(path) for path in files]
+        contents: list[bytes | None] = [None] * len(files)
+        for start in range(0, len(files), _LOOKUP):
+            rows = [row for row in range(start, min(start + _LOOKUP, len(files))) if stats[row] is not None]
+            names = {os.fsencode(os.path.abspath(files[row])): row for row in rows}  # noqa: PTH100 (a tenth of the time)
+            marks = ",".join("?" * len(names))
+            sql = f"SELECT path, size, mtime_ns, inode, content FROM files WHERE path IN ({marks})"
+            known = {path: (tuple(status), content) for path, *status, content in self.query(sql, list(names))}
+            for row in rows:
+                path = os.fsencode(os.path.abspath(files[row]))  # noqa: PTH100
+                if path in known and known[path][0] == stats[row]:
+                    contents[row] = known[path][1]
+        return contents
+
+    def remember_contents(self, files: Sequence[tuple[str, tuple[int, int, int] | None, bytes]]) -> None:
+        """Keep (path, `file_stat` before it was read, content hash) for `known_contents`."""
+        now = time.time_ns()
+        rows = [
+            (os.fsencode(os.path.abspath(path)), *before, content)  # noqa: PTH100
+            for path, before, content in files
+            if before is not None and before == file_stat(path) and now - before[1] > _SETTLED
+        ]
+        self.change("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
+
     def dim(self, kind: str, tower: str) -> int | None:
         """Length of the vectors of this kind and tower; None if there are none."""
         row = self.query("SELECT dim FROM spaces WHERE kind = ? AND tower = ?", (kind, tower))
@@ -277,7 +312,7 @@ class EmbeddingStore:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeError) as error:
             raise translate(error, self.path) from error
 
 
@@ -285,6 +320,17 @@ def _record(space: int, content: bytes, row: Vector) -> tuple[int, bytes, bytes,
     """A row of the table: the checksum covers the content's hash and the vector."""
     vector = row.tobytes()
     return space, content, vector, zlib.crc32(vector, zlib.crc32(content))
+
+
+def file_stat(path: str) -> tuple[int, int, int] | None:
+    """Size, time of change in nanoseconds and inode of a regular file; None where there is none."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 (a Path costs as much as the call)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _by_space(keys: Sequence[Key]) -> Iterator[tuple[tuple[str, str], list[bytes]]]:

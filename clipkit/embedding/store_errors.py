@@ -16,7 +16,8 @@ def translate(error: Exception, path: Path | None) -> ClipkitError:
     if isinstance(error, sqlite3.ProgrammingError):
         return ClipkitError("the store is closed", where=path, fix="open it again")
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # Python's own: text that is not UTF-8
-    if isinstance(error, sqlite3.Error) and code in _BROKEN:
+    # a damaged schema comes back in SQLite's own message, which then is not UTF-8
+    if isinstance(error, UnicodeError) or (isinstance(error, sqlite3.Error) and code in _BROKEN):
         fix = "check the path; if a store was there, it is lost: build it again"
         return CorruptArtefact(f"expected an embedding store: {error}", where=path, fix=fix)
     if isinstance(error, sqlite3.Error) and code == sqlite3.SQLITE_BUSY:

@@ -22,6 +22,7 @@ from clipkit.evaluation.retrieval_result import Direction, RetrievalResult
 from clipkit.evaluation.small import small_test
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of
+from clipkit.images.parallel import Workers
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide
@@ -84,7 +85,7 @@ class RetrievalEvaluator(Evaluator):
         store: EmbeddingStore | None = None,
         features: EmbeddingStore | None = None,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:

@@ -18,6 +18,7 @@ from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError, UsageError
 from clipkit.evaluation.evaluator import Evaluator
+from clipkit.images.parallel import Workers
 from clipkit.models.dual_encoder import DualEncoder
 
 
@@ -65,7 +66,7 @@ class ValidationLoss(Evaluator):
         store: EmbeddingStore | None = None,
         features: EmbeddingStore | None = None,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:

@@ -16,6 +16,7 @@ from clipkit.errors import DataError, UsageError, option
 from clipkit.evaluation.dataset import Subset, require_columns
 from clipkit.evaluation.evaluator import Evaluator
 from clipkit.evaluation.small import small_test
+from clipkit.images.parallel import Workers
 from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
 from clipkit.metrics import classification as metrics
 from clipkit.models.dual_encoder import DualEncoder
@@ -112,7 +113,7 @@ class ZeroShotEvaluator(Evaluator):
         store: EmbeddingStore | None = None,
         features: EmbeddingStore | None = None,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "error",
     ) -> None:

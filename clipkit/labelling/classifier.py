@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.decoding import Decode
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import ClipkitError, UsageError
+from clipkit.images.parallel import Workers
 from clipkit.labelling.prompts import class_embeddings
 from clipkit.metrics.ranking import distinct_rows
 from clipkit.models.dual_encoder import DualEncoder
@@ -97,25 +99,25 @@ class ZeroShotClassifier:
         *,
         top_k: int = 5,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "error",
+        decode: Decode = "fast",
     ) -> list[Prediction]:
         """A prediction for each image, in order.
 
         Args:
             images: paths, bytes, PIL images, arrays, or the undecoded images of `datasets`.
             top_k: how many classes to list.
-            batch_size, workers, progress: as for `embed`.
+            batch_size, workers, progress, decode: as for `embed`.
             on_bad: "skip" leaves unusable images out; ``row`` then tells which image a prediction is for, and
                 `label` also gives the list of those left out.
 
         Raises:
             BadImage: an image cannot be used and ``on_bad`` is "error".
         """
-        return self.label(
-            images, top_k=top_k, batch_size=batch_size, workers=workers, progress=progress, on_bad=on_bad
-        ).predictions
+        options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+        return self.label(images, top_k=top_k, on_bad=on_bad, decode=decode, **options).predictions
 
     def label(
         self,
@@ -123,9 +125,10 @@ class ZeroShotClassifier:
         *,
         top_k: int = 5,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "skip",
+        decode: Decode = "fast",
     ) -> Labelled:
         """As calling the classifier, with the images that could not be used beside the predictions."""
         if isinstance(images, (str, bytes)):
@@ -140,6 +143,7 @@ class ZeroShotClassifier:
             workers=workers,
             progress=progress,
             on_bad=on_bad,
+            decode=decode,
         )
         return Labelled(self.predict(embedded.vectors, embedded.rows, top_k=top_k), embedded.rejected)
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from clipkit.images.parallel import Workers
 from clipkit.modality import MODALITIES, Modality
 from clipkit.models.adapting import lora
 from clipkit.models.adapting import lora_files as adapter_files
@@ -280,7 +281,7 @@ class DualEncoder(nn.Module):
         batch_size: int = 32,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         dim: int | None = None,
     ) -> Tensor:
@@ -291,7 +292,7 @@ class DualEncoder(nn.Module):
             batch_size: images at once; changes the last bits only.
             device: moves the model there first.
             dtype: precision of the computation by autocast, e.g. torch.bfloat16; the model's own if None.
-            workers: processes that open and transform images; 0 does it here.
+            workers: ``"auto"`` decodes in threads, as many as there are cores; a number: so many processes, 0 none.
             progress: whether to show a bar.
             dim: keep the first so many components, at unit length again (Matryoshka, Kusupati et al. 2022);
                 all if None. Good only for models that were trained for it.
@@ -301,7 +302,7 @@ class DualEncoder(nn.Module):
             ModelError: an embedding is not finite.
         """
         items = listed(images, "encode_images", (str, bytes, os.PathLike, Image.Image, np.ndarray, Mapping))
-        chunks = image_chunks(items, self.processor, batch_size, workers)
+        chunks = image_chunks(items, self.processor, batch_size, workers, torch.device(device or self.device))
         options: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress, "dim": dim}
         return encode(self.backend, chunks, "image", items, **options, forward=self)
 

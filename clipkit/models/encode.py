@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clipkit.allocator import keep_freed_memory
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.images.load import load_image
+from clipkit.images.parallel import Workers, decode_batch, prepared
 from clipkit.modality import Modality
 from clipkit.models.backend import Backend, Embeddings
 from clipkit.models.eval_mode import eval_mode
@@ -25,7 +27,7 @@ from clipkit.texts import checked_text, is_broken
 
 logger = logging.getLogger("clipkit")
 
-T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 def encode(
@@ -92,35 +94,29 @@ class _ImageBatches(Dataset[Any]):
 
     def __init__(self, items: Sequence[Any], processor: Processor, batch_size: int) -> None:
         self.items, self.processor, self.batch_size = items, processor, batch_size
+        self.pool: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
         return -(-len(self.items) // self.batch_size)
 
     def __getitem__(self, index: int) -> Tensor | BadImage:
         start = index * self.batch_size
-        try:
-            return self.processor.images([load_image(item) for item in self.items[start : start + self.batch_size]])
-        except BadImage as error:
-            return error  # raised by the reader: a DataLoader would rebuild it from its text, and fail
+        rows = range(start, min(start + self.batch_size, len(self.items)))
+        images, refused = decode_batch(rows, lambda row: load_image(self.items[row]), self.pool)
+        if refused:
+            return refused[0][1]  # raised by the reader: a DataLoader would rebuild it from its text, and fail
+        return self.processor.images(list(images.values()))
 
 
 def image_chunks(
-    items: Sequence[Any], processor: Processor, batch_size: int, workers: int
+    items: Sequence[Any], processor: Processor, batch_size: int, workers: Workers, device: torch.device = _CPU
 ) -> Iterator[dict[str, Tensor]]:
-    """Inputs of the model for all images; `workers` processes carry the processor, no weights."""
+    """Inputs of the model for all images; worker processes carry the processor, no weights."""
     batches = _ImageBatches(items, processor, _positive(batch_size))
-    workers = min(workers, len(batches))
-    found: Iterable[Tensor | BadImage] = (batches[i] for i in range(len(batches)))
-    if workers > 0:
-        found = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    for batch in found:
+    for batch in prepared(batches, range(len(batches)), workers, device):
         if isinstance(batch, BadImage):
             raise batch
         yield {"pixel_values": batch}
-
-
-def _as_it_is(batch: T) -> T:
-    return batch
 
 
 def text_chunks(items: Sequence[Any], processor: Processor, batch_size: int) -> Iterator[dict[str, Tensor]]:

@@ -10,10 +10,12 @@ from typing import Literal
 
 from clipkit import distributed
 from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.decoding import Decode
 from clipkit.embedding.embed import embed
 from clipkit.embedding.items import EmbedResult
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import DataError
+from clipkit.images.parallel import Workers
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.search.changes import Changes, SizeAndTime, compare, size_and_time, unchanged
 from clipkit.search.index_file import (
@@ -36,18 +38,18 @@ class EmbedOptions:
     """How images are embedded, and how many may be left out; fields as for `EmbeddingIndex.build`."""
 
     batch_size: int
-    workers: int
+    workers: Workers
     progress: bool
     on_bad: Literal["error", "skip"]
     max_bad: int | float
     rejects: str | os.PathLike[str] | None
 
-    def embed(self, model: DualEncoder, files: Sequence[Path], path: Path) -> EmbedResult:
+    def embed(self, model: DualEncoder, files: Sequence[Path], path: Path, decode: Decode) -> EmbedResult:
         """Embed files into the store at `path`."""
         with EmbeddingStore(path) as store:
             result = embed(
                 model, files, store=store, batch_size=self.batch_size, workers=self.workers, progress=self.progress,
-                on_bad=self.on_bad,
+                on_bad=self.on_bad, decode=decode,
             )  # fmt: skip
             distributed.together(store.close)  # before one of the processes writes the index
         return result
@@ -66,7 +68,7 @@ class EmbedOptions:
 
 
 def build_index(
-    model: DualEncoder, images: ImageFiles, target: Path, options: EmbedOptions, *, overwrite: bool
+    model: DualEncoder, images: ImageFiles, target: Path, options: EmbedOptions, *, decode: Decode, overwrite: bool
 ) -> list[Reject]:
     """Embed images and publish their index; arguments and errors as for `EmbeddingIndex.build`.
 
@@ -77,14 +79,14 @@ def build_index(
     listing = list_files(images, on_bad=options.on_bad)
     stats = {file: size_and_time(file) for file in listing.files}
     draft = target.with_name(target.name + ".partial")
-    result = options.embed(model, listing.files, draft)
+    result = options.embed(model, listing.files, draft, decode)
     entries = list(_entries(listing.files, stats, result, listing.root).values())
 
     def finish() -> None:
         if not distributed.is_main():
             return
         options.check_rejects(listing, result.rejected, images)
-        header = Header(_reopenable_name(model), model.fingerprint(), listing.root)
+        header = Header(_reopenable_name(model), model.fingerprint(), listing.root, decode)
         header = write_index(draft, header, entries)
         publish_index(draft, target, replace=overwrite)
         load_matrix(target, header)
@@ -118,7 +120,7 @@ def update_index(
     fresh = [file for file in listing.files if file not in same]
 
     # 2. embed those
-    result = options.embed(model(), fresh, path)
+    result = options.embed(model(), fresh, path, header.decode)
     row_of = {file: row for row, file in enumerate(listing.files)}
     rejected = [replace(reject, row=row_of[fresh[reject.row]]) for reject in result.rejected]
 

@@ -13,7 +13,9 @@ from typing import Literal
 from torch import Tensor
 
 from clipkit.data.reading.rejects import Reject
+from clipkit.embedding.decoding import Decode
 from clipkit.errors import CorruptArtefact, ModelError, ModelMismatch, UsageError, option
+from clipkit.images.parallel import Workers
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.search.building import EmbedOptions, ImageFiles, build_index, update_index
 from clipkit.search.changes import Changes
@@ -98,12 +100,13 @@ class EmbeddingIndex:
         path: str | os.PathLike[str],
         *,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "skip",
         max_bad: int | float = 1.0,
         rejects: str | os.PathLike[str] | None = None,
         overwrite: bool = False,
+        decode: Decode = "fast",
     ) -> EmbeddingIndex:
         """Embed images and publish their index, entirely or not at all.
 
@@ -119,6 +122,7 @@ class EmbeddingIndex:
             max_bad: how many (int) or what fraction (float) of the images may be left out.
             rejects: file to which those left out are written as JSON lines.
             overwrite: replace an existing index; the old one stays until the new one is complete.
+            decode: as for `embed`; the index keeps it, and updates follow it.
 
         Raises:
             UsageError: something is at ``path`` already, or the file to be replaced is not an index.
@@ -127,7 +131,7 @@ class EmbeddingIndex:
         """
         target = Path(path)
         options = EmbedOptions(batch_size, workers, progress, on_bad, max_bad, rejects)
-        rejected = build_index(model, images, target, options, overwrite=overwrite)
+        rejected = build_index(model, images, target, options, decode=decode, overwrite=overwrite)
         return cls(target, open_index(target), model, rejected)
 
     @classmethod
@@ -246,7 +250,7 @@ class EmbeddingIndex:
         *,
         verify: bool = False,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: Workers = "auto",
         progress: bool = False,
         on_bad: Literal["error", "skip"] = "skip",
         max_bad: int | float = 1.0,

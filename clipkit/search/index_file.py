@@ -17,6 +17,8 @@ import numpy as np
 import torch
 import xxhash
 
+from clipkit.embedding.decoding import Decode
+from clipkit.embedding.embed import space_of
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import ClipkitError, CorruptArtefact, ResourceError, UsageError, typed
 from clipkit.files import publish
@@ -33,7 +35,7 @@ _ENTRIES = """CREATE TABLE IF NOT EXISTS entries (row INTEGER PRIMARY KEY, path 
     size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, content BLOB NOT NULL, hash BLOB NOT NULL)"""
 _VECTORS = """
     SELECT e.row, e.content, v.vector, v.crc FROM entries e
-    LEFT JOIN spaces s ON s.kind = 'image' AND s.tower = ?
+    LEFT JOIN spaces s ON s.kind = ? AND s.tower = ?
     LEFT JOIN embeddings v ON v.space = s.id AND v.content = e.content
     WHERE e.row >= ? AND e.row < ? ORDER BY e.row"""
 
@@ -61,6 +63,7 @@ class Header:
         model: name or folder of the model.
         fingerprint: of the model.
         root: the folder that was indexed; None for a list of files.
+        decode: how the images were decoded, see `embed`.
         rows: how many images.
         generation: drawn anew whenever the entries change: rows of two generations must not be mixed.
     """
@@ -68,6 +71,7 @@ class Header:
     model: str
     fingerprint: Fingerprint
     root: Path | None
+    decode: Decode = "exact"
     rows: int = 0
     generation: str = ""
 
@@ -79,7 +83,13 @@ class Header:
     def as_json(self) -> str:
         root = None if self.root is None else os.fsencode(self.root).hex()
         fields = {"format": _FORMAT, "model": self.model, "fingerprint": self.fingerprint.as_dict(), "root": root}
-        return json.dumps(fields | {"rows": self.rows, "generation": self.generation}, sort_keys=True)
+        fields |= {"decode": self.decode, "rows": self.rows, "generation": self.generation}
+        return json.dumps(fields, sort_keys=True)
+
+    @property
+    def space(self) -> tuple[str, str]:
+        """`Key.kind` and `Key.tower` of its embeddings."""
+        return space_of("image", self.decode), self.fingerprint.image
 
 
 class ChangedError(Exception):
@@ -150,7 +160,7 @@ def read_vectors(store: EmbeddingStore, header: Header) -> Iterator[np.ndarray[A
     """
     for start in range(0, header.rows, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, header.rows)
-        rows = store.query(_VECTORS, (header.fingerprint.image, start, stop))
+        rows = store.query(_VECTORS, (*header.space, start, stop))
         complete = [row[0] for row in rows] == list(range(start, stop))
         if not complete or any(row[2] is None for row in rows):
             raise CorruptArtefact(_BROKEN.format("an embedding is missing"), where=store.path, fix=_REBUILD)
@@ -171,7 +181,7 @@ def load_matrix(path: Path, header: Header) -> Matrix:
         return matrix
     with EmbeddingStore(path, readonly=True) as store, store.transaction(write=False):
         _require_generation(store, header.generation)
-        dim = store.dim("image", header.fingerprint.image) or 0
+        dim = store.dim(*header.space) or 0
         with contextlib.suppress(ResourceError):
             write_matrix(file, header.generation, header.rows, dim, read_vectors(store, header))
             matrix = open_matrix(file, header.generation)
@@ -242,7 +252,6 @@ def _has_entries(store: EmbeddingStore) -> bool:
 
 def _write(store: EmbeddingStore, header: Header, entries: Sequence[Entry]) -> None:
     text = header.as_json()
-    tower = header.fingerprint.image
     with store.transaction():
         store.query("CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT NOT NULL)")
         store.query("DROP TABLE IF EXISTS entries")
@@ -251,10 +260,11 @@ def _write(store: EmbeddingStore, header: Header, entries: Sequence[Entry]) -> N
         store.change("INSERT OR REPLACE INTO about VALUES (?, ?)", list(about.items()))
         rows = ((row, *entry, _hash(row, entry)) for row, entry in enumerate(entries))
         store.change("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", rows)
-        own_space = "SELECT id FROM spaces WHERE kind = 'image' AND tower = ?"
-        store.query(f"DELETE FROM embeddings WHERE space NOT IN ({own_space})", (tower,))
+        own_space = "SELECT id FROM spaces WHERE kind = ? AND tower = ?"
+        store.query(f"DELETE FROM embeddings WHERE space NOT IN ({own_space})", header.space)
         store.query("DELETE FROM embeddings WHERE content NOT IN (SELECT content FROM entries)")
-        store.query("DELETE FROM spaces WHERE kind <> 'image' OR tower <> ?", (tower,))
+        store.query("DELETE FROM spaces WHERE kind <> ? OR tower <> ?", header.space)
+        store.query("DELETE FROM files")  # the entries know their files
 
 
 def _read_header(store: EmbeddingStore) -> tuple[int, Header]:
@@ -274,7 +284,8 @@ def _read_header(store: EmbeddingStore) -> tuple[int, Header]:
             raise CorruptArtefact(_BROKEN.format("its header"), where=store.path, fix=_REBUILD)
         root = None if fields["root"] is None else Path(os.fsdecode(bytes.fromhex(fields["root"])))
         fingerprint = Fingerprint.from_dict(fields["fingerprint"])
-        header = Header(fields["model"], fingerprint, root, fields.get("rows", 0), fields.get("generation", ""))
+        later = {name: fields[name] for name in ("decode", "rows", "generation") if name in fields}
+        header = Header(fields["model"], fingerprint, root, **later)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CorruptArtefact(_BROKEN.format("its header"), where=store.path, fix=_REBUILD) from error
     return version, header

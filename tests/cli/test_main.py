@@ -252,7 +252,7 @@ def test_what_is_wrong_is_said_with_what_to_do(table, model, tmp_path):
     fails(3, "gone", arguments=["label", tmp_path / "gone", "-m", model, "-c", "red"])
     (tmp_path / "latin1.yaml").write_bytes("model: é".encode("latin-1"))
     fails(2, "not UTF-8", "latin1.yaml", arguments=["train", tmp_path / "latin1.yaml"])
-    fails(2, "betas must lie in", arguments=["train", *basic, out, "train.betas=[0.9, 1.5]"])
+    fails(2, "train.betas.1", "less than 1", arguments=["train", *basic, out, "train.betas=[0.9, 1.5]"])
     fails(2, "no column 'nope'", arguments=["train", *basic, out, "similar=[{group: nope}]"])
     fails(2, "expected one YAML file", arguments=["train", "a.yaml", "b.yaml"])
     fails(2, "No such option", arguments=["label", "x", "--nonsense"])

@@ -132,7 +132,7 @@ def _as_json(rows: Sequence[tuple[str, TopClasses]], classifier: ZeroShotClassif
 
 def _class_names(typed: Sequence[str], file: Path | None) -> list[str]:
     """The classes that were typed, and those of a file."""
-    from clipkit.data.reading.tables import read_text
+    from clipkit.data.reading.text_files import read_text
 
     names = []
     for argument in typed:

@@ -10,7 +10,8 @@ from clipkit.data.reading.columns import image_column
 from clipkit.data.reading.image_column import ImageColumn
 from clipkit.data.reading.rejects import LoadReport, OnBad, Reject, check_policy
 from clipkit.data.reading.sources import open_source
-from clipkit.data.reading.tables import TABLE_SUFFIXES, Quoting, checked_format
+from clipkit.data.reading.tables import TABLE_SUFFIXES
+from clipkit.data.reading.text_files import Quoting, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
 

@@ -17,7 +17,8 @@ from clipkit.data.reading.columns import Columns, choose, label_of, texts_of
 from clipkit.data.reading.image_column import ImageColumn
 from clipkit.data.reading.rejects import LoadReport, OnBad, Reject, check_policy
 from clipkit.data.reading.sources import open_source
-from clipkit.data.reading.tables import Quoting, Table, Unusable, checked_format
+from clipkit.data.reading.table import Table, Unusable
+from clipkit.data.reading.text_files import Quoting, checked_format
 from clipkit.errors import BadImage
 from clipkit.paths import show
 from clipkit.progress import track

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.data.reading.columns import Columns
 from clipkit.data.reading.image_column import ImageColumn
-from clipkit.data.reading.tables import Table, absolute
+from clipkit.data.reading.table import Table, absolute
 
 if TYPE_CHECKING:
     from datasets import ClassLabel, Dataset

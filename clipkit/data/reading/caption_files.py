@@ -6,7 +6,9 @@ import io
 from pathlib import Path
 from typing import Any
 
-from clipkit.data.reading.tables import Unusable, json_object, read_text
+from clipkit.data.reading.table import Unusable
+from clipkit.data.reading.tables import json_object
+from clipkit.data.reading.text_files import read_text
 from clipkit.errors import DataError, ResourceError
 from clipkit.paths import Tree, show
 from clipkit.texts import is_blank

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from clipkit.data.reading.tables import SEPARATOR_WORDS, Table
+from clipkit.data.reading.table import Table
+from clipkit.data.reading.text_files import SEPARATOR_WORDS
 from clipkit.errors import DataError, UsageError, option
 from clipkit.texts import checked_text, is_blank
 

@@ -11,7 +11,9 @@ from clipkit.data.reading.class_folders import classes_of
 from clipkit.data.reading.columns import TEXT_NAMES, obvious
 from clipkit.data.reading.metadata_files import is_metadata, read_metadata
 from clipkit.data.reading.rejects import LoadReport, unreadable_folders
-from clipkit.data.reading.tables import TABLE_SUFFIXES, Table, TextFormat, Unusable
+from clipkit.data.reading.table import Table, Unusable
+from clipkit.data.reading.tables import TABLE_SUFFIXES
+from clipkit.data.reading.text_files import TextFormat
 from clipkit.errors import DataError
 from clipkit.images.load import find_images
 from clipkit.paths import Tree, show, walk

@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from clipkit.data.reading.tables import Table
+from clipkit.data.reading.table import Table
 from clipkit.errors import BadImage, DataError, option
 from clipkit.images.load import probe_image
 from clipkit.paths import is_url

@@ -11,7 +11,9 @@ from typing import Any
 from clipkit.data.reading.caption_files import CaptionFiles
 from clipkit.data.reading.columns import TEXT_NAMES, obvious
 from clipkit.data.reading.rejects import Reject
-from clipkit.data.reading.tables import Table, TextFormat, absolute, read_table
+from clipkit.data.reading.table import Table, absolute
+from clipkit.data.reading.tables import read_table
+from clipkit.data.reading.text_files import TextFormat
 from clipkit.errors import DataError
 from clipkit.paths import Tree, show
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.data.reading.folders import read_folder
 from clipkit.data.reading.rejects import LoadReport
-from clipkit.data.reading.tables import Table, TextFormat, read_table
+from clipkit.data.reading.table import Table
+from clipkit.data.reading.tables import read_table
+from clipkit.data.reading.text_files import TextFormat
 from clipkit.errors import DataError, UsageError, option
 from clipkit.paths import did_you_mean, show
 

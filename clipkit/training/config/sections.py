@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, PositiveInt
 
-from clipkit.data.reading.tables import Quoting
+from clipkit.data.reading.text_files import Quoting
 from clipkit.errors import ConfigError, UsageError
 from clipkit.losses.similarity import Graded, Head, Paired, SameGroup, Similarity, Treat, Views
 from clipkit.modality import Modality

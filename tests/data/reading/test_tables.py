@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from clipkit.data.reading.tables import Table, TextFormat, checked_format, read_table
+from clipkit.data.reading.table import Table
+from clipkit.data.reading.tables import read_table
+from clipkit.data.reading.text_files import TextFormat, checked_format
 from clipkit.errors import DataError, UsageError
 
 

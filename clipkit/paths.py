@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import re
@@ -14,12 +13,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from clipkit.errors import DataError
+from clipkit.suggest import closest
 
 _KINDS = 12  # suffixes or names that one line counts
 
 
 def show(path: str | os.PathLike[str]) -> str:
-    """A path that can be printed anywhere, also where its name is no valid UTF-8 or holds control characters."""
+    """A path that can be printed anywhere, also where its name is not valid UTF-8 or holds control characters."""
     text = os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
@@ -67,12 +67,12 @@ class Tree:
 
 
 def walk(root: str | os.PathLike[str]) -> Tree:
-    """Looks at every visible folder from `root` down, once whatever its links say.
+    """List every visible folder from `root` down, once whatever its links say.
 
     A folder below the root that cannot be listed is kept in `Tree.unreadable`: the caller lists it with the rejects.
 
     Raises:
-        DataError: `root` does not exist, is no folder, or cannot be listed.
+        DataError: `root` does not exist, is not a folder, or cannot be listed.
     """
     tree = Tree(Path(root))
     if not tree.root.is_dir():
@@ -157,9 +157,9 @@ def near_path(path: Path) -> Path | None:
     except (OSError, ValueError):
         return None
     # img_0001 and img_0002 are two files, not one and its misspelling
-    alike = [name for name in names if _digits(name) == _digits(path.name) and names[name] != path.name]
-    close = difflib.get_close_matches(_plain(path.name), alike, n=1, cutoff=0.8)
-    return path.parent / names[close[0]] if close else None
+    same_digits = [name for name in names if _digits(name) == _digits(path.name) and names[name] != path.name]
+    matches = closest(_plain(path.name), same_digits, cutoff=0.8)
+    return path.parent / names[matches[0]] if matches else None
 
 
 def did_you_mean(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Which texts can be used: what captions, queries and the names of classes are held to, wherever they come from."""
+"""Which texts can be used as captions, queries and names of classes, wherever they come from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BadText(DataError):
     code: str
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message, fix="mend or drop it", code=code)
+        super().__init__(message, fix="fix or drop it", code=code)
 
 
 def is_blank(text: str) -> bool:
@@ -39,7 +39,7 @@ def _has_ink(c: str) -> bool:
 
 
 def is_broken(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, as names and arguments that are no UTF-8 do in Python."""
+    """Whether a text holds half of a surrogate pair, as names and arguments that are not UTF-8 do in Python."""
     return not text.isascii() and _SURROGATE.search(text) is not None
 
 
@@ -47,12 +47,12 @@ def checked_text(item: object) -> str:
     """The text as it stands.
 
     Raises:
-        BadText: it is no text, holds half of a surrogate pair, or nothing of it can be seen.
+        BadText: it is not a text, holds half of a surrogate pair, or nothing of it can be seen.
     """
     if not isinstance(item, str):
         raise BadText("NOT_TEXT", f"expected a text; found {type(item).__name__} {repr(item)[:40]}")
     if is_broken(item):
-        raise BadText("BAD_TEXT", f"half of a surrogate pair, from bytes that are no UTF-8: {ascii(item)[:60]}")
+        raise BadText("BAD_TEXT", f"half of a surrogate pair, from bytes that are not UTF-8: {ascii(item)[:60]}")
     if not item.strip():
         raise BadText("EMPTY_TEXT", "the text is empty")
     if is_blank(item):

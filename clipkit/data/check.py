@@ -106,9 +106,9 @@ def check_data(
         DataError: `pairs` has no column image, or neither texts nor label.
     """
     if "image" not in pairs.column_names or not {"texts", "label"} & set(pairs.column_names):
-        found = ", ".join(map(repr, pairs.column_names))
+        names = ", ".join(map(repr, pairs.column_names))
         fix = "load_pairs makes them"
-        raise DataError(f"expected the columns image, and texts or label or both; found {found}", fix=fix)
+        raise DataError(f"expected the columns image, and texts or label or both; found {names}", fix=fix)
     decoded = _look(pairs, threads or min(8, os.cpu_count() or 1))
     looks = list(track(decoded, len(pairs), "decoding", unit="image", shown=progress))
     report = DataReport(rows=len(pairs), rejects=[look.reject for look in looks if look.reject])
@@ -131,8 +131,8 @@ def check_data(
 def _number_as(report: DataReport, ledger: LoadReport) -> dict[int, str]:
     """Number the rows of a report as their source does; where a person finds those that are alike."""
     report.rows = ledger.rows
-    found = [row for reject in report.rejects for row in ledger.at(reject)]
-    report.rejects = sorted([*ledger.rejects, *found], key=lambda reject: reject.row)
+    undecoded = [row for reject in report.rejects for row in ledger.at(reject)]
+    report.rejects = sorted([*ledger.rejects, *undecoded], key=lambda reject: reject.row)
     first = {row: ledger.source_rows(row)[0] for rows in report.duplicates for row in rows}
     report.duplicates, report.conflicts = (
         [[first[row][0] for row in rows] for rows in groups] for groups in (report.duplicates, report.conflicts)
@@ -203,8 +203,8 @@ def _measure_captions(report: DataReport, pairs: Dataset, processor: TokenCounte
     report.words = _spread(len(text.split()) for text in texts)
     images = Counter(text for row in all_texts for text in set(row))
     report.shared_captions = {text: n for text, n in images.most_common() if n > 1}
-    for row, found in enumerate(all_texts):
-        if all(map(is_blank, found)):
+    for row, captions in enumerate(all_texts):
+        if all(map(is_blank, captions)):
             report.rejects.append(Reject(row, "EMPTY_TEXT", "the row has no caption", f"row {row}"))
     if processor is not None:
         counts = [
@@ -216,10 +216,10 @@ def _measure_captions(report: DataReport, pairs: Dataset, processor: TokenCounte
 
 
 def _spread(values: Iterable[int]) -> dict[str, float]:
-    found = np.array(list(values), dtype=np.float64)
-    if not len(found):
+    numbers = np.array(list(values), dtype=np.float64)
+    if not len(numbers):
         return {}
-    low, median, high, top = np.percentile(found, [0, 50, 95, 100])
+    low, median, high, top = np.percentile(numbers, [0, 50, 95, 100])
     return {"min": float(low), "median": float(median), "p95": float(high), "max": float(top)}
 
 
@@ -231,7 +231,7 @@ def _advise(report: DataReport, place: dict[int, str]) -> Iterator[str]:
     alike = option("similar.group", "COLUMN", python="similar=SameGroup(column)")
     if report.rejects:
         skip = option("train.on_bad", "skip")
-        yield f"mend the rows listed, or train with {skip}, which leaves them out and counts them"
+        yield f"fix the rows listed, or train with {skip}, which leaves them out and counts them"
     if report.conflicts:
         rows = ", ".join(place[row] for row in report.conflicts[0][:_SHOWN])
         yield f"{len(report.conflicts)} images carry two different labels, e.g. {rows}: decide on one"
@@ -240,7 +240,7 @@ def _advise(report: DataReport, place: dict[int, str]) -> Iterator[str]:
         rows = ", ".join(place[row] for row in report.duplicates[0][:_SHOWN])
         yield (
             f"{extra:,} rows repeat an image, e.g. {rows}: split files that are equal with {split}; in one batch they "
-            f"are false negatives of each other, which {alike} mends"
+            f"are false negatives of each other, which {alike} prevents"
         )
     if report.shared_captions:
         text, n = next(iter(report.shared_captions.items()))

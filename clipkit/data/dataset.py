@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from clipkit.codes import assign_codes
 from clipkit.errors import DataError, UsageError, option
+from clipkit.suggest import closest
 from clipkit.texts import BadText, checked_text, is_blank
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def as_dataset(source: Any) -> Any:
     """`source` itself where it offers columns, as a `datasets.Dataset` does; else a `MapStyleDataset` around its rows.
 
     Raises:
-        UsageError: a stream, which has no row k to go back to; or its rows are no mappings.
+        UsageError: a stream, which has no row k to go back to; or its rows are not mappings.
     """
     if isinstance(source, MapStyleDataset) or _offers_columns(source):
         return source
@@ -33,7 +34,7 @@ def as_dataset(source: Any) -> Any:
 
 
 class MapStyleDataset:
-    """Rows as a table: all are read once, in order, and every cell is kept that is no image.
+    """Rows as a table: all are read once, in order, and every cell but the images is kept.
 
     Args:
         source: ``len(source)``, and ``source[i]`` a mapping from column to cell.
@@ -81,7 +82,7 @@ class MapStyleDataset:
         other = MapStyleDataset.__new__(MapStyleDataset)
         other.__dict__ |= self.__dict__
         other._added = {**self._added, name: cells}
-        other.column_names = [each for each in self.column_names if each != name] + [name]
+        other.column_names = [*(column for column in self.column_names if column != name), name]
         return other
 
     def __getstate__(self) -> dict[str, Any]:  # workers read rows alone
@@ -125,15 +126,15 @@ def caption_counts(pairs: Any) -> list[int]:
     """How many captions each row has.
 
     Raises:
-        DataError: a row whose `texts` are no list of texts, or none at all; a text that is empty or broken.
+        DataError: a row where `texts` is not a list of texts, or is an empty one; a text that is empty or broken.
     """
     counts = []
     for row, texts in enumerate(iterate_column(pairs, "texts")):
         listed = isinstance(texts, list | tuple)
         if not listed or not texts or not all(isinstance(text, str) for text in texts):
-            found = repr(texts)[:40] if listed else f"{type(texts).__name__} {repr(texts)[:40]}"
+            shown = repr(texts)[:40] if listed else f"{type(texts).__name__} {repr(texts)[:40]}"
             fix = 'write "texts": [caption]' if isinstance(texts, str) else "give each row a caption, or leave it out"
-            raise DataError(f"`texts` is a list of at least one caption; found {found}", where=f"row {row}", fix=fix)
+            raise DataError(f"`texts` is a list of at least one caption; found {shown}", where=f"row {row}", fix=fix)
         for text in texts:
             _check(text, row)
         counts.append(len(texts))
@@ -169,9 +170,9 @@ def _refuse_streams(source: Any) -> None:
             "pairs = datasets.Dataset.from_generator(lambda: (yield from stream))",
         )
     if isinstance(source, Mapping):
-        found = ", ".join(map(str, list(source)[:5]))
+        names = ", ".join(map(str, list(source)[:5]))
         raise UsageError(
-            f"expected rows: source[0], source[1] …; found {type(source).__name__} with {found}",
+            f"expected rows: source[0], source[1] …; found {type(source).__name__} with {names}",
             fix="datasets.Dataset.from_dict(columns), or one split of it",
         )
 
@@ -195,7 +196,7 @@ def key_values(pairs: Any, column: str) -> list[Hashable | None]:
     """The values of a column, one a row; None where the cell is empty (None, NaN, a blank text). Lists become tuples.
 
     Raises:
-        UsageError: there is no such column, or it holds what cannot be compared, such as dicts.
+        UsageError: there is no such column, or it holds values that cannot be compared, such as dicts.
     """
     cells = _column(pairs, column)
     values = [tuple(value) if isinstance(value, list) else value for value in cells]
@@ -209,9 +210,7 @@ def column_codes(pairs: Any, column: str) -> Tensor:
     """(n,) int64: one number for each distinct value, given once per data set; -1 for empty cells."""
     import torch
 
-    numbers: dict[Any, int] = {}
-    found = [-1 if value is None else numbers.setdefault(value, len(numbers)) for value in key_values(pairs, column)]
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(assign_codes(key_values(pairs, column)), dtype=torch.int64)
 
 
 def number_values(pairs: Any, column: str) -> Tensor:
@@ -226,24 +225,24 @@ def number_values(pairs: Any, column: str) -> Tensor:
     width = next((len(cell) for cell in cells if isinstance(cell, (list, tuple, np.ndarray))), None)
     empty = np.nan if width is None else [np.nan] * width
     try:
-        found = np.asarray([empty if cell is None else cell for cell in cells], dtype=np.float32)
+        numbers = np.asarray([empty if cell is None else cell for cell in cells], dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"expected numbers, or lists of equally many numbers; {error}",
             where=f"column {column!r}",
             fix="name another column, or make it numeric",
         ) from error
-    return torch.from_numpy(found)
+    return torch.from_numpy(numbers)
 
 
 def require_column(pairs: Any, column: str) -> None:
     """Raises UsageError, with the near names, where a data set says that it has no such column."""
     columns: Sequence[str] | None = getattr(pairs, "column_names", None)
     if columns is not None and column not in columns:
-        near = difflib.get_close_matches(column, columns, n=1)
+        matches = closest(column, columns)
         raise UsageError(
             f"there is no column {column!r}; there are {', '.join(columns)}",
-            fix=f"did you mean {near[0]!r}?" if near else "name one of these",
+            fix=f"did you mean {matches[0]!r}?" if matches else "name one of these",
         )
 
 

@@ -50,10 +50,10 @@ def data_fingerprint(source: Any, columns: Sequence[str] = (), *, progress: bool
         UsageError: a stream, or there is no such column.
     """
     source = as_dataset(source)
-    wanted = [name for name in dict.fromkeys([*_READ, *columns]) if name in columns or name in source.column_names]
-    wanted = [name for name in wanted if name not in ("row", "view")]  # made by the loader
-    whole = hashlib.sha256(_VERSION + b" %d" % len(source))
-    for name in wanted:
+    names = [name for name in dict.fromkeys([*_READ, *columns]) if name in columns or name in source.column_names]
+    names = [name for name in names if name not in ("row", "view")]  # made by the loader
+    total = hashlib.sha256(_VERSION + b" %d" % len(source))
+    for name in names:
         require_column(source, name)
         column = hashlib.sha256(name.encode())
         seen: dict[str, bytes] = {}
@@ -63,14 +63,14 @@ def data_fingerprint(source: Any, columns: Sequence[str] = (), *, progress: bool
             tracked = track(cells, len(source), f"reading the column {name!r}", unit="row", shown=progress)
             for row, cell in enumerate(tracked):
                 column.update(_cell(name, cell, seen, row in content))
-        whole.update(column.digest())
-    return whole.hexdigest()
+        total.update(column.digest())
+    return total.hexdigest()
 
 
 def images_identity(images: Iterable[Any]) -> str:
     """sha256 of images alone, in their order."""
     seen: dict[str, bytes] = {}
-    return hashlib.sha256(b"".join(_image(each, seen) for each in images)).hexdigest()
+    return hashlib.sha256(b"".join(_image(image, seen) for image in images)).hexdigest()
 
 
 def raw_cells(source: Any, column: str) -> Iterator[Any]:
@@ -82,9 +82,8 @@ def raw_cells(source: Any, column: str) -> Iterator[Any]:
     from datasets import Image, List
 
     source = source.with_format(None).select_columns([column])
-    if column == "image":
-        kind = features[column]
-        source = source.cast_column(column, Image(decode=False)) if isinstance(kind, Image) else source
+    if column == "image" and isinstance(features[column], Image):
+        source = source.cast_column(column, Image(decode=False))
     elif column == "hard_images" and isinstance(getattr(features[column], "feature", None), Image):
         source = source.cast_column(column, List(Image(decode=False)))
     yield from iterate_column(source, column)
@@ -104,7 +103,7 @@ def _cell(column: str, cell: Any, seen: dict[str, bytes], content: bool) -> byte
         return _features(cell)
     if column == "hard_images":
         several = cell if isinstance(cell, list | tuple) else [cell]
-        return b"%d " % len(several) + b"".join(_image(each, seen) for each in several)
+        return b"%d " % len(several) + b"".join(_image(image, seen) for image in several)
     return _plain(cell)
 
 
@@ -157,12 +156,12 @@ def file_or_bytes(cell: Any) -> str | bytes | None:
 
 def _image(cell: Any, seen: dict[str, bytes]) -> bytes:
     """32 bytes that depend on what an image cell holds."""
-    found = file_or_bytes(cell)
-    if isinstance(found, str):
-        if found not in seen:
-            seen[found] = _file(found)
-        return seen[found]
-    return hashlib.sha256(b"none" if found is None else found).digest()
+    image = file_or_bytes(cell)
+    if isinstance(image, str):
+        if image not in seen:
+            seen[image] = _file(image)
+        return seen[image]
+    return hashlib.sha256(b"none" if image is None else image).digest()
 
 
 def _image_size(cell: Any) -> bytes:

@@ -31,10 +31,10 @@ class Overlap:
         if not self.images and not self.texts:
             return ""
         of = f"{self.images:,} of {self.rows:,} test images and {self.texts:,} of {self.captions:,} test captions"
-        said = f"{of} are in the training data, too"
+        sentence = f"{of} are in the training data, too"
         if self.images:
-            return f"{said}: figures on them are no test; take these rows out of one of the two"
-        return f"{said}, which is no fault where captions are names of classes"
+            return f"{sentence}: figures on them are no test; take these rows out of one of the two"
+        return f"{sentence}, which is no fault where captions are names of classes"
 
 
 def overlap(train: Any, test: Any) -> Overlap:
@@ -51,7 +51,7 @@ def overlap(train: Any, test: Any) -> Overlap:
 def _shared_images(train: Any, test: Any) -> int:
     ours, theirs = set(known_images(train)), known_images(test)
     paths = {path for _, path, _ in ours if path}
-    left = [each for each in theirs if not (each[1] in paths and each[0] is not None)]
+    left = [(size, path, content) for size, path, content in theirs if size is None or path not in paths]
     sizes = {size for size, _, _ in left} - {None}
     read = cache(digest)
     contents = {content or read(path) for size, path, content in ours if size in sizes}

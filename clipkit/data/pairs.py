@@ -91,20 +91,20 @@ def load_pairs(
     table = open_source(source, ledger, split=split, form=form)
     filled = list(table.templates) if templates is None else check_templates(templates)
     columns = choose(table, image=image, text=text, label=label, templates=bool(filled))
-    pictures = ImageColumn.of(table, columns.image)
+    image_column = ImageColumn.of(table, columns.image)
     ledger.rows = len(table) + len(table.rejects)
     ledger.rejects += table.rejects
-    items, names = _collect(table, columns, pictures, filled, ledger, progress)
+    items, names = _collect(table, columns, image_column, filled, ledger, progress)
     ledger.images = len(items)
     ledger.origin = _origin(table, items)
     hint = _wrong_root(table, ledger)
     ledger.settle(table.name, on_bad=on_bad, max_bad=max_bad, rejects=rejects, hint=hint)
-    return assemble(pictures, columns, items, names, texts=bool(columns.texts or filled))
+    return assemble(image_column, columns, items, names, texts=bool(columns.texts or filled))
 
 
 def _origin(table: Table, items: list[Item]) -> Callable[[int], list[tuple[int, str]]]:
     rows, places = [item.rows for item in items], replace(table, columns={})  # without the cells
-    return lambda row: [(places.row(each), places.where(each)) for each in rows[row]]
+    return lambda row: [(places.row(index), places.where(index)) for index in rows[row]]
 
 
 def _wrong_root(table: Table, ledger: LoadReport) -> str | None:
@@ -121,7 +121,7 @@ class _BadRow(Exception):
 
 
 def _collect(
-    table: Table, columns: Columns, pictures: ImageColumn, templates: Templates, ledger: LoadReport, progress: bool
+    table: Table, columns: Columns, image_column: ImageColumn, templates: Templates, ledger: LoadReport, progress: bool
 ) -> tuple[list[Item], ClassLabel | None]:
     cells = table.cells(columns.label) if columns.label else []
     labels, classes = _labels(table, columns, cells)
@@ -131,16 +131,18 @@ def _collect(
     empty = 0
     for index in track(range(len(table)), len(table), "reading rows", unit="row", shown=progress):
         try:
-            found, blank = _texts(texts, index, table.no_text) if texts else ([], 0)
+            captions_of_row, blank = _texts(texts, index, table.no_text) if texts else ([], 0)
             name = labels[index] if labels else None
             if name is None and columns.label_needed:
                 raise _no_label(cells[index])
-            key = _key(pictures, index)
-            item = Item([index], key if isinstance(key, str) else None, found, name, groups[index] if groups else None)
+            key = _key(image_column, index)
+            path = key if isinstance(key, str) else None
+            group = groups[index] if groups else None
+            item = Item([index], path, captions_of_row, name, group)
             _merge(items, key, item, table)
         except _BadRow as bad:
-            path = pictures.paths[index]
-            shown = show(path) if isinstance(path, str) else None
+            cell = image_column.paths[index]
+            shown = show(cell) if isinstance(cell, str) else None
             ledger.rejects.append(Reject(table.row(index), bad.code, bad.message, table.where(index), shown))
         else:
             ledger.used += 1
@@ -153,9 +155,9 @@ def _collect(
     return list(items.values()), classes
 
 
-def _key(pictures: ImageColumn, index: int) -> str | int:
+def _key(image_column: ImageColumn, index: int) -> str | int:
     try:
-        return pictures.key(index)
+        return image_column.key(index)
     except BadImage as bad:
         raise _BadRow(bad.code, bad.reason) from bad
 
@@ -163,16 +165,17 @@ def _key(pictures: ImageColumn, index: int) -> str | int:
 def _texts(columns: Sequence[Sequence[Any]], index: int, no_text: str) -> tuple[list[str], int]:
     """The captions of a row, and how many of its captions are empty while others are not."""
     cells = [column[index] for column in columns]
-    if unusable := next((cell for cell in cells if isinstance(cell, Unusable)), None):
-        raise _BadRow(*unusable)
+    for cell in cells:
+        if isinstance(cell, Unusable):
+            raise _BadRow(cell.code, cell.message)
     try:
-        found = [text for cell in cells for text in texts_of(cell)]
+        texts = [text for cell in cells for text in texts_of(cell)]
     except BadText as error:
         raise _BadRow(error.code, error.detail) from error
-    full = [text for text in found if text]
+    full = [text for text in texts if text]
     if not full:
         raise _BadRow("EMPTY_TEXT", no_text)
-    return full, len(found) - len(full)
+    return full, len(texts) - len(full)
 
 
 def _merge(items: dict[str | int, Item], key: str | int, item: Item, table: Table) -> None:
@@ -200,11 +203,13 @@ def _labels(table: Table, columns: Columns, cells: list[Any]) -> tuple[list[str 
         names = [None if cell is None or cell < 0 else feature.int2str(cell) for cell in cells]
         return names, feature
     names = [label_of(cell) for cell in cells]
-    found = {name for name in names if name is not None}
-    if not found:
+    distinct = {name for name in names if name is not None}
+    if not distinct:
         return names, None
-    numbers = all(name.isdecimal() for name in found)
-    return names, ClassLabel(names=sorted(found, key=lambda name: (int(name) if numbers else 0, name)))
+    in_order = sorted(distinct)
+    if all(name.isdecimal() for name in distinct):
+        in_order.sort(key=int)
+    return names, ClassLabel(names=in_order)
 
 
 def _no_label(cell: Any) -> _BadRow:

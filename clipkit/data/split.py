@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from clipkit.codes import assign_codes
 from clipkit.data.dataset import as_dataset, key_values, require_column
 from clipkit.data.fingerprint import file_or_bytes, raw_cells
 from clipkit.errors import DataError, UsageError, option
@@ -41,11 +42,11 @@ def split_pairs(
         DataError: the column has empty cells: rows that belong nowhere could end up on both sides.
     """
     keys = image_keys(pairs) if by == "image" else _column(pairs, by)
-    number: dict[Hashable, int] = {}
-    unit = np.array([number.setdefault(key, len(number)) for key in keys], dtype=np.int64)
-    size = _size(test, len(number), by)
-    drawn = np.random.default_rng(seed).permutation(len(number))[:size]
-    is_test = np.isin(unit, drawn)
+    units = np.array(assign_codes(keys), dtype=np.int64)
+    count = int(units.max(initial=-1)) + 1
+    size = _size(test, count, by)
+    drawn = np.random.default_rng(seed).permutation(count)[:size]
+    is_test = np.isin(units, drawn)
     return pairs.select(np.flatnonzero(~is_test)), pairs.select(np.flatnonzero(is_test))
 
 
@@ -91,7 +92,7 @@ def _size_and_ends(path: str, size: int) -> Hashable:
 
 def known_images(pairs: Any) -> list[tuple[int | None, str | None, bytes]]:
     """What is known of each row's image without reading a file: its size in bytes, the path of a file, and the SHA-256
-    of what is no file. Without a size there is nothing that could be read."""
+    of an image that is not a file. Without a size there is nothing that could be read."""
     pairs = as_dataset(pairs)
     require_column(pairs, "image")
     kept: list[tuple[int | None, str | None, bytes]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
+from clipkit.codes import assign_codes
 from clipkit.data.dataset import key_values, require_texts
 from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
@@ -97,7 +98,7 @@ class RetrievalEvaluator(Evaluator):
         self.batch_size, self.workers, self.progress, self.on_bad = batch_size, workers, progress, on_bad
         self.images: Sequence[Any] = pairs["image"]
         self.texts, self.image_of_text = caption_rows(pairs["texts"])
-        self.groups = None if group is None else _codes(filled(key_values(pairs, group), group))
+        self.groups = None if group is None else assign_codes(filled(key_values(pairs, group), group))
         self.last: RetrievalResult | None = None
         self.rejected: list[Reject] = []
         self._rows = list(range(len(self.images)))  # of the data set
@@ -242,7 +243,7 @@ class RetrievalEvaluator(Evaluator):
             if refused:
                 self._drop(refused)
             self._hashes = [content for content in hashes if not isinstance(content, Reject)]
-        return _codes(self._hashes)
+        return assign_codes(self._hashes)
 
     def _content(self, row: int) -> bytes | Reject:
         try:
@@ -259,14 +260,8 @@ class RetrievalEvaluator(Evaluator):
         """
         keys = images if self.groups is None else self.groups
         of_images = _keys(images, keys)
-        of_texts = _keys(_codes(self.texts), [keys[row] for row in self.image_of_text])
+        of_texts = _keys(assign_codes(self.texts), [keys[row] for row in self.image_of_text])
         return Relevance.by_keys(of_texts, of_images), Relevance.by_keys(of_images, of_texts)
-
-
-def _codes(values: Iterable[Hashable]) -> list[int]:
-    """The values numbered in the order in which they first appear."""
-    seen: dict[Hashable, int] = {}
-    return [seen.setdefault(value, len(seen)) for value in values]
 
 
 def _first(codes: list[int]) -> list[int]:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clipkit.codes import assign_codes
 from clipkit.errors import ClipkitError, DataError, UsageError
 
 _TILE = 2**24  # scores held at once: 64 MiB of float32, and as much again in comparisons
@@ -240,13 +241,13 @@ def distinct_rows(items: Tensor) -> tuple[Tensor, Tensor | None]:
     A matrix product rounds equal columns differently at the edge of a block (measured: 7 columns of 768 numbers);
     scored once, equal items tie exactly.
     """
-    seen: dict[bytes, int] = {}
     rows = items.detach().cpu().contiguous().numpy()
-    code = [seen.setdefault(blake2b(row, digest_size=16).digest(), len(seen)) for row in rows]
-    if len(seen) == len(items):
+    codes = assign_codes(blake2b(row, digest_size=16).digest() for row in rows)
+    count = max(codes, default=-1) + 1
+    if count == len(items):
         return items, None
-    expand = torch.tensor(code, device=items.device)
-    first = torch.full((len(seen),), len(items), device=items.device).scatter_reduce(
+    expand = torch.tensor(codes, device=items.device)
+    first = torch.full((count,), len(items), device=items.device).scatter_reduce(
         0, expand, torch.arange(len(items), device=items.device), "amin"
     )
     return items[first], expand

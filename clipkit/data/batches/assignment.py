@@ -45,9 +45,10 @@ def joined(keys: Sequence[tuple[Ints, Ints]], n: int) -> Ints:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    rows, values, start = [], [], n
-    for each, codes in keys:
-        rows.append(each)
+    rows, values = [], []
+    start = n
+    for rows_of_key, codes in keys:
+        rows.append(rows_of_key)
         values.append(codes + start)
         start += int(codes.max(initial=-1)) + 1
     one, other = np.concatenate([*rows, []]).astype(np.int64), np.concatenate([*values, []]).astype(np.int64)

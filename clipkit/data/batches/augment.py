@@ -70,17 +70,17 @@ def affine(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def simclr(image: Image.Image, rng: random.Random) -> Image.Image:
-    found = crop_flip(image.convert("RGB"), rng, smallest=0.2)
+    view = crop_flip(image.convert("RGB"), rng, smallest=0.2)
     if rng.random() < 0.8:
         changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
         rng.shuffle(changes)
         for change in changes:
-            found = change(found).enhance(rng.uniform(0.6, 1.4))
+            view = change(view).enhance(rng.uniform(0.6, 1.4))
     if rng.random() < 0.2:
-        found = found.convert("L").convert("RGB")
+        view = view.convert("L").convert("RGB")
     if rng.random() < 0.5:
-        found = found.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * min(found.size) / 224))
-    return found
+        view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * min(view.size) / 224))
+    return view
 
 
 _BY_NAME: dict[str, Augment] = {"crop": crop, "crop+flip": crop_flip, "affine": affine, "simclr": simclr}

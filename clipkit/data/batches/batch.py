@@ -68,7 +68,7 @@ class Batch:
         return {name: values[: self.samples] for name, values in side.keys.items()}
 
     def to(self, device: torch.device) -> Batch:
-        rows = {side: each.to(device) for side, each in self.rows.items()}
+        rows = {side: keys.to(device) for side, keys in self.rows.items()}
         return Batch(_move(self.inputs, device), rows, self.samples, self.rejected)
 
     def split(self, count: int) -> list[dict[str, Tensor]]:

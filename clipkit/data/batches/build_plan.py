@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.codes import assign_codes
 from clipkit.data.batches.assignment import Ints
 from clipkit.data.batches.plan import Plan
 from clipkit.data.dataset import as_dataset, caption_counts, iterate_column, key_values, require_texts
@@ -70,18 +71,16 @@ def _codes(pairs: Any, name: str) -> Ints:
 
 
 def _filled(pairs: Any, column: str) -> Ints:
-    found = _numbered(key_values(pairs, column))
-    if (empty := np.flatnonzero(found < 0)).size:
+    codes = _numbered(key_values(pairs, column))
+    empty = np.flatnonzero(codes < 0)
+    if empty.size:
         raise DataError(
-            f"{empty.size:,} of {len(found):,} cells are empty, so that these rows belong to no class or group",
+            f"{empty.size:,} of {len(codes):,} cells are empty, so that these rows belong to no class or group",
             where=f"column {column!r}, row {empty[0]}",
             fix="fill them, or leave these rows out",
         )
-    return found
+    return codes
 
 
 def _numbered(values: Iterable[Hashable | None]) -> Ints:
-    """One number for each distinct value, in the order in which they come; -1 for None."""
-    seen: dict[Hashable, int] = {}
-    found = [-1 if value is None else seen.setdefault(value, len(seen)) for value in values]
-    return np.array(found, dtype=np.int64)
+    return np.array(assign_codes(values), dtype=np.int64)

@@ -70,8 +70,8 @@ class Collator:
         hard_texts = [text for _, record in kept for text in _listed(record.get("hard_texts"), "hard_texts")]
         rows = torch.tensor([draw.row for draw, _ in kept], dtype=torch.int64)
         keys = {ROW: rows, **{name: values[rows] for name, values in self.keys.items()}}
-        found = {"image": images.hashes, "texts": [_hash(text.encode()) for text in texts]}
-        keys |= {name: torch.tensor(found[name], dtype=torch.int64) for name in self.content}
+        hashes = {"image": images.hashes, "texts": [_hash(text.encode()) for text in texts]}
+        keys |= {name: torch.tensor(hashes[name], dtype=torch.int64) for name in self.content}
         inputs = dict(images.inputs)
         sides: dict[Modality, RowKeys] = {}
         if "image" in self.sides:
@@ -96,22 +96,24 @@ class Collator:
             return self._features(draws, records)
         images: list[list[Any]] = []
         hard: list[Any] = []
-        kept, hashes, hard_hashes, rejected = [], [], [], []
+        kept, hashes, rejected = [], [], []
+        hard_hashes: list[int] = []
         for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
             try:
                 image = load_image(record["image"])
-                others = [load_image(each) for each in _listed(record.get("hard_images"), "hard_images")]
+                hard_images = [load_image(cell) for cell in _listed(record.get("hard_images"), "hard_images")]
             except BadImage as error:
                 rejected.append(self._refused(draw, error))
                 continue
             images.append([augment(image, name, _seed(draw, view)) for view, name in self.views])
-            hard += [augment(each, self.views[0][1], hash64(draw.seed, -1, j)) for j, each in enumerate(others)]
+            for j, hard_image in enumerate(hard_images):
+                hard.append(augment(hard_image, self.views[0][1], hash64(draw.seed, -1, j)))
             kept.append(i)
             if "image" in self.content:
                 hashes.append(_image_hash(image))
-                hard_hashes += [_image_hash(each) for each in others]
+                hard_hashes += map(_image_hash, hard_images)
             else:
-                hard_hashes += [-1] * len(others)
+                hard_hashes += [-1] * len(hard_images)
         _require_some(kept, draws, rejected)
         ordered = [views[v] for v in range(len(self.views)) for views in images] + hard
         return CollatedImages({"pixel_values": self.transform.images(ordered)}, kept, hashes, hard_hashes, rejected)
@@ -160,26 +162,34 @@ def _seed(draw: Draw, view: int) -> int:
 
 
 def _with_hard(keys: dict[str, Tensor], content: str, hashes: list[int]) -> RowKeys:
-    """Rows with hard negatives at their end: nothing is known of them but what they look like."""
-    found = {}
+    """Add the rows of hard negatives, of which nothing but their content is known."""
+    extended = {}
     for name, values in keys.items():
-        nothing = float("nan") if values.is_floating_point() else 0 if name == VIEW else -1
-        more = values.new_full((len(hashes), *values.shape[1:]), nothing)
-        found[name] = torch.cat([values, torch.tensor(hashes, dtype=torch.int64) if name == content else more])
-    anchor = torch.arange(len(found[ROW])) < len(keys[ROW])
-    return RowKeys(found, anchor)
+        if name == content:
+            more = torch.tensor(hashes, dtype=torch.int64)
+        else:
+            more = values.new_full((len(hashes), *values.shape[1:]), _unknown(name, values))
+        extended[name] = torch.cat([values, more])
+    anchor = torch.arange(len(extended[ROW])) < len(keys[ROW])
+    return RowKeys(extended, anchor)
+
+
+def _unknown(name: str, values: Tensor) -> float:
+    """Return the value of a key that a hard negative does not have."""
+    if values.is_floating_point():
+        return float("nan")
+    return 0 if name == VIEW else -1
 
 
 def _listed(cell: Any, column: str) -> list[Any]:
     if cell is None:
         return []
-    found = list(cell) if isinstance(cell, (list, tuple)) else [cell]
-    if (
-        column == "hard_texts"
-        and (wrong := next((each for each in found if not isinstance(each, str)), None)) is not None
-    ):
-        raise DataError(f"expected texts; found {type(wrong).__name__} {repr(wrong)[:40]}", where=column)
-    return [each for each in found if not (isinstance(each, str) and is_blank(each))]
+    values = list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    if column == "hard_texts":
+        for value in values:
+            if not isinstance(value, str | None):
+                raise DataError(f"expected texts; found {type(value).__name__} {repr(value)[:40]}", where=column)
+    return [value for value in values if not (isinstance(value, str) and is_blank(value))]
 
 
 def _hash(content: bytes) -> int:

@@ -113,8 +113,8 @@ class Loader:
 
 def _quiet_worker(_: int) -> None:
     torch.set_num_threads(1)
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(each, signal.SIG_IGN)  # they reach all processes; the main one decides when to stop
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they reach all processes; the main one decides when to stop
 
 
 @dataclass
@@ -124,7 +124,7 @@ class _Steps(Dataset["Batch | ClipkitError"]):
     Errors come back as values: a worker that raises would have its exception rebuilt from a mere text.
     """
 
-    assembly: Collator
+    collator: Collator
     plan: Plan
     rank: int
     world_size: int
@@ -134,6 +134,6 @@ class _Steps(Dataset["Batch | ClipkitError"]):
         draws = self.plan.batch(epoch, k)
         mine = np.array_split(np.arange(len(draws)), self.world_size)[self.rank]
         try:
-            return self.assembly.batch([draws[i] for i in mine])
+            return self.collator.batch([draws[i] for i in mine])
         except ClipkitError as error:
             return error

@@ -41,13 +41,14 @@ def kept_apart(keys: Mapping[str, Key], units: Ints, size: int, seed: int) -> Sa
     """
     n = len(units)
     most = min((full_batches(_counts(rows, codes, n), size) for rows, codes in keys.values()), default=n // size)
-    found: Sampler = NoDuplicatesSampler(units, size)
-    if found.steps < 0.95 * most and len(_shared(keys)[0]):
+    sampler: Sampler = NoDuplicatesSampler(units, size)
+    if sampler.steps < 0.95 * most and len(_shared(keys)[0]):
         placed = Placed(keys, n, size, most, seed)
-        found = placed if placed.steps > found.steps else found
-    if found.steps * size < LEAST * n:
-        raise _impossible(keys, units, size, found.steps)
-    return found
+        if placed.steps > sampler.steps:
+            sampler = placed
+    if sampler.steps * size < LEAST * n:
+        raise _impossible(keys, units, size, sampler.steps)
+    return sampler
 
 
 class Placed:
@@ -67,7 +68,7 @@ class Placed:
     def __init__(self, keys: Mapping[str, Key], n: int, size: int, most: int, seed: int) -> None:
         self.n, self.size, self.most = n, size, most
         rows, values = _shared(keys)
-        self.values = [each.tolist() for each in np.split(values, np.searchsorted(rows, np.arange(1, n)))]
+        self.values = [part.tolist() for part in np.split(values, np.searchsorted(rows, np.arange(1, n)))]
         self.steps = len(self._place(rng_of(seed, -2, 0)))
         if self.steps * size >= LEAST * n:  # else it is refused
             self.steps = min(self.steps, *(len(self._place(rng_of(seed, -2, trial))) for trial in (1, 2)))
@@ -123,10 +124,11 @@ def _counts(rows: Ints, codes: Ints, n: int) -> Ints:
 
 def _shared(keys: Mapping[str, Key]) -> Key:
     """Rows in order, and their values that other rows have too, numbered over all keys."""
-    rows, values, start = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
-    for each, codes in keys.values():
+    rows, values = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    start = 0
+    for rows_of_key, codes in keys.values():
         shared = np.bincount(codes)[codes] > 1 if len(codes) else np.zeros(0, dtype=bool)
-        rows.append(each[shared])
+        rows.append(rows_of_key[shared])
         values.append(codes[shared] + start)
         start += int(codes.max(initial=-1)) + 1
     row, value = np.concatenate(rows), np.concatenate(values)
@@ -141,14 +143,14 @@ def _impossible(keys: Mapping[str, Key], units: Ints, size: int, steps: int) -> 
     rows, codes = keys[column]
     row = int(rows[codes == often[column].argmax()].min(initial=n))
     sizes = [size // 2**halved for halved in range(1, size.bit_length() - 1)]
-    possible = [each for each in sizes if full_batches(counts, each) * each >= LEAST * n]
+    possible = [smaller for smaller in sizes if full_batches(counts, smaller) * smaller >= LEAST * n]
     python = f'known={{"{column}": "positive"}}'
-    smaller = f"{option('batch_size', possible[0])}, or " if possible else ""
+    lower = f"{option('batch_size', possible[0])}, or " if possible else ""
     alike = option("similar", f"[{{known: {{{column}: positive}}}}]", python=python)
     return UsageError(
         f"batches of {size} without a repeated {' or '.join(f'`{key}`' for key in keys)} can show {steps * size:,} of "
         f"{n:,} rows an epoch: one value of `{column}` stands in {often[column].max():,} rows, and a batch takes one",
         where=f"distinct, row {row}: {column}",
-        fix=f"{smaller}leave out repeated rows, or take {column!r} from {option('distinct')} and let what is equal "
+        fix=f"{lower}leave out repeated rows, or take {column!r} from {option('distinct')} and let what is equal "
         f"count as alike: {alike}",
     )

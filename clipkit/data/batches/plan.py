@@ -112,14 +112,15 @@ class Plan:
 
     def batch(self, epoch: int, k: int) -> list[Draw]:
         """Global batch `k` of `epoch`, both from 0."""
-        rows, laps = (each[k].tolist() for each in self._order(epoch))
+        order, lap_order = self._order(epoch)
+        rows, laps = order[k].tolist(), lap_order[k].tolist()
         turns = [hash64(self.seed, row) + lap for row, lap in zip(rows, laps, strict=True)]
         if self.texts is None:
             captions = [turn % int(self.captions[row]) for row, turn in zip(rows, turns, strict=True)]
         else:
             captions = self.texts.choose(rows, turns)
         seeds = [hash64(self.seed, lap, row) for row, lap in zip(rows, laps, strict=True)]
-        return [Draw(*each) for each in zip(rows, captions, seeds, strict=True)]
+        return [Draw(row, caption, seed) for row, caption, seed in zip(rows, captions, seeds, strict=True)]
 
     def _epoch(self, epoch: int) -> Shown:
         return self.deck.epoch(epoch, rng_of(self.seed, epoch))
@@ -166,7 +167,11 @@ class _Texts:
         chosen, taken = [0] * len(rows), set[int]()
         for i in sorted(range(len(rows)), key=lambda i: bool(self.free[rows[i]])):  # who can give way comes last
             start, count = int(self.starts[rows[i]]), int(self.counts[rows[i]])
-            each = ((turns[i] + more) % count for more in range(count))
-            chosen[i] = next((one for one in each if int(self.codes[start + one]) not in taken), turns[i] % count)
+            chosen[i] = turns[i] % count
+            for more in range(count):
+                caption = (turns[i] + more) % count
+                if int(self.codes[start + caption]) not in taken:
+                    chosen[i] = caption
+                    break
             taken.add(int(self.codes[start + chosen[i]]))
         return chosen

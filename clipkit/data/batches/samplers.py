@@ -118,9 +118,11 @@ class ClassBalancedSampler:
 
     def _draws(self, number: int) -> tuple[Ints, Ints]:
         """How many rows of each class were shown before an epoch, and after it."""
-        total, which = self.steps * self.size, np.arange(len(self.counts))
+        total = self.steps * self.size
+        classes = np.arange(len(self.counts))
         # sum over c < C of floor((x + c) / C) is x (Hermite), so the classes' turns always add up
-        before, after = ((each * total + which) // len(which) for each in (number, number + 1))
+        before = (number * total + classes) // len(classes)
+        after = ((number + 1) * total + classes) // len(classes)
         return before, after
 
 
@@ -135,12 +137,13 @@ class PKSampler:
         strict: whether there are units of several rows.
 
     Raises:
-        UsageError: `size` is no multiple of K; a unit has rows of two groups; an epoch could show less than half of
+        UsageError: `size` is not a multiple of K; a unit has rows of two groups; an epoch could show less than half of
             the rows.
     """
 
     def __init__(self, groups: Ints, units: Ints, size: int, group_size: int, *, strict: bool) -> None:
-        self.groups, self.units, self.size, self.each, n = groups, units, size, group_size, len(groups)
+        self.groups, self.units, self.size, self.group_size = groups, units, size, group_size
+        n = len(groups)
         if group_size < 2 or size % group_size:
             raise UsageError(
                 f"grouped batches hold P groups of group_size rows, at least 2; found batch_size={size}, "
@@ -154,7 +157,7 @@ class PKSampler:
             order = np.argsort(groups, kind="stable")
             parts = np.split(units[order], np.cumsum(counts)[:-1])
             inner = [np.unique(part, return_counts=True)[1] for part in parts]
-            self.chunks = np.array([full_batches(each, group_size) for each in inner])
+            self.chunks = np.array([full_batches(sizes, group_size) for sizes in inner])
         self.steps = full_batches(self.chunks, size // group_size)
         small = int(counts[self.chunks == 0].sum())
         if self.steps * size < LEAST * n:
@@ -177,11 +180,11 @@ class PKSampler:
         order = order[places(self.units[order]) < self.chunks[self.groups[order]]]
         groups = self.groups[order]
         place, chunks = places(groups), self.chunks[groups]
-        kept = place < chunks * self.each
+        kept = place < chunks * self.group_size
         order, groups, place, chunks = order[kept], groups[kept], place[kept], chunks[kept]
         first = (np.cumsum(self.chunks) - self.chunks)[groups]
-        chunk = np.argsort(first + place % chunks, kind="stable").reshape(-1, self.each)
-        chosen = assign(groups[chunk[:, 0]], self.steps, self.size // self.each, rng)
+        chunk = np.argsort(first + place % chunks, kind="stable").reshape(-1, self.group_size)
+        chosen = assign(groups[chunk[:, 0]], self.steps, self.size // self.group_size, rng)
         rows = order[chunk[chosen]].reshape(self.steps, self.size)
         return rows, np.full_like(rows, number)
 
@@ -190,11 +193,12 @@ def _nested(units: Ints, outer: Ints, name: str) -> None:
     """Raises UsageError where rows that must not meet are of two classes or groups."""
     first = np.zeros(int(units.max()) + 1, dtype=np.int64)
     first[units[::-1]] = np.arange(len(units))[::-1]
-    if (wrong := np.flatnonzero(outer != outer[first[units]])).size:
+    wrong = np.flatnonzero(outer != outer[first[units]])
+    if wrong.size:
         row = int(wrong[0])
         raise UsageError(
             f"`distinct` with `{name}` needs equal things to be of one class or group; rows {first[units[row]]} and "
             f"{row} are not, but share a value",
             where=f"row {row}",
-            fix=f"leave out `distinct` or `{name}`, or mend the column",
+            fix=f"leave out `distinct` or `{name}`, or fix the column",
         )

@@ -20,7 +20,7 @@ class CaptionFiles:
     """The caption files of a tree: of each image the first of .txt, .caption and .json, in any case, that is there.
 
     Files of text hold one caption a line; a .json file, as img2dataset writes it, an object with the key ``caption``
-    (one without that key is no caption file).
+    (a file without that key is not a caption file).
 
     Attributes:
         read: the files whose captions were asked for.
@@ -42,12 +42,12 @@ class CaptionFiles:
         """The captions of an image; None where there is no file of them."""
         there = self._of.get(image.with_suffix(""), {})
         for path in (there[suffix] for suffix in SUFFIXES if suffix in there):
-            found = self._read.get(path)
-            if found is None:
-                found = self._open(path)
-            if found is not None:
-                self._read[path] = found
-                return found
+            captions = self._read.get(path)
+            if captions is None:
+                captions = self._open(path)
+            if captions is not None:
+                self._read[path] = captions
+                return captions
         return None
 
     def _open(self, path: Path) -> list[Any] | Unusable | None:
@@ -63,11 +63,13 @@ class CaptionFiles:
 
 
 def _lines(text: str) -> list[str]:
-    return [line for each in io.StringIO(text, newline=None) if not is_blank(line := each.rstrip("\n"))]
+    lines = [line.rstrip("\n") for line in io.StringIO(text, newline=None)]
+    return [line for line in lines if not is_blank(line)]
 
 
 def _of_json(text: str) -> list[Any] | None:
-    found = json_object(text)
-    if "caption" not in found:
+    mapping = json_object(text)
+    if "caption" not in mapping:
         return None
-    return found["caption"] if isinstance(found["caption"], list) else [found["caption"]]
+    caption = mapping["caption"]
+    return caption if isinstance(caption, list) else [caption]

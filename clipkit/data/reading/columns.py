@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from clipkit.data.reading.table import Table
 from clipkit.data.reading.text_files import SEPARATOR_WORDS
 from clipkit.errors import DataError, UsageError, option
+from clipkit.suggest import closest
 from clipkit.texts import checked_text, is_blank
 
 # In the order of preference; compared without case.
@@ -52,12 +52,13 @@ def choose(
     """
     if templates and text is not None:
         raise UsageError("templates make texts out of the label; text names columns of texts: give one of the two")
-    wanted = [text] if isinstance(text, str) else list(text or ())
+    text_names = [text] if isinstance(text, str) else list(text or ())
     the_image = image_column(table, image)
     the_label = _named(table, label, "label") if label else obvious(table.names, LABEL_NAMES)
-    the_texts = [_named(table, name, "text") for name in wanted]
-    if not the_texts and not templates and (found := obvious(table.names, TEXT_NAMES)):
-        the_texts = [found]
+    the_texts = [_named(table, name, "text") for name in text_names]
+    if not the_texts and not templates:
+        obvious_text = obvious(table.names, TEXT_NAMES)
+        the_texts = [obvious_text] if obvious_text else []
     if not the_texts and the_label is None:
         raise _unknown(table, "label" if templates else "text", None)
     needed = bool(label or not the_texts)
@@ -74,17 +75,19 @@ def image_column(table: Table, name: str | None) -> str:
     Raises:
         DataError: it is not there, or none is obvious.
     """
-    found = _named(table, name, "image") if name else obvious(table.names, IMAGE_NAMES) or _of_images(table)
-    if found is None:
+    if name:
+        return _named(table, name, "image")
+    column = obvious(table.names, IMAGE_NAMES) or _of_images(table)
+    if column is None:
         raise _unknown(table, "image", None)
-    return found
+    return column
 
 
 def texts_of(cell: Any) -> list[str]:
     """The captions of one cell as they stand; "" for each that is empty: None, NaN, or a text without ink.
 
     Raises:
-        BadText: the cell holds something that is no text.
+        BadText: the cell holds something that is not a text.
     """
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return [""]
@@ -128,12 +131,12 @@ def _unknown(table: Table, role: str, name: str | None) -> DataError:
             fix += f", or the column of the class: {option('label', 'COLUMN')}"
     else:
         message = f"no column {name!r} for the {role}; there are {columns}"
-        lower = {column.lower(): column for column in table.names}
-        near = difflib.get_close_matches(name.lower(), lower, n=1)
-        fix = f"did you mean {option(role, lower[near[0]])}?" if near else f"name one of them: {option(role, 'COLUMN')}"
+        matches = closest(name, table.names)
+        fix = f"did you mean {option(role, matches[0])}?" if matches else f"name one of them: {option(role, 'COLUMN')}"
     header = "".join(table.names)
-    if other := next((word for s, word in SEPARATOR_WORDS.items() if s != "," and s in header), None):
-        fix = f"if the columns look wrong, name their separator: {option('separator', other)}"
+    separators = [word for character, word in SEPARATOR_WORDS.items() if character != "," and character in header]
+    if separators:
+        fix = f"if the columns look wrong, name their separator: {option('separator', separators[0])}"
     return DataError(message, where=table.name, fix=fix, code="COLUMN")
 
 

@@ -25,12 +25,12 @@ _NAMES = 10  # classes or files that one line names
 def read_folder(folder: Path, ledger: LoadReport, form: TextFormat) -> Table:
     """The images below a folder, with their captions, their metadata, or their class (column `label`).
 
-    What is said of the images is looked for wherever they are: metadata files at any level, and beside each image a
+    Captions and labels are looked for wherever the images are: metadata files at any level, and beside each image a
     caption file of its name. Only where there is neither, the folders are the classes. What was decided becomes a note,
     and so does what was not read; a folder that cannot be listed is a reject.
 
     Raises:
-        DataError: no layout fits; says what was found.
+        DataError: no layout fits; the message lists the files.
     """
     tree = walk(folder)
     images = find_images(tree)
@@ -81,7 +81,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _tables(tree: Tree) -> list[Path]:
-    """Tables that may say what is on the images; a .json file beside an image is no table."""
+    """Tables that may say what is on the images; a .json file beside an image is not a table."""
     beside = {path.with_suffix("") for path in find_images(tree)}
     return [path for path in tree.files if path.suffix.lower() in TABLE_SUFFIXES and path.with_suffix("") not in beside]
 
@@ -98,5 +98,5 @@ def _refuse_tables(tree: Tree) -> None:
 def _no_images(tree: Tree) -> DataError:
     tables = _tables(tree)
     fix = f"pass the table itself: {show(tables[0])}" if tables else "check the folder"
-    found = tree.passed_over([]) or "the folder is empty"
-    return DataError(f"expected images; found none ({found})", where=show(tree.root), fix=fix, code="EMPTY_TABLE")
+    reason = tree.passed_over([]) or "the folder is empty"
+    return DataError(f"expected images; found none ({reason})", where=show(tree.root), fix=fix, code="EMPTY_TABLE")

@@ -51,8 +51,8 @@ class ImageColumn:
         try:
             data = table.columns.cast_column(column, Image(decode=False))
         except Exception as error:  # pyarrow and datasets have many types for it
-            found = table.columns.features[column]
-            message = f"the column {column!r} holds neither paths nor images, but {found}"
+            feature = table.columns.features[column]
+            message = f"the column {column!r} holds neither paths nor images, but {feature}"
             raise DataError(
                 message, code="COLUMN", where=table.name, fix=f"name another column: {option('image', 'COLUMN')}"
             ) from error

@@ -75,10 +75,11 @@ def _add_captions(columns: dict[str, list[Any]], images: dict[str, Path], captio
     rows = len(named)
     named += sorted(missing)
     for name, cells in columns.items():
-        cells += [None] * (len(named) - len(cells)) if name != "file_name" else []
+        if name != "file_name":
+            cells += [None] * (len(named) - len(cells))
     beside = [captions.of(images[cell]) if cell in images else None for cell in named]
     text = obvious(list(columns), TEXT_NAMES)
     if text is not None:
         columns[text][rows:] = beside[rows:]
-    elif any(found is not None for found in beside):
+    elif any(captions is not None for captions in beside):
         columns["texts"] = beside

@@ -69,10 +69,10 @@ class LoadReport:
     """What was put right or passed over, in words."""
     origin: Callable[[int], list[tuple[int, str]]] | None = None
     """See `source_rows`."""
-    told: set[Reject] = field(default_factory=set)
+    warned: set[Reject] = field(default_factory=set)
     """Rejects that were logged already."""
-    said: str = ""
-    """The sum that was logged last."""
+    logged: str = ""
+    """The summary that was logged last."""
 
     def summary(self) -> str:
         """One line: ``1,003 rows = 1,000 used + 3 rejected (2 MISSING, 1 EMPTY_TEXT); 200 images``."""
@@ -91,9 +91,9 @@ class LoadReport:
         """The number and the place of each row of the source that a row of the result was made of."""
         return [(row, f"row {row}")] if self.origin is None else self.origin(row)
 
-    def refuse(self, found: Iterable[Reject]) -> None:
-        """Moves rows of the result that turned out to be unusable to the rejects; a row named twice counts once."""
-        rows = {reject.row: reject for reject in found}
+    def refuse(self, unusable: Iterable[Reject]) -> None:
+        """Move rows of the result that turned out to be unusable to the rejects; a row named twice counts once."""
+        rows = {reject.row: reject for reject in unusable}
         late = [row for reject in rows.values() for row in self.at(reject)]
         self.rejects += late
         self.used -= len(late)
@@ -124,23 +124,23 @@ class LoadReport:
         if self.rows != self.used + len(self.rejects):
             raise ClipkitError(f"rows do not add up: {self.summary()}", where=source, fix="this is a bug: report it")
         place = f"; listed in {rejects}" if rejects is not None and self.rejects else ""
-        if (line := f"{source}: {self.summary()}{place}") != self.said:
-            self.said = line
+        if (line := f"{source}: {self.summary()}{place}") != self.logged:
+            self.logged = line
             log.info(line)
         if self.rejects and on_bad == "error":
-            fix = hint or f"mend them, or leave them out with {option('on_bad', 'skip')}"
+            fix = hint or f"fix them, or leave them out with {option('on_bad', 'skip')}"
             raise DataError(self._listed("cannot be used"), where=source, fix=fix)
         if not self.used:
             raise DataError(self._listed("are rejected: none is left"), where=source, fix=hint)
         allowed = max_bad if isinstance(max_bad, int) else max_bad * self.rows
         if len(self.rejects) > allowed:
             budget = f"max_bad={max_bad}" if isinstance(max_bad, int) else f"max_bad={max_bad:g} of the rows"
-            fix = hint or f"mend them, or raise {option('max_bad')} if losing that many is right"
+            fix = hint or f"fix them, or raise {option('max_bad')} if losing that many is right"
             raise TooManyRejected(self._listed(f"are rejected; {budget} allows fewer"), where=source, fix=fix)
-        fresh = [reject for reject in self.rejects if reject not in self.told]
+        fresh = [reject for reject in self.rejects if reject not in self.warned]
         for reject in fresh[:_SHOWN]:
             log.warning("skipped %s", reject)
-        self.told.update(fresh)
+        self.warned.update(fresh)
 
     def _listed(self, verdict: str) -> str:
         lines = [f"{len(self.rejects):,} of {self.rows:,} rows {verdict}"]

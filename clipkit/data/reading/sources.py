@@ -22,7 +22,7 @@ def open_source(source: Any, ledger: LoadReport, *, split: str, form: TextFormat
     """Read the source; see `load_pairs` for what it may be.
 
     Raises:
-        DataError: there is no such thing, or it cannot be read as data.
+        DataError: the source does not exist, or it cannot be read as data.
         UsageError: it is of a type that is never data.
     """
     if not isinstance(source, (str, Path)):
@@ -77,7 +77,7 @@ def _from_hub(name: str, split: str) -> Dataset:
         return _one_split(load_dataset(name, split=split), split)
     except DataError:
         raise
-    except Exception as error:  # datasets raises a different type for each way of not getting it
+    except Exception as error:  # datasets raises many types
         text = str(error).strip()
         reason = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no reason given'}"
         raise DataError(

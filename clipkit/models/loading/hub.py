@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 from typing import Literal
 
 from clipkit.errors import ModelError
 from clipkit.models.loading.layouts import tower_folder
-from clipkit.suggest import near
+from clipkit.suggest import closest, near
 
 Library = Literal["transformers", "open_clip"]
 
@@ -48,7 +47,7 @@ def near_folders(name: str) -> str:
     if not missing.parent.is_dir():
         return ""
     names = [path.name for path in missing.parent.iterdir() if path.is_dir()]
-    close = difflib.get_close_matches(missing.name, names, n=3, cutoff=0.6)
+    close = closest(missing.name, names, count=3)
     found = [missing.parent / each / wanted.relative_to(missing) for each in close]
     found = [path for path in found if path.is_dir()] or [missing.parent / each for each in close]
     return f" Did you mean {', '.join(str(path) for path in found)}?" if found else ""

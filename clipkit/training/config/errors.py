@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 
 from clipkit.errors import ConfigError, option
 from clipkit.paths import did_you_mean
+from clipkit.suggest import closest
 from clipkit.training.config.model import ModelConfig
 from clipkit.training.config.sections import DataConfig, EvaluateConfig, SimilarConfig
 from clipkit.training.config.train import TrainConfig
@@ -237,7 +237,7 @@ def _beginning(word: str, known: Sequence[str]) -> str | None:
 
 def _spelling(word: str, known: Sequence[str]) -> str | None:
     """lerning_rate: learning_rate"""
-    matches = difflib.get_close_matches(word, known, n=1) if len(word) > 2 else []
+    matches = closest(word, known) if len(word) > 2 else []
     return matches[0] if matches else None
 
 

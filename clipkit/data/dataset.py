@@ -34,7 +34,7 @@ def as_dataset(source: Any) -> Any:
 
 
 class MapStyleDataset:
-    """Rows as a table: all are read once, in order, and every cell but the images is kept.
+    """Rows as a table: every row is read once, in order, and every cell but the images is kept.
 
     Args:
         source: ``len(source)``, and ``source[i]`` a mapping from column to cell.
@@ -78,7 +78,7 @@ class MapStyleDataset:
         return dict(record) | {name: cells[key] for name, cells in self._added.items()}
 
     def add_column(self, name: str, cells: Sequence[Any]) -> MapStyleDataset:
-        """The same rows with one column more, as `datasets` has it."""
+        """Return the same rows with one more column, as `datasets` does."""
         other = MapStyleDataset.__new__(MapStyleDataset)
         other.__dict__ |= self.__dict__
         other._added = {**self._added, name: cells}
@@ -90,7 +90,7 @@ class MapStyleDataset:
 
 
 class _Cells(Sequence[Any]):
-    """A column that is not kept: every look reads a row."""
+    """A column that is not kept: each access reads a row."""
 
     def __init__(self, table: MapStyleDataset, name: str) -> None:
         self.table, self.name = table, name
@@ -123,7 +123,7 @@ def iterate_column(source: Any, column: str) -> Iterator[Any]:
 
 
 def caption_counts(pairs: Any) -> list[int]:
-    """How many captions each row has.
+    """Return the number of captions of each row.
 
     Raises:
         DataError: a row where `texts` is not a list of texts, or is an empty one; a text that is empty or broken.
@@ -179,7 +179,7 @@ def _refuse_streams(source: Any) -> None:
 
 @contextmanager
 def drawn(seed: int) -> Iterator[None]:
-    """Random numbers of the plan for a data set that draws some of its own, as torchvision's transforms do."""
+    """Seed torch, random and numpy for a while: data sets may draw numbers, as torchvision's transforms do."""
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.default_generator.manual_seed(seed >> 1)
     random.seed(seed)
@@ -193,7 +193,9 @@ def drawn(seed: int) -> Iterator[None]:
 
 
 def key_values(pairs: Any, column: str) -> list[Hashable | None]:
-    """The values of a column, one a row; None where the cell is empty (None, NaN, a blank text). Lists become tuples.
+    """Return the values of a column, one a row; None for empty cells (None, NaN, a blank text).
+
+    Lists become tuples.
 
     Raises:
         UsageError: there is no such column, or it holds values that cannot be compared, such as dicts.
@@ -207,14 +209,14 @@ def key_values(pairs: Any, column: str) -> list[Hashable | None]:
 
 
 def column_codes(pairs: Any, column: str) -> Tensor:
-    """(n,) int64: one number for each distinct value, given once per data set; -1 for empty cells."""
+    """Return (n,) int64: a code for each distinct value of a column, from 0; -1 for empty cells."""
     import torch
 
     return torch.tensor(assign_codes(key_values(pairs, column)), dtype=torch.int64)
 
 
 def number_values(pairs: Any, column: str) -> Tensor:
-    """(n,) or (n, d) float32: a column of numbers, or of lists of d numbers; NaN for empty cells.
+    """Return (n,) or (n, d) float32: a column of numbers, or of lists of d numbers; NaN for empty cells.
 
     Raises:
         UsageError: there is no such column, it holds something else, or lists of different lengths.
@@ -236,7 +238,7 @@ def number_values(pairs: Any, column: str) -> Tensor:
 
 
 def require_column(pairs: Any, column: str) -> None:
-    """Raises UsageError, with the near names, where a data set says that it has no such column."""
+    """Raise UsageError, with the closest name, where a data set has no such column."""
     columns: Sequence[str] | None = getattr(pairs, "column_names", None)
     if columns is not None and column not in columns:
         matches = closest(column, columns)
@@ -252,14 +254,14 @@ def has_texts(pairs: Any) -> bool:
 
 
 def require_texts(pairs: Any) -> None:
-    """Raises UsageError where a data set has no captions, and says how a label makes some."""
+    """Raise UsageError where a data set has no captions; the fix says how a label makes some."""
     if has_texts(pairs):
         return
     columns = as_dataset(pairs).column_names
     fix = f"name their column: {option('text', 'COLUMN')}"
     if "label" in columns:
         fix = f"make them out of the labels: {option('templates', 'a photo of a {}.')}; or {fix}"
-    raise UsageError(f"there are no texts to learn from or to find; there are {', '.join(columns)}", fix=fix)
+    raise UsageError(f"the data has no column of texts; there are {', '.join(columns)}", fix=fix)
 
 
 def _column(pairs: Any, column: str) -> Iterable[Any]:

@@ -1,4 +1,4 @@
-"""One number for what a training reads, so that another run knows whether it is the same data.
+"""The fingerprint of the data that a training reads, by which another run knows whether it is the same data.
 
 A sha256 over the rows in their order: how many, every caption, every image, hard negatives, and the columns named.
 
@@ -39,12 +39,12 @@ _READ = ("texts", "image", "image_features", "hard_texts", "hard_images")  # by 
 
 
 def data_fingerprint(source: Any, columns: Sequence[str] = (), *, progress: bool = False) -> str:
-    """sha256 (64 hex digits) of what a training reads from a data set.
+    """Return the sha256 (64 hex digits) of what a training reads from a data set.
 
     Args:
         source: as `Trainer` takes it.
         columns: the key columns that are read beside the captions and images.
-        progress: whether to show how far it is.
+        progress: whether to show progress.
 
     Raises:
         UsageError: a stream, or there is no such column.
@@ -68,13 +68,13 @@ def data_fingerprint(source: Any, columns: Sequence[str] = (), *, progress: bool
 
 
 def images_identity(images: Iterable[Any]) -> str:
-    """sha256 of images alone, in their order."""
+    """Return the sha256 of images, in their order."""
     seen: dict[str, bytes] = {}
     return hashlib.sha256(b"".join(_image(image, seen) for image in images)).hexdigest()
 
 
 def raw_cells(source: Any, column: str) -> Iterator[Any]:
-    """The cells of a column, images undecoded where the source can give them so."""
+    """Yield the cells of a column; images undecoded where the source allows it."""
     features = getattr(source, "features", None)
     if features is None:
         yield from source[column]
@@ -118,7 +118,7 @@ def opened(source: Any) -> bool:
 
 
 def steady(source: Any) -> bool:
-    """Whether the first images are the same at a second look."""
+    """Whether the first images are the same when they are read again."""
     first, second = ([file_or_bytes(cell) for cell in source["image"][:8]] for _ in range(2))
     return first == second
 
@@ -130,7 +130,7 @@ def _sample(source: MapStyleDataset) -> Iterator[Any]:
 
 
 def _plain(cell: Any) -> bytes:
-    """JSON, which tells 1 from "1" and where one text ends from where the next begins."""
+    """Return JSON, which tells 1 from "1" and one text from the next."""
     return json.dumps(cell, default=_listed, sort_keys=True).encode() + b"\n"
 
 
@@ -141,7 +141,7 @@ def _listed(value: Any) -> Any:
 
 
 def file_or_bytes(cell: Any) -> str | bytes | None:
-    """Where the image of a cell lies; or its content where that is no file; None where there is none that opens."""
+    """Return the path of the image in a cell, or its content if it is not a file; None if there is no image to open."""
     if isinstance(cell, Mapping):
         data, path = cell.get("bytes"), cell.get("path")
         cell = path if data is None else data
@@ -155,7 +155,7 @@ def file_or_bytes(cell: Any) -> str | bytes | None:
 
 
 def _image(cell: Any, seen: dict[str, bytes]) -> bytes:
-    """32 bytes that depend on what an image cell holds."""
+    """Return 32 bytes that depend on the content of an image cell."""
     image = file_or_bytes(cell)
     if isinstance(image, str):
         if image not in seen:

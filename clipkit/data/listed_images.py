@@ -37,9 +37,9 @@ def load_images(
     rejects: str | os.PathLike[str] | None = None,
     ledger: LoadReport | None = None,
 ) -> tuple[list[str], list[Any]]:
-    """The names of the images as the table has them, and the images, each file once: at the row that names it first.
+    """Return the names of the images as in the table, and the images; each file once, at the row that names it first.
 
-    Embedded images without a name are called after their row.
+    Embedded images without a name are named after their row.
 
     Args:
         source: a table, a folder that `save_to_disk` wrote, or the name (org/name) of a data set of the hub.
@@ -53,21 +53,21 @@ def load_images(
     ledger = LoadReport() if ledger is None else ledger
     table = open_source(source, ledger, split=split, form=checked_format(separator, encoding, quoting))
     column = image_column(table, image)
-    pictures = ImageColumn.of(table, column)
+    images_of_rows = ImageColumn.of(table, column)
     ledger.rows = len(table) + len(table.rejects)
     ledger.rejects += table.rejects
     rows: dict[str | int, list[int]] = {}
     for index in range(len(table)):
         try:
-            rows.setdefault(pictures.key(index), []).append(index)
+            rows.setdefault(images_of_rows.key(index), []).append(index)
         except BadImage as bad:
-            name = pictures.paths[index]
+            name = images_of_rows.paths[index]
             shown = show(name) if isinstance(name, str) else None
             ledger.rejects.append(Reject(table.row(index), bad.code, bad.reason, table.where(index), shown))
     ledger.used, ledger.images = sum(map(len, rows.values())), len(rows)
     groups = list(rows.values())
     ledger.origin = lambda row: [(table.row(index), table.where(index)) for index in groups[row]]
     ledger.settle(table.name, on_bad=on_bad, max_bad=max_bad, rejects=rejects)
-    cells = pictures.table.columns[column] if pictures.sizes is not None else None
+    cells = images_of_rows.table.columns[column] if images_of_rows.sizes is not None else None
     images = [key if isinstance(key, str) or cells is None else cells[key] for key in rows]
-    return [pictures.paths[group[0]] or table.where(group[0]) for group in groups], images
+    return [images_of_rows.paths[group[0]] or table.where(group[0]) for group in groups], images

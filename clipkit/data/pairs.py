@@ -1,4 +1,4 @@
-"""Images with their texts, from wherever the user keeps them, as one kind of data set.
+"""Read images and their texts from tables, folders and data sets into one kind of data set.
 
 The result is a `datasets.Dataset` with `image` (undecoded), `texts` (one or more) or `label` (`ClassLabel`) or both,
 and every other column as it was. Images and labels alone have no column `texts`.
@@ -48,7 +48,7 @@ def load_pairs(
     ledger: LoadReport | None = None,
     progress: bool = False,
 ) -> Dataset:
-    """Image-text pairs from a table, a folder or a data set.
+    """Read image-text pairs from a table, a folder or a data set.
 
     Captions are the text of their cells, unchanged: "None", "NA" and "007" are words. Only a cell with nothing in it
     (or whitespace, null, NaN) is empty. Several rows of one image file become one row with several texts; its other
@@ -79,7 +79,7 @@ def load_pairs(
         progress: whether to show how many rows are read.
 
     Raises:
-        DataError: the source cannot be read without doubt, or `on_bad` is ``error`` and a row cannot be used.
+        DataError: the source can be read in two ways or not at all, or `on_bad` is ``error`` and a row cannot be used.
         TooManyRejected: more than `max_bad` rows were skipped.
         UsageError: arguments that contradict each other.
     """
@@ -108,7 +108,7 @@ def _origin(table: Table, items: list[Item]) -> Callable[[int], list[tuple[int, 
 
 
 def _wrong_root(table: Table, ledger: LoadReport) -> str | None:
-    """When no file at all is found, one sentence helps more than ten rows."""
+    """Return a hint where no file exists at all: the folder that relative paths start from."""
     if ledger.used or any(reject.code != "MISSING" for reject in ledger.rejects):
         return None
     return f"no file is found at all: relative paths start at {table.root.absolute()}"
@@ -163,7 +163,7 @@ def _key(image_column: ImageColumn, index: int) -> str | int:
 
 
 def _texts(columns: Sequence[Sequence[Any]], index: int, no_text: str) -> tuple[list[str], int]:
-    """The captions of a row, and how many of its captions are empty while others are not."""
+    """Return the captions of a row, and how many empty captions were left out."""
     cells = [column[index] for column in columns]
     for cell in cells:
         if isinstance(cell, Unusable):
@@ -191,7 +191,7 @@ def _merge(items: dict[str | int, Item], key: str | int, item: Item, table: Tabl
 
 
 def _labels(table: Table, columns: Columns, cells: list[Any]) -> tuple[list[str | None], ClassLabel | None]:
-    """The name of each row's class, and all classes in order."""
+    """Return the name of each row's class, and all classes in order."""
     if columns.label is None:
         return [], None
     from datasets import ClassLabel

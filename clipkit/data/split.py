@@ -51,7 +51,7 @@ def split_pairs(
 
 
 def image_keys(pairs: Any) -> list[Hashable]:
-    """For each row a key that is equal where the encoded images are equal, byte by byte.
+    """Return a key for each row; keys are equal where the encoded images are equal, byte by byte.
 
     Of the files only those of one size can be equal; of these the beginning and the end are read, and only those that
     agree in them are read and hashed as a whole. A file that cannot be read is known by its path, an image that was
@@ -91,8 +91,11 @@ def _size_and_ends(path: str, size: int) -> Hashable:
 
 
 def known_images(pairs: Any) -> list[tuple[int | None, str | None, bytes]]:
-    """What is known of each row's image without reading a file: its size in bytes, the path of a file, and the SHA-256
-    of an image that is not a file. Without a size there is nothing that could be read."""
+    """Return what is known of each row's image without reading a file: size in bytes, path, SHA-256.
+
+    The path is that of a file; the SHA-256 is that of an image that is not a file. An image without a size cannot be
+    read.
+    """
     pairs = as_dataset(pairs)
     require_column(pairs, "image")
     kept: list[tuple[int | None, str | None, bytes]] = []
@@ -106,7 +109,7 @@ def known_images(pairs: Any) -> list[tuple[int | None, str | None, bytes]]:
 
 
 def digest(path: str) -> Hashable:
-    """SHA-256 of a file; its path where it cannot be read."""
+    """Return the SHA-256 of a file; its path if it cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).digest()
     except OSError:

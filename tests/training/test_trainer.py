@@ -174,7 +174,7 @@ def test_what_cannot_start_does_not(tmp_path, pairs, make_model):
         Trainer(model, pairs, config(tmp_path / "b"), similar=SameGroup("color"))
     with pytest.raises(UsageError, match="nothing counts as similar"):
         Trainer(model, pairs, config(tmp_path / "b"), similar=[])
-    with pytest.raises(UsageError, match="no texts to learn from"):
+    with pytest.raises(UsageError, match="the data has no column of texts"):
         Trainer(model, pairs.remove_columns("texts"), config(tmp_path / "b"))
 
 

@@ -1,4 +1,4 @@
-"""What one step of training is given."""
+"""The input of one step of training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HARD = ("hard_texts", "hard_images")  # columns whose cells are only ever a nega
 
 
 class Transform(Protocol):
-    """What the loader needs of a model's processor."""
+    """The part of a model's processor that the loader uses."""
 
     def images(self, images: Sequence[Any]) -> Tensor: ...
     def texts(self, texts: Sequence[str]) -> dict[str, Tensor]: ...
@@ -25,7 +25,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What is known of the rows of one side of a batch.
+    """The keys of the rows of one side of a batch.
 
     Args:
         keys: column -> (m,) int64 codes, or (m,) or (m, d) float32 numbers. Beside the columns asked for: ``row``, the
@@ -48,8 +48,8 @@ class Batch:
     Args:
         inputs: keyword arguments of the model's forward. The image side has a row for each image, then for each view,
             then for each hard image; the text side for each caption, then for each hard text.
-        rows: side -> what is known of its rows.
-        samples: how many samples there are.
+        rows: side -> the keys of its rows.
+        samples: number of samples.
         rejected: rows whose image could not be used, left out of `inputs`.
     """
 

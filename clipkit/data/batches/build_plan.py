@@ -1,4 +1,4 @@
-"""The plan of a data set: the columns that it goes by, read and numbered."""
+"""Build the plan of a data set out of its columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def build_plan(
     grouped: str | None = None,
     group_size: int = 4,
 ) -> Plan:
-    """The batches of a data set.
+    """Return the plan of batches of a data set.
 
     Args:
         pairs: as `Trainer` takes them.

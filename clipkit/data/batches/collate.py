@@ -1,4 +1,4 @@
-"""A batch: the tensors that go into the model, and what is known of each of their rows."""
+"""Make batches: the tensors that go into the model, and the keys of their rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clipkit.texts import is_blank
 
 
 class CollatedImages(NamedTuple):
-    """The image side of a batch: tensors, and what it took to make them."""
+    """The image side of a batch: tensors, the draws that were kept, hashes of the images, and rejects."""
 
     inputs: dict[str, Tensor]
     kept: list[int]
@@ -34,7 +34,7 @@ class CollatedImages(NamedTuple):
 
 @dataclass
 class Collator:
-    """Draws -> Batch. Goes to the workers, so it carries no weights.
+    """Makes a `Batch` of draws. It is sent to the workers, so it has no weights.
 
     Args:
         reader: of the data set.
@@ -57,7 +57,7 @@ class Collator:
     on_bad: str
 
     def batch(self, draws: Sequence[Draw]) -> Batch:
-        """The batch of some draws.
+        """Return the batch of some draws.
 
         Raises:
             BadImage: an image cannot be used, and `on_bad` is ``error``.
@@ -119,7 +119,7 @@ class Collator:
         return CollatedImages({"pixel_values": self.transform.images(ordered)}, kept, hashes, hard_hashes, rejected)
 
     def _features(self, draws: Sequence[Draw], records: list[dict[str, Any]]) -> CollatedImages:
-        """What a locked tower made of the images beforehand: of each one vector, or several to draw from."""
+        """Return the kept features of a frozen tower: of each image one vector, or one drawn from several."""
         vectors, kept, hashes, rejected = [], [], [], []
         for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
             if record[FEATURES] is None:  # it could not be used then
@@ -149,7 +149,7 @@ def _require_some(kept: list[int], draws: Sequence[Draw], rejected: list[dict[st
 
 
 def why_bad(image: Any) -> BadImage:
-    """Why features of an image are missing."""
+    """Return why the features of an image are missing."""
     try:
         load_image(image)
     except BadImage as error:
@@ -193,7 +193,7 @@ def _listed(cell: Any, column: str) -> list[Any]:
 
 
 def _hash(content: bytes) -> int:
-    """63 bits: two contents of a batch of a million meet by chance once in ten million batches."""
+    """Return 63 bits of a hash: in a batch of a million, two contents agree by chance once in ten million batches."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 

@@ -1,4 +1,4 @@
-"""From the plan to tensors: this rank's part of each global batch."""
+"""Load this rank's part of each global batch of a plan."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Loader:
         transform: the model's processor.
         plan: which rows make batch k.
         columns: key columns beside `row`, carried as codes; `texts` and `image` are hashes of what was drawn.
-        numbers: key columns that are carried as float32.
-        sides: which sides are prepared at all.
+        numbers: key columns carried as float32.
+        sides: which sides are prepared.
         base: whether the image itself is among the rows of the image side, beside its views.
         views: augmented views of each image.
         augmentation, view_augmentation: of training images, and of views.
-        rank, world_size: which part is ours.
+        rank, world_size: which part of each batch to load.
         workers: processes that decode; 0 decodes in this one.
         on_bad: ``error`` stops at an image that cannot be used, ``skip`` leaves its row out and lists it.
 
     Raises:
-        UsageError: a column that is not there or cannot be a key; views or hard images of a locked tower; a stream.
+        UsageError: a column that does not exist or cannot be a key; views or hard images of a locked tower; a stream.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ def _quiet_worker(_: int) -> None:
 
 @dataclass
 class _Steps(Dataset["Batch | ClipkitError"]):
-    """step -> Batch. Goes to the workers, so it carries no weights.
+    """Makes the `Batch` of a step. It is sent to the workers, so it has no weights.
 
-    Errors come back as values: a worker that raises would have its exception rebuilt from a mere text.
+    Errors come back as values: a worker that raises would have its exception rebuilt from its text alone.
     """
 
     collator: Collator
@@ -132,8 +132,8 @@ class _Steps(Dataset["Batch | ClipkitError"]):
     def __getitem__(self, step: int) -> Batch | ClipkitError:
         epoch, k = divmod(step, self.plan.steps_per_epoch)
         draws = self.plan.batch(epoch, k)
-        mine = np.array_split(np.arange(len(draws)), self.world_size)[self.rank]
+        own = np.array_split(np.arange(len(draws)), self.world_size)[self.rank]
         try:
-            return self.collator.batch([draws[i] for i in mine])
+            return self.collator.batch([draws[i] for i in own])
         except ClipkitError as error:
             return error

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Item:
-    """One image with what its rows say of it; the first of them gives the other columns."""
+    """One image with the texts, label and group of its rows; its first row gives the other columns."""
 
     rows: list[int]
     path: str | None
@@ -27,12 +27,12 @@ class Item:
 
 
 def assemble(
-    pictures: ImageColumn, columns: Columns, items: Sequence[Item], classes: ClassLabel | None, *, texts: bool
+    image_column: ImageColumn, columns: Columns, items: Sequence[Item], classes: ClassLabel | None, *, texts: bool
 ) -> Dataset:
-    """Columns image, texts (if there are any), label (if there are classes) and the rest of the table, one row an item.
+    """Return the data set: image, texts (if any), label (if there are classes) and the other columns, a row an item.
 
     Args:
-        pictures: the image column.
+        image_column: the images.
         columns: the columns used up.
         items: what to keep, in order.
         classes: the feature of the label.
@@ -40,36 +40,41 @@ def assemble(
     """
     from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
 
-    table = pictures.table
+    table = image_column.table
     used = {columns.image, *columns.texts, columns.label if classes else None}
     rest = [name for name in table.names if name not in used]
     kept = [item.rows[0] for item in items]
-    # An embedded image stays where it is: texts for all rows are put beside it, then rows are chosen by an index.
-    beside: list[Item | None] = list(items)
-    if pictures.sizes is not None:
-        beside = [None] * len(table)
+    # Embedded images are not copied: every row of the table gets its item, then an index chooses the rows with one.
+    embedded = image_column.sizes is not None
+    item_of_row: list[Item | None] = list(items)
+    if embedded:
+        item_of_row = [None] * len(table)
         for item in items:
-            beside[item.rows[0]] = item
+            item_of_row[item.rows[0]] = item
     features: dict[str, Any] = {}
-    new: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     if texts:
         features["texts"] = List(Value("string"))
-        new["texts"] = [item.texts if item else [] for item in beside]
+        cells["texts"] = [item.texts if item else [] for item in item_of_row]
     if classes is not None:
-        number = {name: index for index, name in enumerate(classes.names)}
+        code = {name: index for index, name in enumerate(classes.names)}
         features["label"] = classes
-        new["label"] = [number[item.label] if item and item.label is not None else None for item in beside]
-    parts = [Dataset(_arrow(new, features), info=DatasetInfo(features=Features(features)))]
-    if pictures.sizes is not None:
-        assert isinstance(table.columns, Dataset)
-        old = table.columns.select_columns([columns.image, *rest])
-        old = old if columns.image == "image" else old.rename_column(columns.image, "image")
-        parts = [old.select_columns(["image"]), *parts] + ([old.select_columns(rest)] if rest else [])
-        pairs = concatenate_datasets(parts, axis=1)
-        return pairs if len(kept) == len(table) else pairs.select(kept)
-    parts.insert(0, _image_files([str(item.path) for item in items]))
-    parts += [_metadata(table, rest, kept)] if rest else []
-    return concatenate_datasets(parts, axis=1)
+        cells["label"] = [code[item.label] if item and item.label is not None else None for item in item_of_row]
+    made = Dataset(_arrow(cells, features), info=DatasetInfo(features=Features(features)))
+    if not embedded:
+        parts = [_image_files([str(item.path) for item in items]), made]
+        if rest:
+            parts.append(_metadata(table, rest, kept))
+        return concatenate_datasets(parts, axis=1)
+    assert isinstance(table.columns, Dataset)
+    old = table.columns.select_columns([columns.image, *rest])
+    if columns.image != "image":
+        old = old.rename_column(columns.image, "image")
+    parts = [old.select_columns(["image"]), made]
+    if rest:
+        parts.append(old.select_columns(rest))
+    pairs = concatenate_datasets(parts, axis=1)
+    return pairs if len(kept) == len(table) else pairs.select(kept)
 
 
 def _arrow(columns: dict[str, Any], features: dict[str, Any]) -> Any:
@@ -89,7 +94,7 @@ def _image_files(paths: list[str]) -> Dataset:
 
 
 def _metadata(table: Table, names: list[str], kept: list[int]) -> Dataset:
-    """The other columns, of the rows that are kept."""
+    """Return the other columns, of the rows that are kept."""
     import pyarrow as pa
     from datasets import Dataset
 

@@ -23,7 +23,7 @@ _SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval
 _KIND = re.compile(r"(images?|imgs?|jpe?gs?|pngs?|jpe?gimages)", re.I)
 
 
-# Names that are no classes if all folders have such: collections, 00000 of img2dataset, years, days, cameras' folders.
+# Not classes if all folders have such names: collections, 00000 of img2dataset, years, days, cameras' folders.
 _PLACE = re.compile(r"photos|pictures|pics|data|dataset|files|raw|all|masks|labels|annotations", re.I)
 
 
@@ -31,10 +31,10 @@ _NUMBER = re.compile(r"\d{4,}([-_]\d\d)*|(part|shard|chunk|batch)[-_]?\d+|\d{3}[
 
 
 def classes_of(tree: Tree, images: Sequence[Path]) -> list[str]:
-    """The class of each image: the folder below the root that it lies in.
+    """Return the class of each image: the name of the folder below the root that contains it.
 
     Raises:
-        DataError: an image lies in none; a folder holds no image; the names are no classes.
+        DataError: an image is in none; a folder holds no image; the names are not those of classes.
     """
     parts = [image.relative_to(tree.root).parts for image in images]
     loose = [image for image, inner in zip(images, parts, strict=True) if len(inner) == 1]
@@ -43,7 +43,9 @@ def classes_of(tree: Tree, images: Sequence[Path]) -> list[str]:
         raise DataError(message, where=show(loose[0]), fix=_SAY, code="NO_TEXT")
     classes = {inner[0] for inner in parts}
     _refuse_other_names(tree, sorted(classes), deep={inner[0] for inner in parts if len(inner) > 2})
-    if empty := sorted({path.name for path in tree.folders[1:] if path.parent == tree.root} - classes):
+    folders = {path.name for path in tree.folders[1:] if path.parent == tree.root}
+    empty = sorted(folders - classes)
+    if empty:
         fix = "remove it, or put images into it"
         where = show(tree.root)
         raise DataError(f"a class folder holds no image: {', '.join(empty)}", where=where, fix=fix, code="EMPTY_CLASS")
@@ -58,12 +60,13 @@ def _refuse_other_names(tree: Tree, names: list[str], deep: set[str]) -> None:
     # One class may be called train, among cars and buses.
     if not kinds and len(splits) < 2 and len(odd) < len(names):
         return
-    first = next((name for name in odd if name in deep), None)
+    with_folders = [name for name in odd if name in deep]
+    fix = f"read one of them: {show(tree.root / with_folders[0])}" if with_folders else _SAY
     raise DataError(
         f"these folders are named like parts of a data set, not like classes: {_some(odd)}",
         code="NO_CLASSES",
         where=show(tree.root),
-        fix=f"read one of them: {show(tree.root / first)}" if first else _SAY,
+        fix=fix,
     )
 
 

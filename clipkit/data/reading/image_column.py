@@ -1,4 +1,4 @@
-"""The image column of a table: files that are looked at once each, or images that lie in the data set itself."""
+"""The image column of a table: files, each checked once, or images that are embedded in the data set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ImageColumn:
     Args:
         table: with the column typed as `datasets.Image(decode=False)` if images are embedded.
         paths: the cell of each row, or the path beside an embedded image.
-        sizes: bytes of each embedded image; None where no image is embedded at all.
+        sizes: bytes of each embedded image; None where no image is embedded.
     """
 
     table: Table
@@ -62,7 +62,7 @@ class ImageColumn:
         return cls(replace(table, columns=data), paths, sizes)
 
     def key(self, index: int) -> str | int:
-        """What is the same for two rows of one image: the absolute path of its file, or the row.
+        """Return a key that is equal for the rows of one image: the absolute path of its file, or the row.
 
         Raises:
             BadImage: the image cannot be used.
@@ -107,7 +107,7 @@ def _is_plausible(path: str) -> bool:
 
 
 def _paths_and_sizes(data: Dataset, column: str) -> tuple[list[str | None], list[int | None]]:
-    """Of each undecoded image its path and the length of its bytes, without reading the bytes."""
+    """Return the path and the number of bytes of each undecoded image; the bytes are not read."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -58,7 +58,7 @@ GoldenEmbeddings = dict[Modality, Tensor]
 
 
 FEW: dict[Modality, tuple[int, ...]] = {"image": (3,), "text": (0, 1, 3)}
-"""Rows that show most: the image in which filter and crop show, a short text, which is padded, one with capitals, and one that is cut."""
+"""Rows that show most: the image in which filter and crop show; texts that are short, with capitals, and cut."""
 
 
 def golden_embeddings(

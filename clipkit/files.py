@@ -142,16 +142,19 @@ def hash_file(path: str | os.PathLike[str], *hashes: FileHash) -> dict[FileHash,
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def list_files(folder: Path, *hashes: FileHash, without: str | None = None) -> dict[str, dict[str, Any]]:
+def list_files(
+    folder: Path, *hashes: FileHash, without: str | None = None, only: str = "*"
+) -> dict[str, dict[str, Any]]:
     """Return what a manifest holds of the files in a folder: path within the folder -> its ``size`` and hashes.
 
     Args:
         folder: its files are listed in order, those in folders below it, too.
         hashes: which to compute.
         without: the name of files that are left out, such as the manifest itself.
+        only: the name of files that are listed, or a pattern.
     """
     files: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob(only)):
         if path.is_file() and path.name != without:
             name = path.relative_to(folder).as_posix()
             entry: dict[str, Any] = {"size": path.stat().st_size}

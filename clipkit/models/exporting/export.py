@@ -21,6 +21,7 @@ from clipkit.models.exporting import weights as convert
 from clipkit.models.exporting.configs import refuse
 from clipkit.models.exporting.report import ExportReport
 from clipkit.models.fingerprint.golden import (
+    FEW,
     GOLDEN_TEXTS,
     GoldenEmbeddings,
     as_fp32_cpu,
@@ -76,7 +77,7 @@ def _nothing_to_convert(backend: Backend, processor: Processor, to: Target, name
     reason = None
     if isinstance(backend, TowersBackend):
         with tempfile.TemporaryDirectory(prefix="clipkit-export-") as room:
-            reason = vtde.attempt(backend, processor, Path(room), golden_embeddings(backend, processor))
+            reason = vtde.attempt(backend, processor, Path(room), golden_embeddings(backend, processor, FEW))
     if reason is None:
         fix = f"copy its folder ({name}), or model.save_pretrained(FOLDER): that is its format"
         return UsageError(f"this model is one of {to} already", fix=fix)

@@ -82,6 +82,10 @@ class Fingerprint:
         keys = [*mine, *(key for key in theirs if key not in mine)]
         return [(k, mine.get(k), theirs.get(k)) for k in keys if mine.get(k) != theirs.get(k)]
 
+    def with_weights(self, hashes: Mapping[Modality, str]) -> Fingerprint:
+        """Return it with the hash of each tower's weights."""
+        return Fingerprint({**self.record, **{part: {"weights": hashes[part], **self.record[part]} for part in hashes}})
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it back."""
         return {"hash": self.hash, **self.record}
@@ -96,10 +100,7 @@ class Fingerprint:
 
 def full_fingerprint(backend: Backend, processor: Processor) -> Fingerprint:
     """Return the fingerprint of weights and processor together. Reads every weight, see `hash_weights`."""
-    record = dict(settings_fingerprint(backend, processor).record)
-    for part, weights in hash_towers(backend).items():
-        record[part] = {"weights": weights, **record[part]}
-    return Fingerprint(record)
+    return settings_fingerprint(backend, processor).with_weights(hash_towers(backend))
 
 
 def hash_towers(backend: Backend) -> dict[Modality, str]:

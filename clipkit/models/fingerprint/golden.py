@@ -57,8 +57,8 @@ def _drawn() -> tuple[Image.Image, ...]:
 GoldenEmbeddings = dict[Modality, Tensor]
 
 
-FEW: dict[Modality, tuple[int, ...]] = {"image": (3,), "text": (0, 3)}
-"""Rows that show most: the image in which filter and crop show, a short text that is padded, and one that is cut."""
+FEW: dict[Modality, tuple[int, ...]] = {"image": (3,), "text": (0, 1, 3)}
+"""Rows that show most: the image in which filter and crop show; texts that are short, with capitals, and cut."""
 
 
 def golden_embeddings(

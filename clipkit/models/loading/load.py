@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from clipkit.errors import ModelError, UsageError
 from clipkit.files import read_json
 from clipkit.models.backend import Backend
 from clipkit.models.fingerprint.fingerprint import settings_fingerprint
-from clipkit.models.fingerprint.golden import FEW, golden_embeddings
+from clipkit.models.fingerprint.golden import golden_embeddings
 from clipkit.models.loading import manifest as artefact
 from clipkit.models.loading.hub import download, find_folder
 from clipkit.models.loading.proof import Proof, Verify
@@ -37,18 +38,17 @@ def open_checked(
     revision: str | None = None,
     trust_remote_code: bool = False,
     *,
-    verify: Verify | Literal["prove"] = "once",
+    verify: Verify = "once",
 ) -> tuple[Backend, Processor, dict[str, Any] | None]:
     """The backend in eval mode, its processor and clipkit.json, to which both have been held; None without one.
 
     Args:
-        name, revision, trust_remote_code, verify: as in `DualEncoder.from_pretrained`; ``"prove"``, of a folder that
-            was just written: golden embeddings are compared whatever is remembered, files by XXH3.
+        name, revision, trust_remote_code, verify: as in `DualEncoder.from_pretrained`.
 
     Raises:
         ModelError, CorruptArtefact: as `DualEncoder.from_pretrained`.
     """
-    if verify not in (*get_args(Verify), "prove"):
+    if verify not in get_args(Verify):
         raise UsageError(f"verify is one of {', '.join(get_args(Verify))}; found {verify!r}")
     text = os.fspath(name)
     folder, rest, as_open_clip = _locate(text, revision)
@@ -63,12 +63,24 @@ def open_checked(
         backend, processor = _open_folder(folder, text, body, as_open_clip, trust_remote_code)
     backend.eval()
     proof = Proof(body)
-    if "golden" in body and verify != "files" and (verify != "once" or not proof.is_known()):
-        rows = None if verify == "always" else FEW
+    if "golden" in body and verify != "files" and (verify == "always" or not proof.is_known()):
+        rows = artefact.golden_rows(body)
         golden = golden_embeddings(backend, processor, rows)
         artefact.check(body, folder, settings_fingerprint(backend, processor), golden, rows)
         proof.remember()
     return backend, processor, body
+
+
+def open_written(folder: Path, form: str, settings: Mapping[str, Any]) -> tuple[Backend, Processor]:
+    """Open a folder that is being saved, before its clipkit.json is written; nothing is checked.
+
+    Args:
+        folder: of the model.
+        form, settings: as clipkit.json is going to have them.
+    """
+    body = {"form": form, "settings": dict(settings)}
+    backend, processor = _open_folder(folder, str(folder), body, form == "open_clip", trust=False)
+    return backend.eval(), processor
 
 
 def _locate(text: str, revision: str | None) -> tuple[Path | None, str, bool]:

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.extras import upgrade_command
-from clipkit.files import FILE_HASHES, FileHash, dump_json, file_damage, list_files, read_json
-from clipkit.modality import Modality
+from clipkit.files import FileHash, dump_json, file_damage, read_json
+from clipkit.modality import MODALITIES, Modality
 from clipkit.models.fingerprint.fingerprint import Fingerprint, words
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, GoldenEmbeddings
+from clipkit.models.fingerprint.golden import FEW, GOLDEN_TEXTS, GoldenEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -58,24 +58,30 @@ def write(
     form: str,
     settings: Mapping[str, Any],
     about: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
     golden: GoldenEmbeddings | None = None,
-    tamper_proof: bool = True,
-) -> None:
-    """Write clipkit.json into a folder whose other files are all there.
+) -> dict[str, Any]:
+    """Write clipkit.json into a folder whose other files are all there, and return its content.
 
     Args:
         folder: of the model.
         form, settings, about: what else is written.
-        golden: golden embeddings; None where a later save follows, which has them.
-        tamper_proof: whether SHA-256 is written beside XXH3.
+        files: sizes and hashes of the others (`list_files`).
+        golden: golden embeddings of the rows `FEW`; None where a later save follows, which has them.
     """
-    hashes: tuple[FileHash, ...] = FILE_HASHES if tamper_proof else ("xxh3",)
-    files = list_files(folder, *hashes, without=NAME)
-    body = {"schema": SCHEMA, "form": form, **about, "settings": dict(settings), "files": files}
+    body = {"schema": SCHEMA, "form": form, **about, "settings": dict(settings), "files": dict(files)}
     if golden is not None:
+        body["golden_rows"] = {side: list(FEW[side]) for side in golden}
         body["golden"] = {side: _pack(vectors) for side, vectors in golden.items()}
     body["sha256"] = _own_hash(body)
     (folder / NAME).write_text(dump_json(body), encoding="utf-8")
+    return body
+
+
+def golden_rows(body: Mapping[str, Any]) -> dict[Modality, Sequence[int]]:
+    """Of which built-in images and texts clipkit.json holds the embeddings."""
+    every = range(len(GOLDEN_TEXTS))
+    return {side: body.get("golden_rows", {}).get(side, every) for side in MODALITIES}
 
 
 @dataclass(frozen=True)
@@ -232,12 +238,15 @@ def golden_differences(
 ) -> dict[str, float]:
     """Largest difference of any component for each side; infinite for another shape or NaN."""
     worst: dict[str, float] = {}
+    stored_rows = golden_rows(body)
     for side, vectors in found.items():
-        expected = _unpack(body["golden"][side]).reshape(len(GOLDEN_TEXTS), -1)
-        if rows is not None:
-            expected = expected[list(rows[side])]
-        same_shape = expected.shape == vectors.shape
-        largest = float((expected - vectors).abs().max()) if same_shape else math.inf
+        expected = _unpack(body["golden"][side]).reshape(len(stored_rows[side]), -1)
+        if expected.shape[1] != vectors.shape[1]:
+            worst[side] = math.inf
+            continue
+        stored = dict(zip(stored_rows[side], expected, strict=True))
+        computed = dict(zip(range(len(vectors)) if rows is None else rows[side], vectors, strict=True))
+        largest = max(float((stored[row] - computed[row]).abs().max()) for row in stored if row in computed)
         worst[side] = math.inf if math.isnan(largest) else largest
     return worst
 

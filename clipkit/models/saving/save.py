@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clipkit.errors import ClipkitError, ModelError, UsageError, option
-from clipkit.files import publish
+from clipkit.files import FILE_HASHES, list_files, publish
 from clipkit.models.adapting import lora
 from clipkit.models.backend import Backend, check_finite
 from clipkit.models.backends.towers import TowersBackend
-from clipkit.models.fingerprint.fingerprint import full_fingerprint, hash_towers
-from clipkit.models.fingerprint.golden import GoldenEmbeddings, as_fp32_cpu, golden_embeddings
+from clipkit.models.fingerprint.fingerprint import Fingerprint, hash_towers, settings_fingerprint
+from clipkit.models.fingerprint.golden import FEW, GoldenEmbeddings, as_fp32_cpu, golden_embeddings
 from clipkit.models.loading import manifest as artefact
-from clipkit.models.loading.load import open_checked
+from clipkit.models.loading.load import open_written
+from clipkit.models.loading.proof import Proof
 from clipkit.models.processor import Processor
 from clipkit.models.saving import model_card, standalone
 from clipkit.models.saving.model_card import Card
@@ -93,14 +96,19 @@ def check_place(folder: Path, overwrite: bool, marks: Sequence[str] = _MARKS) ->
 
 def _write(backend: Backend, processor: Processor, folder: Path, name: str, card: Card) -> tuple[Saved, Card]:
     plain = as_fp32_cpu(backend)  # bf16 weights open as fp32: the fingerprint is of what opens
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        hashed = thread.submit(hash_towers, plain)  # SHA-256 of all weights takes as long as what follows
-        expected = golden_embeddings(plain, processor)
-        saved = _write_native(backend, processor, folder, expected, None)
-        hashed.result()
-    fingerprint = full_fingerprint(plain, processor)
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        # SHA-256 of the weights in memory and of the files takes as long as all the rest
+        hashed = threads.submit(hash_towers, plain)
+        golden = golden_embeddings(plain, processor, FEW)
+        saved = _write_native(backend, processor, folder, golden, None)
+        listed = threads.submit(list_files, folder, *FILE_HASHES)
+        facts = settings_fingerprint(plain, processor)
+        check_written(folder, saved.form, backend.settings(), facts, golden, name)
+        fingerprint = facts.with_weights(hashed.result())
+        files = listed.result()
     card = card.settled(name, fingerprint)
     model_card.write(folder, card, backend, processor, fingerprint, saved.form)
+    files[model_card.NAME] = list_files(folder, *FILE_HASHES, only=model_card.NAME)[model_card.NAME]
     about = {
         "name": name,
         "why": saved.why,
@@ -110,28 +118,55 @@ def _write(backend: Backend, processor: Processor, folder: Path, name: str, card
         "similarity": backend.similarity,
         "card": card.as_dict(),
     }
-    artefact.write(folder, form=saved.form, settings=backend.settings(), about=about, golden=expected)
-    check_saved(folder, name)  # before an older model is replaced: what cannot be opened is not published
+    settings = backend.settings()
+    body = artefact.write(folder, form=saved.form, settings=settings, about=about, files=files, golden=golden)
+    Proof(body).remember()
     return saved, card
 
 
 def _write_quickly(backend: Backend, processor: Processor, folder: Path, name: str, card: Card, proven: Saved) -> None:
     _write_native(backend, processor, folder, None, proven)
     about = {"name": name, "why": proven.why, "similarity": backend.similarity, "card": card.as_dict()}
-    artefact.write(folder, form=proven.form, settings=backend.settings(), about=about, tamper_proof=False)
+    files = list_files(folder, "xxh3")
+    artefact.write(folder, form=proven.form, settings=backend.settings(), about=about, files=files)
 
 
-def check_saved(folder: Path, name: str) -> None:
-    """Open a folder that the model called `name` was just saved in.
+def check_written(
+    folder: Path,
+    form: str,
+    settings: Mapping[str, Any],
+    facts: Fingerprint,
+    golden: GoldenEmbeddings,
+    name: str,
+) -> None:
+    """Open a folder while it is being saved, before an older model is replaced: what cannot be opened is not published.
+
+    Args:
+        folder: its files are there, but for clipkit.json.
+        form, settings: as clipkit.json is going to have them.
+        facts: `settings_fingerprint` of the model.
+        golden: its golden embeddings, of the rows `FEW`.
+        name: of the model, for messages.
 
     Raises:
-        ModelError: it does not open, or gives other embeddings.
+        ModelError: it does not open, or is another model.
     """
+    fix = "check what is special about its processor or arch"
     try:
-        open_checked(folder, verify="prove")
+        backend, processor = open_written(folder, form, settings)
+        now = settings_fingerprint(backend, processor)
     except ClipkitError as error:
         message = f"the saved model does not open as it was: {error.message}"
-        raise ModelError(message, where=name, fix="check what is special about its processor or arch") from error
+        raise ModelError(message, where=name, fix=fix) from error
+    changed = artefact.changed_facts({"fingerprint": facts.as_dict()}, now)
+    reopened = golden_embeddings(backend, processor, FEW)
+    for side, vectors in reopened.items():
+        worst = float((vectors - golden[side]).abs().max()) if vectors.shape == golden[side].shape else math.inf
+        if not worst <= artefact.TOLERANCE:
+            changed.append(f"{side} embeddings differ by {worst:.2g}")
+    if changed:
+        message = f"the saved model does not open as it was: {'; '.join(changed)}"
+        raise ModelError(message, where=name, fix=fix)
 
 
 def _write_native(

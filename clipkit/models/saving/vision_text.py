@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor, VisionTextDualEncoderConfig, 
 
 from clipkit.models.backends.quiet import quiet
 from clipkit.models.backends.towers import TowersBackend
-from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, GoldenEmbeddings, golden_images
+from clipkit.models.fingerprint.golden import FEW, GOLDEN_TEXTS, GoldenEmbeddings, golden_images
 from clipkit.models.processor import Processor, TransformersTexts
 
 FORM = "vision-text-dual-encoder"
@@ -105,7 +105,8 @@ def _difference(folder: Path, processor: Processor, golden: GoldenEmbeddings) ->
     if not worst <= TOLERANCE:
         return f"{type(native.image_processor).__name__} of transformers gives other pixels (by up to {worst:.2g})"
     model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    embeddings = embed(model, native, images, GOLDEN_TEXTS, processor)
+    few = [images[row] for row in FEW["image"]], [GOLDEN_TEXTS[row] for row in FEW["text"]]
+    embeddings = embed(model, native, *few, processor)
     for side, vectors in embeddings.items():
         worst = float((vectors - golden[side]).abs().max())
         if not worst <= TOLERANCE:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipkit.errors import CorruptArtefact, ModelError
+from clipkit.errors import ModelError
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving import save as saving
 
@@ -39,8 +39,8 @@ def test_new_weights_in_a_proven_form_are_written_without_opening_them(
         towers.logit_scale.add_(0.25)
     opened: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "check_saved", lambda where, name: opened.append(where))
-        for name in ("golden_embeddings", "full_fingerprint", "hash_towers"):
+        patch.setattr(saving, "check_written", lambda where, *_: opened.append(where))
+        for name in ("golden_embeddings", "settings_fingerprint", "hash_towers"):
             patch.setattr(saving, name, lambda *_, name=name: pytest.fail(f"{name} during a run"))
         assert saving.save(*parts, name="towers", card=card, proven=proven)[0] == proven
         assert opened == []
@@ -49,19 +49,25 @@ def test_new_weights_in_a_proven_form_are_written_without_opening_them(
         assert all(set(file) == {"size", "xxh3"} for file in body["files"].values())
         assert DualEncoder.from_pretrained(folder).fingerprint().difference(towers.fingerprint()) == []
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "check_saved", lambda where, name: opened.append(where))
+        patch.setattr(saving, "check_written", lambda where, *_: opened.append(where))
         saving.save(*parts, name="towers", card=card)
         assert len(opened) == 1
     again = DualEncoder.from_pretrained(folder)
     assert again.fingerprint().difference(towers.fingerprint()) == []
 
 
-def test_check_saved_finds_what_an_unopened_folder_may_hide(towers: DualEncoder, tmp_path: Path) -> None:
-    folder = tmp_path / "saved"
-    towers.save_pretrained(folder)
-    weights = load_file(folder / "heads.safetensors")
-    save_file({name: each * 2 for name, each in weights.items()}, folder / "heads.safetensors")
-    with pytest.raises(CorruptArtefact, match="heads"):
-        DualEncoder.from_pretrained(folder)
-    with pytest.raises(ModelError, match="does not open as it was"):
-        saving.check_saved(folder, towers.name)
+def test_a_folder_that_opens_as_another_model_is_not_published(
+    towers: DualEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_native = saving._write_native
+
+    def spoilt(*arguments: Any) -> Any:
+        saved, folder = write_native(*arguments), arguments[2]
+        weights = load_file(folder / "heads.safetensors")
+        save_file({name: tensor.flip(0) for name, tensor in weights.items()}, folder / "heads.safetensors")
+        return saved
+
+    monkeypatch.setattr(saving, "_write_native", spoilt)
+    with pytest.raises(ModelError, match=r"does not open as it was: .*embeddings differ by"):
+        towers.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -19,7 +19,7 @@ _KINDS = 12  # suffixes or names that one line counts
 
 
 def show(path: str | os.PathLike[str]) -> str:
-    """A path that can be printed anywhere, also where its name is not valid UTF-8 or holds control characters."""
+    """Return a path that can be printed anywhere: what is not valid UTF-8, or does not print, is escaped."""
     text = os.fsdecode(path).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
@@ -53,16 +53,18 @@ class Tree:
     unreadable: dict[Path, str] = field(default_factory=dict)
 
     def passed_over(self, used: Iterable[Path]) -> str | None:
-        """One line that counts the files that were not used, by suffix, and what was skipped; None if it is nothing.
+        """Return one line that counts the files not used, by suffix, and those skipped; None if there are none.
 
         >>> Tree(Path("photos"), [Path("photos/a.dng"), Path("photos/b.jpg")]).passed_over([Path("photos/b.jpg")])
         'photos: not read: 1 .dng'
         """
-        mine = set(used)
-        unread = Counter(_suffix(path) for path in self.files if path not in mine)
-        parts = [
-            f"{verb}: {_counted(what)}" for verb, what in (("not read", unread), ("skipped", self.skipped)) if what
-        ]
+        used_files = set(used)
+        unread = Counter(_suffix(path) for path in self.files if path not in used_files)
+        parts = []
+        if unread:
+            parts.append(f"not read: {_counted(unread)}")
+        if self.skipped:
+            parts.append(f"skipped: {_counted(self.skipped)}")
         return f"{show(self.root)}: {'; '.join(parts)}" if parts else None
 
 
@@ -144,7 +146,7 @@ def _counted(counts: Counter[str]) -> str:
 
 
 def near_path(path: Path) -> Path | None:
-    """The file that was probably meant by a missing one.
+    """Return the file that was probably meant by a missing one.
 
     Tried in turn: backslashes as slashes, %20 as a space, another case or composition of accents, a typing slip.
     """
@@ -163,7 +165,7 @@ def near_path(path: Path) -> Path | None:
 
 
 def did_you_mean(path: Path) -> str | None:
-    """A fix that names the near path, if there is one."""
+    """Return a fix that names the near path, if there is one."""
     near = near_path(path)
     return f"did you mean {show(near)}?" if near else None
 

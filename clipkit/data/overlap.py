@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from clipkit.data.dataset import as_dataset, has_texts, iterate_column
-from clipkit.data.split import digest, known_images
+from clipkit.data.split import digest, known_images, size_and_ends
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Overlap:
 
 
 def overlap(train: Any, test: Any) -> Overlap:
-    """Compare two data sets; reads only those files of which both have one of the same size."""
+    """Compare two data sets; of their files only those are read of which both have one of the same size."""
     train, test = as_dataset(train), as_dataset(test)
     seen = {text for texts in iterate_column(train, "texts") for text in texts}
     captions: list[str] = []
@@ -51,11 +52,21 @@ def overlap(train: Any, test: Any) -> Overlap:
 def _shared_images(train: Any, test: Any) -> int:
     ours, theirs = set(known_images(train)), known_images(test)
     paths = {path for _, path, _ in ours if path}
-    left = [(size, path, content) for size, path, content in theirs if size is None or path not in paths]
-    sizes = {size for size, _, _ in left} - {None}
+    others = [(size, path, content) for size, path, content in theirs if size is None or path not in paths]
+    of_one_path = len(theirs) - len(others)
+    sizes = {size for size, _, _ in ours} & {size for size, _, _ in others} - {None}
+    ours = {image for image in ours if image[0] in sizes}
+    others = [image for image in others if image[0] in sizes]
+    # A file is hashed as a whole where an embedded image has its size, or a file of the other side has its ends.
+    embedded = {size for size, _, content in [*ours, *others] if content}
+    ends = {path: size_and_ends(path, size) for size, path, _ in [*ours, *others] if path and size is not None}
+    common = {ends[path] for _, path, _ in ours if path} & {ends[path] for _, path, _ in others if path}
     read = cache(digest)
-    contents = {content or read(path) for size, path, content in ours if size in sizes}
-    sizes = {size for size, _, _ in ours}
-    return (
-        len(theirs) - len(left) + sum(size in sizes and (known or read(path)) in contents for size, path, known in left)
-    )
+
+    def content_of(size: int | None, path: str | None, content: bytes) -> Hashable | None:
+        if path and (size in embedded or ends[path] in common):
+            return read(path)
+        return content or None
+
+    contents = {content_of(*image) for image in ours} - {None}
+    return of_one_path + sum(content_of(*image) in contents for image in others)

@@ -59,7 +59,7 @@ def image_keys(pairs: Any) -> list[Hashable]:
     """
     known = known_images(pairs)
     sizes = {path: size for size, path, _ in known if path and size is not None}
-    of_one_size = _repeated({path: _size_and_ends(path, size) for path, size in _repeated(sizes).items()})
+    of_one_size = _repeated({path: size_and_ends(path, size) for path, size in _repeated(sizes).items()})
     digests = {path: digest(path) for path in of_one_size}
     keys: list[Hashable] = []
     for row, (size, path, content) in enumerate(known):
@@ -78,8 +78,8 @@ def _repeated(values: Mapping[str, Value]) -> dict[str, Value]:
     return {path: value for path, value in values.items() if counts[value] > 1}
 
 
-def _size_and_ends(path: str, size: int) -> Hashable:
-    """The size of a file with a hash of its first and last 4 KiB; its path where it cannot be read."""
+def size_and_ends(path: str, size: int) -> Hashable:
+    """Return the size of a file with a hash of its first and last 4 KiB; its path where it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a Path costs as much as the call)
             ends = file.read(_END)

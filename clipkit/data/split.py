@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,14 +60,17 @@ def image_keys(pairs: Any) -> list[Hashable]:
     """
     known = known_images(pairs)
     sizes = {path: size for size, path, _ in known if path and size is not None}
-    of_one_size = _repeated({path: size_and_ends(path, size) for path, size in _repeated(sizes).items()})
-    digests = {path: digest(path) for path in of_one_size}
+    of_one_size = _repeated(sizes)
+    first_link = _first_links(of_one_size)
+    of_equal_ends = _repeated({path: size_and_ends(path, sizes[path]) for path in set(first_link.values())})
+    digests = {path: digest(path) for path in of_equal_ends}
     keys: list[Hashable] = []
     for row, (size, path, content) in enumerate(known):
         if content:
             keys.append(content)
         elif path and size is not None:
-            keys.append(digests.get(path, path))
+            link = first_link.get(path, path)
+            keys.append(digests.get(link, link))
         else:
             keys.append(path or ("row", row))
     return keys
@@ -76,6 +80,21 @@ def _repeated(values: Mapping[str, Value]) -> dict[str, Value]:
     """Keep the entries whose value occurs more than once."""
     counts = Counter(values.values())
     return {path: value for path, value in values.items() if counts[value] > 1}
+
+
+def _first_links(paths: Iterable[str]) -> dict[str, str]:
+    """Return for each path the first that names the same file: hard links are read once."""
+    first: dict[tuple[int, int], str] = {}
+    links: dict[str, str] = {}
+    for path in paths:
+        try:
+            status = os.stat(path)  # noqa: PTH116 (a Path costs as much as the call)
+        except (OSError, ValueError):
+            links[path] = path
+            continue
+        known = status.st_ino != 0  # 0 where a file system has no such numbers
+        links[path] = first.setdefault((status.st_dev, status.st_ino), path) if known else path
+    return links
 
 
 def size_and_ends(path: str, size: int) -> Hashable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,11 @@ def test_only_images_of_equal_ends_are_read_as_a_whole(tmp_path: Path, monkeypat
     read = []
     digest = split_module.digest
     monkeypatch.setattr(split_module, "digest", lambda path: read.append(Path(path).name) or digest(path))
-    keys = image_keys([{"image": str(tmp_path / name)} for name in contents])
-    assert read == ["one", "copy", "two"]
+    os.link(tmp_path / "two", tmp_path / "link")
+    keys = image_keys([{"image": str(tmp_path / name)} for name in [*contents, "link"]])
+    assert sorted(read) == ["copy", "one", "two"]  # each file once, whatever its names
     assert keys[0] == keys[1]
+    assert keys[2] == keys[4]
     assert len(set(keys)) == 3
 
 

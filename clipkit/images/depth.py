@@ -42,19 +42,19 @@ def grey(image: Image.Image) -> Shades:
         UnknownRange: as above.
     """
     values = np.asarray(image)
-    found = _range(image, values)
-    shades = _eight_bits(values, found)
+    value_range = _range(image, values)
+    shades = _eight_bits(values, value_range)
     if (tags := getattr(image, "tag_v2", None)) is not None and tags.get(_PHOTOMETRIC, 0) == 0:
         shades = 255 - shades
     if isinstance(key := image.info.get("transparency"), int):
         shades[values == key] = 255
-    return Shades(Image.fromarray(shades), found.guess)
+    return Shades(Image.fromarray(shades), value_range.guess)
 
 
 def netpbm(values: Array, maxval: int) -> Shades:
     """(H, W) or (H, W, 3) samples of a PGM or PPM, which declares its range; 65,535 is what writers put for any."""
-    found = _guessed(values) if maxval == 65535 else _Range(0, maxval)
-    return Shades(Image.fromarray(_eight_bits(values, found)), found.guess)
+    value_range = _guessed(values) if maxval == 65535 else _Range(0, maxval)
+    return Shades(Image.fromarray(_eight_bits(values, value_range)), value_range.guess)
 
 
 def is_dark(image: Image.Image, rawmode: str) -> bool:
@@ -94,14 +94,14 @@ def lightened(image: Image.Image, rawmode: str, again: Callable[[], Image.Image]
     else:
         values = np.asarray(image).astype(np.uint16) << 8 | samples
     colours = 3 if image.mode == "RGBA" else values.shape[-1]
-    found = _range(image, values[..., :colours])
-    parts = [_eight_bits(values[..., :colours], found)]
+    value_range = _range(image, values[..., :colours])
+    parts = [_eight_bits(values[..., :colours], value_range)]
     if image.mode == "RGBA":
         parts.append(_eight_bits(values[..., 3:], _guessed(values[..., 3:])))
     shades = np.concatenate(parts, axis=-1)
     if isinstance(key := image.info.get("transparency"), tuple):
         shades[(values == key).all(-1)] = 255
-    return Shades(Image.frombytes(image.mode, image.size, shades.tobytes()), found.guess)
+    return Shades(Image.frombytes(image.mode, image.size, shades.tobytes()), value_range.guess)
 
 
 _OTHER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
@@ -129,11 +129,11 @@ def rawmode_of(image: Image.Image) -> str:
     return str(args[0] if isinstance(args, tuple) and args else args or "")
 
 
-def _eight_bits(values: Array, found: _Range) -> Array:
-    bits = int(found.high + 1).bit_length() - 1
-    if found.low == 0 and found.high == 2**bits - 1 and bits >= 8 and values.dtype.kind in "iu":
+def _eight_bits(values: Array, value_range: _Range) -> Array:
+    bits = int(value_range.high + 1).bit_length() - 1
+    if value_range.low == 0 and value_range.high == 2**bits - 1 and bits >= 8 and values.dtype.kind in "iu":
         return (values >> (bits - 8)).astype(np.uint8)
-    return np.rint((values - found.low) * (255 / (found.high - found.low))).astype(np.uint8)
+    return np.rint((values - value_range.low) * (255 / (value_range.high - value_range.low))).astype(np.uint8)
 
 
 def _range(image: Image.Image, values: Array) -> _Range:
@@ -173,5 +173,5 @@ def _declared(image: Image.Image, values: Array) -> _Range | None:
 
 
 def _number(value: Any, pick: Callable[[Any], Any]) -> float | None:
-    found = pick(value) if isinstance(value, tuple) and value else value
-    return float(found) if isinstance(found, (int, float)) and np.isfinite(found) else None
+    number = pick(value) if isinstance(value, tuple) and value else value
+    return float(number) if isinstance(number, (int, float)) and np.isfinite(number) else None

@@ -293,12 +293,12 @@ def _no_bytes() -> _Refused:
 
 
 def _kind(data: bytes) -> str:
-    found = signature(data)
-    if found.code:
-        raise _Refused(found.code, found.name, found.fix)
-    if found.name == "HEIF" and _no_heif():
+    kind = signature(data)
+    if kind.code:
+        raise _Refused(kind.code, kind.name, kind.fix)
+    if kind.name == "HEIF" and _no_heif():
         raise _Refused("FORMAT", "a HEIC photo needs the package pillow-heif", install_command("heic"))
-    return found.name
+    return kind.name
 
 
 @cache
@@ -329,13 +329,13 @@ def _broken(error: Exception, data: bytes, kind: str) -> _Refused:
 def _check_size(size: tuple[int, int], limits: _Limits) -> None:
     width, height = size
     if width * height > limits.pixels:
-        found = f"{width} x {height} = {width * height:,} pixels"
-        raise _Refused("TOO_LARGE", f"{found}; at most {limits.pixels:,} are decoded", _RAISE)
+        shown = f"{width} x {height} = {width * height:,} pixels"
+        raise _Refused("TOO_LARGE", f"{shown}; at most {limits.pixels:,} are decoded", _RAISE)
     if min(size) < max(limits.side, 1):
         raise _Refused("TOO_SMALL", f"{width} x {height} pixels; each side needs at least {max(limits.side, 1)}")
     if max(size) > limits.aspect * min(size):
-        found = f"{width} x {height} pixels is {max(size) / min(size):.1f}:1"
-        raise _Refused("ASPECT", f"{found}; at most {limits.aspect:g}:1 is resized", "crop it first")
+        shown = f"{width} x {height} pixels is {max(size) / min(size):.1f}:1"
+        raise _Refused("ASPECT", f"{shown}; at most {limits.aspect:g}:1 is resized", "crop it first")
 
 
 _warnings_lock = threading.Lock()
@@ -351,11 +351,11 @@ def _quiet() -> Iterator[None]:
 
 def _lightened(image: Image.Image, rawmode: str, again: Callable[[], Image.Image], source: object) -> Image.Image:
     try:
-        found = depth.lightened(image, rawmode, again)
+        lightened = depth.lightened(image, rawmode, again)
     except depth.UnknownRange as error:
         raise _Refused("FORMAT", str(error), "scale it to 8 bits first") from error
-    found.image.info = {key: value for key, value in image.info.items() if key != "transparency"}
-    return _told(found, source)
+    lightened.image.info = {key: value for key, value in image.info.items() if key != "transparency"}
+    return _told(lightened, source)
 
 
 def _to_rgb(image: Image.Image, source: object) -> Image.Image:

@@ -37,9 +37,9 @@ def interpolate(start: DualEncoder, tuned: DualEncoder, alpha: float) -> DualEnc
     """
     if not 0 <= alpha <= 1:
         raise UsageError(f"alpha goes from 0 (start) to 1 (tuned), found {alpha}")
-    found = _combined([start, tuned], [1 - alpha, alpha])
-    found.name = f"interpolate({start.name}, {tuned.name}, {alpha})"
-    return found
+    mixture = _combined([start, tuned], [1 - alpha, alpha])
+    mixture.name = f"interpolate({start.name}, {tuned.name}, {alpha})"
+    return mixture
 
 
 def average(models: Sequence[DualEncoder]) -> DualEncoder:
@@ -52,9 +52,9 @@ def average(models: Sequence[DualEncoder]) -> DualEncoder:
     """
     if not models:
         raise UsageError("no models to average")
-    found = _combined(models, [1 / len(models)] * len(models))
-    found.name = f"average({', '.join(model.name for model in models)})"
-    return found
+    mixture = _combined(models, [1 / len(models)] * len(models))
+    mixture.name = f"average({', '.join(model.name for model in models)})"
+    return mixture
 
 
 def _combined(models: Sequence[DualEncoder], parts: Sequence[float]) -> DualEncoder:

@@ -50,8 +50,8 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
-            found = f"mean={self.mean}, std={self.std}"
-            raise ModelError(f"mean and std must have 1 or 3 values each, std above 0; found {found}")
+            shown = f"mean={self.mean}, std={self.std}"
+            raise ModelError(f"mean and std must have 1 or 3 values each, std above 0; found {shown}")
         if self.filter not in _FILTERS:
             raise ModelError(f"the filter must be one of {', '.join(_FILTERS)}; found {self.filter!r}")
 
@@ -123,8 +123,8 @@ class ImageTransform:
     def open(cls, folder: Path) -> ImageTransform | None:
         """The transform that `save` wrote into `folder`; None if another library wrote the file, or none did."""
         path = folder / "preprocessor_config.json"
-        found = json.loads(path.read_text(encoding="utf-8")).get(_MARK) if path.is_file() else None
-        if found is None:
+        settings = json.loads(path.read_text(encoding="utf-8")).get(_MARK) if path.is_file() else None
+        if settings is None:
             return None
-        fields = {key: found[key] for key in ("image_size", "resize", "resize_to", "filter")}
-        return cls(**fields, mean=tuple(found["mean"]), std=tuple(found["std"]))
+        fields = {key: settings[key] for key in ("image_size", "resize", "resize_to", "filter")}
+        return cls(**fields, mean=tuple(settings["mean"]), std=tuple(settings["std"]))

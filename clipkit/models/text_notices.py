@@ -44,25 +44,27 @@ class Notice:
 def text_notices(processor: Processor, texts: Sequence[str]) -> list[Notice]:
     """What the model cannot see of these texts, such as queries."""
     distinct = list(dict.fromkeys(texts))
-    found = [*_unknown(processor.text_side, distinct), *_cut(processor, distinct)]
+    notices = [*_unknown(processor.text_side, distinct), *_cut(processor, distinct)]
     groups = _alike({text: [text] for text in distinct}, processor.text_side)
-    return found + [Notice("SAME", f"the model cannot tell {_and(own)} apart: the same tokens", own) for own in groups]
+    for group in groups:
+        notices.append(Notice("SAME", f"the model cannot tell {_and(group)} apart: the same tokens", group))
+    return notices
 
 
 def caption_notices(processor: Processor, captions: Sequence[str]) -> list[Notice]:
     """The same of many texts, counted: those of which the model knows nothing, and those that become the same."""
     side, total = processor.text_side, len(captions)
-    found = []
+    notices = []
     if nothing := [text for text, known, _ in _known(side, captions) if not known]:
         message = f"the model knows nothing of {len(nothing)} of {total} captions, such as {_short(nothing[0])}"
-        found.append(Notice("UNKNOWN", message, tuple(nothing)))
+        notices.append(Notice("UNKNOWN", message, tuple(nothing)))
     if groups := _alike({text: [text] for text in captions}, side):
         same = [text for own in groups for text in own]
         message = (
             f"{len(same)} of {total} captions become the same tokens as another, such as {_and(groups[0])}: they tie"
         )
-        found.append(Notice("SAME", message, tuple(same)))
-    return found
+        notices.append(Notice("SAME", message, tuple(same)))
+    return notices
 
 
 def class_notices(
@@ -79,17 +81,17 @@ def class_notices(
         Notices whose ``texts`` are the classes.
     """
     typed = {c: _as_typed(names[c], prompts[c]) for c in names}
-    found = _of_classes(_unknown(processor.text_side, _flat(typed)), typed)
+    notices = _of_classes(_unknown(processor.text_side, _flat(typed)), typed)
     cut = _of_classes(_cut(processor, _flat(prompts)), prompts)
-    found += {notice.texts: notice for notice in reversed(cut)}.values()  # one for each class, not for each template
+    notices += {notice.texts: notice for notice in reversed(cut)}.values()  # one for each class, not for each template
     alike = _alike(prompts, processor.text_side)
     for classes in alike:
         message = f"the model cannot tell the classes {_and(classes)} apart: their prompts become the same tokens"
-        found.append(Notice("SAME", message, classes))
+        notices.append(Notice("SAME", message, classes))
     for classes in _grouped(names, lambda c: " ".join(c.casefold().split())):
         if not any(set(classes) <= set(own) for own in alike):
-            found.append(Notice("CASE", f"the classes {_and(classes)} differ by case alone: are they one?", classes))
-    return found
+            notices.append(Notice("CASE", f"the classes {_and(classes)} differ by case alone: are they one?", classes))
+    return notices
 
 
 _told: WeakKeyDictionary[object, set[Notice]] = WeakKeyDictionary()
@@ -112,7 +114,7 @@ def _flat(texts: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _of_classes(notices: Iterable[Notice], texts: Mapping[str, Sequence[str]]) -> list[Notice]:
-    return [replace(each, texts=tuple(c for c, own in texts.items() if each.texts[0] in own)) for each in notices]
+    return [replace(notice, texts=tuple(c for c, own in texts.items() if notice.texts[0] in own)) for notice in notices]
 
 
 def _as_typed(names: Sequence[str], prompts: Sequence[str]) -> Sequence[str]:
@@ -121,16 +123,16 @@ def _as_typed(names: Sequence[str], prompts: Sequence[str]) -> Sequence[str]:
 
 
 def _unknown(side: TextSide, texts: list[str]) -> list[Notice]:
-    found = []
+    notices = []
     for text, known, unknown in _known(side, texts):
         if not known:
             message = f"the model knows nothing of {_short(text)}: whatever it answers has nothing to do with it"
-            found.append(Notice("UNKNOWN", message, (text,)))
+            notices.append(Notice("UNKNOWN", message, (text,)))
         elif unknown:
             parts = [word for word, _, not_known in _known(side, list(dict.fromkeys(text.split()))) if not_known]
             which = f"{_and(parts)} in {_short(text)}" if parts else f"all of {_short(text)}"
-            found.append(Notice("PARTLY_UNKNOWN", f"the model does not know {which}", (text,)))
-    return found
+            notices.append(Notice("PARTLY_UNKNOWN", f"the model does not know {which}", (text,)))
+    return notices
 
 
 def _known(side: TextSide, texts: Sequence[str]) -> Iterator[tuple[str, bool, bool]]:
@@ -161,12 +163,13 @@ def _alike(texts: Mapping[str, Sequence[str]], side: TextSide) -> list[tuple[str
 
 def _token_rows(side: TextSide, texts: Sequence[str]) -> dict[str, bytes]:
     """A hash of the tokens of each text. One that is over-long pads every batch to the same length."""
-    found: dict[str, bytes] = {}
+    digests: dict[str, bytes] = {}
     longest = "a " * side.context_length
     for chunk in (texts[i : i + _CHUNK] for i in range(0, len(texts), _CHUNK)):
         rows = side([*chunk, longest])["input_ids"].numpy()
-        found |= {text: blake2b(row.tobytes(), digest_size=16).digest() for text, row in zip(chunk, rows, strict=False)}
-    return found
+        for text, row in zip(chunk, rows, strict=False):
+            digests[text] = blake2b(row.tobytes(), digest_size=16).digest()
+    return digests
 
 
 def _grouped(names: Iterable[str], key: Callable[[str], Hashable]) -> list[tuple[str, ...]]:

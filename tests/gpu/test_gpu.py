@@ -12,7 +12,7 @@ from runs import outcome, train
 from clipkit import DualEncoder, Paired, TrainConfig, Trainer
 from clipkit.errors import Interrupted
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, golden_images
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 from clipkit.training.heads import ModelWithHeads
 from clipkit.training.step import backward
 
@@ -82,12 +82,12 @@ def test_a_cached_step_draws_the_same_dropout_twice(device, tmp_path):
 def test_a_saved_folder_gives_its_golden_embeddings(device, precision, tmp_path):
     tiny.make_model().save_pretrained(tmp_path / "model")
     model = DualEncoder.from_pretrained(tmp_path / "model", device=device)
-    body = artefact.read(tmp_path / "model")
+    body = manifest.read(tmp_path / "model")
     found = {
         "image": model.encode_images(golden_images(), dtype=precision),
         "text": model.encode_texts(GOLDEN_TEXTS, dtype=precision),
     }
-    differences = artefact.golden_differences(body, found)
+    differences = manifest.golden_differences(body, found)
     assert model.device.type == device.type
     assert set(differences) == {"image", "text"}
     assert max(differences.values()) <= GOLDEN[precision]

@@ -31,9 +31,9 @@ def freeze(
     elif head:
         raise UsageError("head=True locks a head on a whole tower; with blocks= the tower's end trains on")
     else:
-        found = parameters_by_depth(backend, processor, part)
-        count = _count(first, len(found.blocks), part)
-        names = {name for group in (found.before, *found.blocks[:count]) for name in group}
+        depths = parameters_by_depth(backend, processor, part)
+        count = _count(first, len(depths.blocks), part)
+        names = {name for group in (depths.before, *depths.blocks[:count]) for name in group}
         modules = []
     for name, parameter in backend.named_parameters():
         if name in names:
@@ -52,12 +52,12 @@ def _count(first: int, total: int, part: Modality) -> int:
 
 def _standing_still(backend: Backend, names: set[str]) -> list[nn.Module]:
     """The modules that hold some of `names` and nothing that is trained, with all that is inside them."""
-    found: dict[int, nn.Module] = {}
+    modules_by_id: dict[int, nn.Module] = {}
     for name, module in backend.named_modules():
         held = dict(module.named_parameters(prefix=name))
         if names & held.keys() and not any(p.requires_grad for p in held.values()):
-            found |= {id(each): each for each in module.modules()}
-    return list(found.values())
+            modules_by_id |= {id(part): part for part in module.modules()}
+    return list(modules_by_id.values())
 
 
 def checkpoint_gradients(backend: Backend, on: bool) -> None:
@@ -84,7 +84,7 @@ def _switch(backend: Backend, on: bool) -> None:
     for module in backend.modules():
         if isinstance(module, PreTrainedModel) and id(module) not in done and module.supports_gradient_checkpointing:
             _switch_transformers(module, on)
-            done |= {id(each) for each in module.modules()}
+            done |= {id(part) for part in module.modules()}
         elif id(module) not in done and isinstance(getattr(module, "grad_checkpointing", None), bool):
             module.grad_checkpointing = on  # type: ignore[assignment]  # open_clip and timm read it in forward
 

@@ -53,8 +53,8 @@ def add(
         if backend.lora and part in backend.lora.parts:
             raise UsageError(f"the {part} tower has LoRA already", fix="model.merge_lora() first")
     if rank < 1 or not 0 <= dropout < 1 or not alpha > 0:
-        found = f"{rank}, {alpha}, {dropout}"
-        raise UsageError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); found {found}")
+        shown = f"{rank}, {alpha}, {dropout}"
+        raise UsageError(f"rank must be at least 1, alpha above 0, dropout in [0, 1); found {shown}")
     require_peft()
     chosen = _targets(backend, parts, targets)
     for part, layers in chosen.items():
@@ -120,11 +120,11 @@ def _targets(
         if not any(_ends(name, ending) for named in layers.values() for name in named):
             message = f"no layer called {ending!r} that LoRA could adapt.{near(ending, known)}"
             raise ModelError(message, where=where, fix=f"some of: {', '.join(known)}")
-    found = {part: tuple(sorted(n for n in layers[part] if any(_ends(n, e) for e in wanted))) for part in parts}
-    if lacking := [part for part in parts if not found[part]]:
+    matches = {part: tuple(sorted(n for n in layers[part] if any(_ends(n, e) for e in wanted))) for part in parts}
+    if lacking := [part for part in parts if not matches[part]]:
         message = f"the {lacking[0]} tower has no layer called {' or '.join(map(repr, wanted))}"
         raise ModelError(message, where=where, fix=f"some of: {', '.join(known)}")
-    return found
+    return matches
 
 
 def _ends(name: str, ending: str) -> bool:
@@ -135,27 +135,28 @@ def _ends(name: str, ending: str) -> bool:
 def _linear_layers(backend: Backend, part: Modality) -> tuple[str, ...]:
     inside = {id(module) for block in transformer_blocks(backend, part) for module in block.modules()}
     layers = _adaptable(backend, part)
-    found = [name for name, module in layers.items() if id(module) in inside and not _is_convolution(module)]
-    if not found:
+    names = [name for name, module in layers.items() if id(module) in inside and not _is_convolution(module)]
+    if not names:
         message = f"the {part} tower has no linear layers in its blocks, so there is no default for LoRA"
         raise ModelError(message, fix="targets= with the names of layers, for example of convolutions")
-    return tuple(sorted(found))
+    return tuple(sorted(names))
 
 
 def _adaptable(backend: Backend, part: Modality) -> dict[str, nn.Module]:
     """Layers by their names below the root; of packed attention, the names that its projections will have."""
     root = root_of(backend, part)
-    found: dict[str, nn.Module] = {}
+    linear_layers: dict[str, nn.Module] = {}
     for name, module in backend.named_modules():
         below = name.removeprefix(f"{root}.")
         if not backend.belongs_to(part, name, head=False) or name == root:
             continue
         if isinstance(module, nn.MultiheadAttention):
             if module.in_proj_weight is not None and module.bias_k is None:
-                found |= {f"{below}.{each}": module for each in ("q_proj", "k_proj", "v_proj", "out_proj")}
+                for projection in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                    linear_layers[f"{below}.{projection}"] = module
         elif isinstance(module, _ADAPTABLE) and type(module).__name__ != "NonDynamicallyQuantizableLinear":
-            found[below] = module
-    return found
+            linear_layers[below] = module
+    return linear_layers
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -170,7 +171,7 @@ def _split(top: nn.Module, layers: Sequence[str]) -> None:
 
 
 def _exists(top: nn.Module, name: str) -> bool:
-    return any(name == each for each, _ in top.named_modules())
+    return any(name == path for path, _ in top.named_modules())
 
 
 def _replace(top: nn.Module, name: str, module: nn.Module) -> None:

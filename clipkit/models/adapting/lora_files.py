@@ -71,9 +71,9 @@ def _write(backend: Backend, processor: Processor, folder: Path, name: str) -> N
 def _write_peft(backend: Backend, part: Modality, adapted: Adapted, folder: Path, name: str) -> None:
     top = f"{root_of(backend, part)}."
     matrices = {
-        _PREFIX + each.removeprefix(top).replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous()
-        for each, tensor in backend.state_dict().items()
-        if MARK in each and backend.belongs_to(part, each)
+        _PREFIX + weight_name.removeprefix(top).replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous()
+        for weight_name, tensor in backend.state_dict().items()
+        if MARK in weight_name and backend.belongs_to(part, weight_name)
     }
     config = require_peft().LoraConfig(
         r=adapted.rank, lora_alpha=adapted.alpha, lora_dropout=adapted.dropout, target_modules=list(adapted.layers)
@@ -117,8 +117,8 @@ def load(backend: Backend, processor: Processor, folder: Path) -> None:
         raise UsageError("the model has a LoRA adapter already", fix="open the base model again, or merge_lora()")
     body = _read(folder)
     rest = _tensors(folder / REST)
-    found = Fingerprint(_base_record(backend, processor, rest))
-    differs = Fingerprint(body["base_fingerprint"]).difference(found)
+    present = Fingerprint(_base_record(backend, processor, rest))
+    differs = Fingerprint(body["base_fingerprint"]).difference(present)
     if differs:
         message = f"the adapter was trained on another model than this one: {'; '.join(differs[:3])}"
         raise ModelMismatch(message, where=folder, fix=f"open its base first: {body['base']}")
@@ -133,17 +133,17 @@ def load(backend: Backend, processor: Processor, folder: Path) -> None:
 
 
 def _fill(backend: Backend, part: Modality, path: Path) -> None:
-    top, found = f"{root_of(backend, part)}.", _tensors(path)
+    top, tensors = f"{root_of(backend, part)}.", _tensors(path)
     wanted = {
         _PREFIX + name.removeprefix(top).replace(f".{ADAPTER}.", "."): p
         for name, p in backend.named_parameters()
         if MARK in name and backend.belongs_to(part, name)
     }
-    if wanted.keys() != found.keys():
+    if wanted.keys() != tensors.keys():
         raise CorruptArtefact(f"its layers are not those of {NAME}", where=path, fix=_AGAIN)
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(found[name])
+            parameter.copy_(tensors[name])
 
 
 def _restore(backend: Backend, rest: Mapping[str, Tensor]) -> None:

@@ -31,10 +31,10 @@ class SplitAttention(nn.Module):
     ) -> tuple[Tensor, None]:
         """(n, length, width) each, or (length, n, width) as `batch_first` says; the mask is added, or True hides."""
         if not self.batch_first:
-            query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+            query, key, value = (sequence.transpose(0, 1) for sequence in (query, key, value))
         q, k, v = (
-            layer(each).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, each in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+            layer(sequence).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, sequence in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         )
         if attn_mask is not None and attn_mask.ndim == 3:  # (n * heads, length, length)
             attn_mask = attn_mask.reshape(-1, self.heads, *attn_mask.shape[1:])
@@ -51,10 +51,10 @@ class SplitAttention(nn.Module):
         whole = nn.MultiheadAttention(width, self.heads, **options, device="meta")
         apart = (self.q_proj, self.k_proj, self.v_proj)
         with torch.no_grad():
-            whole.in_proj_weight = nn.Parameter(torch.cat([each.weight for each in apart]))
+            whole.in_proj_weight = nn.Parameter(torch.cat([layer.weight for layer in apart]))
             whole.out_proj.weight = nn.Parameter(self.out_proj.weight.clone())
             if bias:
-                whole.in_proj_bias = nn.Parameter(torch.cat([each.bias for each in apart]))
+                whole.in_proj_bias = nn.Parameter(torch.cat([layer.bias for layer in apart]))
                 whole.out_proj.bias = nn.Parameter(self.out_proj.bias.clone())
         return whole.requires_grad_(self.q_proj.weight.requires_grad).train(self.training)
 

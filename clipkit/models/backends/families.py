@@ -101,8 +101,8 @@ def settle_end_of_text(text_tower: Any, tokenizer: Any) -> None:
     if end is not None and expected == end:
         return
     if end is None or expected != _HIGHEST_ID or text_tower.config.model_type.startswith("metaclip"):
-        found = f"the text tower pools at token {expected}, the tokenizer ends texts with {end}"
-        raise ModelError(found, topic="pooling", fix="set eos_token_id in the text config to the tokenizer's")
+        message = f"the text tower pools at token {expected}, the tokenizer ends texts with {end}"
+        raise ModelError(message, topic="pooling", fix="set eos_token_id in the text config to the tokenizer's")
     text_tower.eos_token_id = text_tower.config.eos_token_id = end
 
 
@@ -119,8 +119,8 @@ def positions_of(text: Any, pad_token_id: int | None) -> int:
         offset = getattr(module, "padding_idx", None)
         if name.endswith("position_embeddings") and offset is not None:
             if offset != pad_token_id:
-                found = f"the text tower takes {offset} for padding, the tokenizer pads with {pad_token_id}"
-                raise ModelError(found, fix="set pad_token_id in the tower's config to the tokenizer's")
+                message = f"the text tower takes {offset} for padding, the tokenizer pads with {pad_token_id}"
+                raise ModelError(message, fix="set pad_token_id in the tower's config to the tokenizer's")
             return int(positions - offset - 1)
     return positions
 

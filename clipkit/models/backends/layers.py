@@ -47,16 +47,16 @@ def transformer_blocks(backend: Backend, part: Modality) -> list[nn.Module]:
     Raises:
         ModelError: the tower has no such list.
     """
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     most = 0
     for name, module in backend.named_modules():
         for members in _lists(module) if backend.belongs_to(part, name, head=False) else ():
             held = sum(p.numel() for p in nn.ModuleList(members).parameters())
             if held > most:  # of nested lists the outer one comes first, and holds as much
-                found, most = members, held
-    if not found:
+                blocks, most = members, held
+    if not blocks:
         raise ModelError(f"the {part} tower has no list of blocks that could be told apart", where=backend.family)
-    return found
+    return blocks
 
 
 def _lists(module: nn.Module) -> Iterator[list[nn.Module]]:
@@ -78,10 +78,10 @@ def parameters_by_depth(backend: Backend, processor: Processor, part: Modality) 
     outside = {name: p for name, p in owned.items() if id(p) not in place}
     with _all_trained(list(outside.values())):
         reached = [x.float().sum() for x in first_inputs(backend, processor, part).tensors() if x.requires_grad]
-        found = _gradients(reached, list(outside.values()))
-    before = [name for name, gradient in zip(outside, found, strict=True) if gradient is not None]
+        gradients = _gradients(reached, list(outside.values()))
+    before = [name for name, gradient in zip(outside, gradients, strict=True) if gradient is not None]
     depth = 1 + max(place.values())
-    inside = [[name for name, p in owned.items() if place.get(id(p)) == each] for each in range(depth)]
+    inside = [[name for name, p in owned.items() if place.get(id(p)) == block] for block in range(depth)]
     return Layers(before, inside, [name for name in outside if name not in set(before)])
 
 
@@ -134,7 +134,7 @@ def run_blank(backend: Backend, processor: Processor, part: Modality, count: int
         pixels = processor.images([Image.new("RGB", (64, 64))] * count)
         return backend.image_features(pixels.to(weight.device, weight.dtype))
     inputs: dict[str, Any] = {"attention_mask": None}
-    inputs |= {name: each.to(weight.device) for name, each in processor.texts(["a"] * count).items()}
+    inputs |= {name: value.to(weight.device) for name, value in processor.texts(["a"] * count).items()}
     return backend.embed_text(**inputs)
 
 
@@ -142,5 +142,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple | list):
-        for each in value:
-            yield from _tensors(each)
+        for item in value:
+            yield from _tensors(item)

@@ -138,8 +138,8 @@ def _square(size: Any) -> Any:
 
 
 def _preprocess_config(model: Any) -> dict[str, Any]:
-    found = dict(model.visual.preprocess_cfg)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
+    settings = dict(model.visual.preprocess_cfg)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 class OpenClipImages:
@@ -229,8 +229,8 @@ def _check_padding(model: Any, texts: OpenClipTexts) -> None:
     """A text tower of transformers masks the padding by its id, which must be the tokenizer's."""
     masked = getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
     if masked is not None and masked != texts.pad_token_id:
-        found = f"the text tower takes {masked} for padding, the tokenizer pads with {texts.pad_token_id}"
-        raise ModelError(found, fix="set pad_token_id in the tower's config to the tokenizer's")
+        message = f"the text tower takes {masked} for padding, the tokenizer pads with {texts.pad_token_id}"
+        raise ModelError(message, fix="set pad_token_id in the tower's config to the tokenizer's")
 
 
 def _settle_end_of_text(model: Any, texts: OpenClipTexts, config: dict[str, Any] | None) -> None:
@@ -242,9 +242,9 @@ def _settle_end_of_text(model: Any, texts: OpenClipTexts, config: dict[str, Any]
     if _pooled_token(model)[0] != "argmax" or end == highest:
         return
     if end is None:
-        found = f"the text tower pools at the highest id ({highest}), the tokenizer has no end-of-text token"
+        message = f"the text tower pools at the highest id ({highest}), the tokenizer has no end-of-text token"
         raise ModelError(
-            found, topic="pooling", fix="a tokenizer with an end-of-text token, or another pool_type in text_cfg"
+            message, topic="pooling", fix="a tokenizer with an end-of-text token, or another pool_type in text_cfg"
         )
     logger.warning("token %d stands above the end of text (%d): texts are pooled at their end, not there", highest, end)
     names = ("pool_type", "eos_id") if tower is not model else ("text_pool_type", "text_eos_id")

@@ -82,8 +82,8 @@ def wrap(model: Any, processor: Any) -> tuple[TransformersBackend, Processor]:
     family_of(model.config.model_type, model)
     image_processor, tokenizer = (getattr(processor, name, None) for name in ("image_processor", "tokenizer"))
     if image_processor is None or tokenizer is None:
-        found = type(processor).__name__
-        raise ModelError(f"a processor with an image_processor and a tokenizer was expected, found {found}")
+        class_name = type(processor).__name__
+        raise ModelError(f"a processor with an image_processor and a tokenizer was expected, found {class_name}")
     return _join(model, image_processor, tokenizer)
 
 

@@ -12,7 +12,7 @@ from clipkit.modality import MODALITIES
 from clipkit.models.checks.finding import Finding, about, why
 from clipkit.models.fingerprint.fingerprint import Fingerprint, words
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, GoldenEmbeddings, golden_images
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 
 if TYPE_CHECKING:
     from clipkit.modality import Modality
@@ -55,7 +55,7 @@ def changes(body: dict[str, Any], now: Fingerprint) -> Iterator[Finding]:
 
 def golden_findings(body: dict[str, Any], embeddings: GoldenEmbeddings) -> Iterator[Finding]:
     try:
-        worst = artefact.golden_differences(body, embeddings)
+        worst = manifest.golden_differences(body, embeddings)
     except (KeyError, TypeError, ValueError) as error:
         yield Finding(
             "error",
@@ -66,11 +66,11 @@ def golden_findings(body: dict[str, Any], embeddings: GoldenEmbeddings) -> Itera
         )
         return
     for side, value in worst.items():
-        if value > artefact.TOLERANCE:
+        if value > manifest.TOLERANCE:
             what = (
                 f"{side} embeddings of the built-in {side}s differ by {value:.2g} from those it gave when it was saved"
             )
-            reason = f"more than {artefact.TOLERANCE:g} is not rounding: results are not those of the saved model"
+            reason = f"more than {manifest.TOLERANCE:g} is not rounding: results are not those of the saved model"
             yield Finding(
                 "error",
                 "golden embeddings",
@@ -95,7 +95,7 @@ def behaviour(model: DualEncoder, embeddings: GoldenEmbeddings) -> Iterator[Find
     alone = _alone(model)
     for side in MODALITIES:
         worst = float((alone[side] - embeddings[side]).abs().max())
-        if not worst <= artefact.TOLERANCE:
+        if not worst <= manifest.TOLERANCE:
             what = f"{side} embeddings differ by {worst:.2g} alone and in a batch of unequal {side}s"
             reason = "an item's embedding depends on what it happens to be batched with"
             yield Finding(

@@ -22,7 +22,7 @@ from clipkit.models.fingerprint import image_transform as image_facts
 from clipkit.models.fingerprint import tokenizer as text_facts
 from clipkit.models.fingerprint.fingerprint import Fingerprint
 from clipkit.models.fingerprint.golden import as_fp32_cpu, golden_embeddings
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 from clipkit.models.loading.hub import find_folder, model_of_run
 from clipkit.models.loading.load import open_model
 
@@ -104,7 +104,7 @@ def check_model(model: str | os.PathLike[str] | DualEncoder, *, trust_remote_cod
     report = Report(os.fspath(model))
     folder = _folder(model)
     if folder is not None:
-        report.recorded = (folder / artefact.NAME).is_file()
+        report.recorded = (folder / manifest.NAME).is_file()
         report.findings += [*file_findings(folder), *weight_findings(folder)]
     opened, body = _open(report, model, folder, trust_remote_code)
     if opened is not None:
@@ -152,7 +152,7 @@ _AGAIN = "download or save the model again"
 
 def _examine_opened(report: Report, model: DualEncoder, body: dict[str, Any] | None, folder: Path | None) -> None:
     model = DualEncoder(as_fp32_cpu(lora.merged(model.backend)), model.processor, model.name)
-    if body is not None and body.get("schema") != artefact.SCHEMA:
+    if body is not None and body.get("schema") != manifest.SCHEMA:
         body = None  # named already; its facts are not comparable
     report.findings += vocabulary.of_model(model)
     try:

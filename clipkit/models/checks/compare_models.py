@@ -18,7 +18,7 @@ from clipkit.models.checks.folder import damaged
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint.fingerprint import words
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS, as_fp32_cpu, golden_embeddings, golden_images
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 from clipkit.models.loading.hub import model_of_run
 from clipkit.models.loading.load import OPEN_CLIP, open_model
 
@@ -212,7 +212,7 @@ def _lines(comparison: Comparison) -> Iterator[str]:
 def _same_tensors(worst: float | None) -> str:
     if worst is None:
         return "one cannot take the other's tensors, or embeddings have another length"
-    if worst <= artefact.TOLERANCE:
+    if worst <= manifest.TOLERANCE:
         return f"the same tensors give the same embeddings (to {worst:.1g})"
     return f"the same tensors give embeddings that differ by up to {worst:.2g}"
 
@@ -220,7 +220,7 @@ def _same_tensors(worst: float | None) -> str:
 def _together(worst: float | None, cosine: float | None) -> str:
     if worst is None or cosine is None:
         return "embeddings of another length: they cannot be compared"
-    if worst <= artefact.TOLERANCE:
+    if worst <= manifest.TOLERANCE:
         return f"the same embeddings (to {worst:.1g})"
     return f"embeddings differ by up to {worst:.2g}, cosine down to {cosine:.4f}"
 
@@ -247,4 +247,4 @@ def _cause(comparison: Comparison, side: str) -> str:
 
 
 def _within(value: float | None) -> bool:
-    return value is not None and value <= artefact.TOLERANCE
+    return value is not None and value <= manifest.TOLERANCE

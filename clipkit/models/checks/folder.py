@@ -14,7 +14,7 @@ from clipkit.errors import ClipkitError
 from clipkit.extras import upgrade_command
 from clipkit.files import read_json
 from clipkit.models.checks.finding import Finding
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -25,7 +25,7 @@ _READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py"
 def damaged(folder: Path) -> dict[str, str]:
     """Return the files that are missing or not what was saved, the card aside: name -> a sentence about it."""
     sentences = {}
-    for damage in artefact.damages(folder):
+    for damage in manifest.damages(folder):
         name = damage.path.relative_to(folder).as_posix()
         short = damage.message.removeprefix("a file of the model ")
         if not damage.prose:
@@ -41,14 +41,14 @@ def file_findings(folder: Path) -> Iterator[Finding]:
         what = "; ".join(sentences.values())
         fix = f"copy or download {'these files' if several else 'that file'} again"
         yield Finding("error", "files", what, reason, fix)
-    if any(damage.prose for damage in artefact.damages(folder)):
-        what = f"{artefact.CARD} was edited"
+    if any(damage.prose for damage in manifest.damages(folder)):
+        what = f"{manifest.CARD} was edited"
         yield Finding("warning", "files", what, "it does not change the model", "nothing to do")
     body = recorded(folder)
     if body is None:
         return
-    if body.get("schema") != artefact.SCHEMA:
-        what = f"{artefact.NAME} has schema {body.get('schema')}, expected {artefact.SCHEMA}"
+    if body.get("schema") != manifest.SCHEMA:
+        what = f"{manifest.NAME} has schema {body.get('schema')}, expected {manifest.SCHEMA}"
         yield Finding(
             "error",
             "files",
@@ -58,13 +58,13 @@ def file_findings(folder: Path) -> Iterator[Finding]:
         )
     listed = set(body.get("files") or ())
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _READ_BY_LIBRARIES and path.name not in {*listed, artefact.NAME}:
+        if path.is_file() and path.suffix in _READ_BY_LIBRARIES and path.name not in {*listed, manifest.NAME}:
             what = f"{path.name} was not there when the model was saved"
             yield Finding("warning", "files", what, "libraries may read it in place of another file", "remove it")
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
-    path = folder / artefact.NAME
+    path = folder / manifest.NAME
     try:
         return read_json(path) if path.is_file() else None
     except ClipkitError:

@@ -48,9 +48,9 @@ def near_folders(name: str) -> str:
         return ""
     names = [path.name for path in missing.parent.iterdir() if path.is_dir()]
     close = closest(missing.name, names, count=3)
-    found = [missing.parent / each / wanted.relative_to(missing) for each in close]
-    found = [path for path in found if path.is_dir()] or [missing.parent / each for each in close]
-    return f" Did you mean {', '.join(str(path) for path in found)}?" if found else ""
+    candidates = [missing.parent / name / wanted.relative_to(missing) for name in close]
+    candidates = [path for path in candidates if path.is_dir()] or [missing.parent / name for name in close]
+    return f" Did you mean {', '.join(str(path) for path in candidates)}?" if candidates else ""
 
 
 def find_folder(name: str | os.PathLike[str], *, revision: str | None = None) -> Path:

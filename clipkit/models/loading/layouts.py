@@ -29,11 +29,11 @@ def sentence_modules(folder: Path) -> list[Module]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CorruptArtefact(f"not a JSON file: {error}", where=path, fix="download the model again") from error
-    listed = found if isinstance(found, list) else []  # any other program may have a file of this name
-    steps = [(each.get("type"), each.get("path")) for each in listed if isinstance(each, dict)]
+    listed = content if isinstance(content, list) else []  # any other program may have a file of this name
+    steps = [(step.get("type"), step.get("path")) for step in listed if isinstance(step, dict)]
     return [Module(k.rpartition(".")[2], folder / p) for k, p in steps if isinstance(k, str) and isinstance(p, str)]
 
 

@@ -12,7 +12,7 @@ from clipkit.files import read_json
 from clipkit.models.backend import Backend
 from clipkit.models.fingerprint.fingerprint import settings_fingerprint
 from clipkit.models.fingerprint.golden import golden_embeddings
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 from clipkit.models.loading.hub import download, find_folder
 from clipkit.models.loading.proof import Proof, Verify
 from clipkit.models.processor import Processor
@@ -29,7 +29,7 @@ def open_model(name: str | os.PathLike[str], revision: str | None, trust_remote_
     folder, rest, as_open_clip = _locate(text, revision)
     if folder is None:
         return *_open_by_name(rest, trust_remote_code), None, None
-    body = read_json(folder / artefact.NAME) if (folder / artefact.NAME).is_file() else None
+    body = read_json(folder / manifest.NAME) if (folder / manifest.NAME).is_file() else None
     return *_open_folder(folder, text, body, as_open_clip, trust_remote_code), body, folder
 
 
@@ -55,18 +55,18 @@ def open_checked(
     if folder is None:
         backend, processor = _open_by_name(rest, trust_remote_code)
         return backend.eval(), processor, None
-    body = artefact.read(folder)
+    body = manifest.read(folder)
     if body is None:
         backend, processor = _open_folder(folder, text, None, as_open_clip, trust_remote_code)
         return backend.eval(), processor, None
-    with artefact.verified_files(folder, body, "sha256" if verify == "always" else "xxh3"):
+    with manifest.verified_files(folder, body, "sha256" if verify == "always" else "xxh3"):
         backend, processor = _open_folder(folder, text, body, as_open_clip, trust_remote_code)
     backend.eval()
     proof = Proof(body)
     if "golden" in body and verify != "files" and (verify == "always" or not proof.is_known()):
-        rows = artefact.golden_rows(body)
+        rows = manifest.golden_rows(body)
         golden = golden_embeddings(backend, processor, rows)
-        artefact.check(body, folder, settings_fingerprint(backend, processor), golden, rows)
+        manifest.check(body, folder, settings_fingerprint(backend, processor), golden, rows)
         proof.remember()
     return backend, processor, body
 

@@ -185,15 +185,15 @@ _AGAIN = "copy or download the model again"
 
 def _files(body: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     files = body.get("files")
-    found = files.items() if isinstance(files, dict) else ()
-    return [(name, each) for name, each in found if isinstance(each, dict)]
+    entries = files.items() if isinstance(files, dict) else ()
+    return [(name, entry) for name, entry in entries if isinstance(entry, dict)]
 
 
 def check(
     body: Mapping[str, Any],
     folder: Path,
     now: Fingerprint,
-    found: GoldenEmbeddings,
+    golden: GoldenEmbeddings,
     rows: Mapping[Modality, Sequence[int]] | None = None,
 ) -> None:
     """Refuse a model that is no longer the one that was saved, and name what changed.
@@ -209,7 +209,7 @@ def check(
         CorruptArtefact: a fact or an embedding differs.
     """
     changed = changed_facts(body, now)
-    worst = golden_differences(body, found, rows)
+    worst = golden_differences(body, golden, rows)
     if not changed and max(worst.values()) <= TOLERANCE:
         return
     apart = ", ".join(f"{side} embeddings differ by {value:.2g}" for side, value in worst.items() if value > TOLERANCE)
@@ -234,12 +234,12 @@ def changed_facts(body: Mapping[str, Any], now: Fingerprint) -> list[str]:
 
 
 def golden_differences(
-    body: Mapping[str, Any], found: GoldenEmbeddings, rows: Mapping[Modality, Sequence[int]] | None = None
+    body: Mapping[str, Any], golden: GoldenEmbeddings, rows: Mapping[Modality, Sequence[int]] | None = None
 ) -> dict[str, float]:
     """Largest difference of any component for each side; infinite for another shape or NaN."""
     worst: dict[str, float] = {}
     stored_rows = golden_rows(body)
-    for side, vectors in found.items():
+    for side, vectors in golden.items():
         expected = _unpack(body["golden"][side]).reshape(len(stored_rows[side]), -1)
         if expected.shape[1] != vectors.shape[1]:
             worst[side] = math.inf

@@ -175,14 +175,14 @@ def _needs(config: Config, folder: Path | None) -> tuple[list[str], list[str]]:
 
 def _check_shapes(path: Path, model: Any, config: Mapping[str, Any]) -> None:
     """Refuse what open_clip would make fit: positions of another length, a bias that it would set to 0."""
-    found = {name.removeprefix("module."): shape for name, shape in weight_shapes(path).items()}
+    shapes = {name.removeprefix("module."): shape for name, shape in weight_shapes(path).items()}
     for name, tensor in model.state_dict().items():
-        if name in found and found[name] != tuple(tensor.shape) and tensor.numel() != 1:
-            message = f"weight {name} has shape {found[name]}, the config asks for {tuple(tensor.shape)}"
+        if name in shapes and shapes[name] != tuple(tensor.shape) and tensor.numel() != 1:
+            message = f"weight {name} has shape {shapes[name]}, the config asks for {tuple(tensor.shape)}"
             raise ModelError(
                 message, where=path, fix="config and weights must come from the same model", topic="weights"
             )
-    if config.get("init_logit_bias") is not None and "logit_bias" not in found:
+    if config.get("init_logit_bias") is not None and "logit_bias" not in shapes:
         raise ModelError("weight logit_bias is missing; open_clip would take 0", where=path)
 
 

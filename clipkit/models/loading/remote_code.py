@@ -62,7 +62,7 @@ def _asked(value: Any, at: str = "") -> Iterator[str]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         name = str(key)
-        kernel = any(name.strip("_").removesuffix("_internal") == each for each in _RUNS_KERNELS) and "/" in str(inner)
+        kernel = name.strip("_").removesuffix("_internal") in _RUNS_KERNELS and "/" in str(inner)
         if inner and (name in _RUNS_CODE or kernel):
             yield at + name
         else:

@@ -73,8 +73,8 @@ def _timm_config(folder: Path) -> Any:
 
     timm 1.0.31 repeats the number of classes in `model_args`, and transformers 5.23 then passes it twice: an error.
     """
-    found = read_json(folder / "config.json")
-    if "pretrained_cfg" not in found or "num_classes" not in (found.get("model_args") or {}):
+    config = read_json(folder / "config.json")
+    if "pretrained_cfg" not in config or "num_classes" not in (config.get("model_args") or {}):
         return None
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
@@ -90,14 +90,15 @@ def trained_pooling(text: Any, asked: str) -> Any:
     config = next((step.folder / "config.json" for step in steps if step.kind == "Pooling"), None)
     if asked != "auto" or config is None:
         return asked
-    found = read_json(config)
-    modes = [
-        mode for key, mode in _SENTENCE_POOLING.items() if found.get(key) is True or found.get("pooling_mode") == mode
-    ]
+    settings = read_json(config)
+    modes = []
+    for key, mode in _SENTENCE_POOLING.items():
+        if settings.get(key) is True or settings.get("pooling_mode") == mode:
+            modes.append(mode)
     pooling = {"cls": "cls", "mean": "mean", "lasttoken": "last"}.get(modes[0]) if len(modes) == 1 else None
     if pooling is None:
         fix = "choose text_pooling= yourself: the heads are new and will learn from it"
-        raise ModelError(f"its pooling is not known here: {found}", where=config, fix=fix)
+        raise ModelError(f"its pooling is not known here: {settings}", where=config, fix=fix)
     return pooling
 
 

@@ -60,9 +60,9 @@ def check_weights(folder: Path, patterns: Sequence[str] = _TRANSFORMERS) -> list
     files = weight_files(folder, patterns)
     if not files:
         others = ", ".join(sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS))
-        found = f"no weights that can be opened were found, only {others}" if others else "no weights were found"
+        message = f"no weights that can be opened were found, only {others}" if others else "no weights were found"
         fix = f"a folder with {' or '.join(patterns)}; download the model again"
-        raise ModelError(found, where=folder, fix=fix)
+        raise ModelError(message, where=folder, fix=fix)
     for path in files:
         weight_shapes(path)
     return files
@@ -70,7 +70,7 @@ def check_weights(folder: Path, patterns: Sequence[str] = _TRANSFORMERS) -> list
 
 def weight_files(folder: Path, patterns: Sequence[str] = _TRANSFORMERS) -> list[Path]:
     """The files of the first pattern that fits; not `._model.safetensors`, which macOS leaves on foreign disks."""
-    fitting = (sorted(p for p in folder.glob(each) if p.is_file() and p.name[0] != ".") for each in patterns)
+    fitting = (sorted(p for p in folder.glob(pattern) if p.is_file() and p.name[0] != ".") for pattern in patterns)
     return next((files for files in fitting if files), [])
 
 
@@ -95,9 +95,12 @@ def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _pickled_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    found = load_pickle(path, "meta")
-    state = found.get("state_dict", found) if isinstance(found, dict) else None  # open_clip's training checkpoints
-    if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
+    content = load_pickle(path, "meta")
+    state = content
+    if isinstance(content, dict):
+        state = content.get("state_dict", content)  # open_clip's training checkpoints
+    tensors = state.values() if isinstance(state, dict) else ()
+    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
         raise ModelError("a pickle without a dictionary of weights", where=path, fix="save model.state_dict()")
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -163,8 +166,8 @@ def load_exactly(
 
 
 def _check_shapes(mismatched: Iterable[Any], folder: Path) -> None:
-    for key, found, expected in sorted(mismatched):
-        message = f"weight {key} has shape {tuple(found)}, the config asks for {tuple(expected)}"
+    for key, shape, expected in sorted(mismatched):
+        message = f"weight {key} has shape {tuple(shape)}, the config asks for {tuple(expected)}"
         raise ModelError(
             message, where=folder, fix="config.json and weights must come from the same model", topic="weights"
         )

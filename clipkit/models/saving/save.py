@@ -18,7 +18,7 @@ from clipkit.models.backend import Backend, check_finite
 from clipkit.models.backends.towers import TowersBackend
 from clipkit.models.fingerprint.fingerprint import Fingerprint, hash_towers, settings_fingerprint
 from clipkit.models.fingerprint.golden import FEW, GoldenEmbeddings, as_fp32_cpu, golden_embeddings
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 from clipkit.models.loading.load import open_written
 from clipkit.models.loading.proof import Proof
 from clipkit.models.processor import Processor
@@ -28,7 +28,7 @@ from clipkit.models.saving.model_card import Card
 logger = logging.getLogger("clipkit")
 
 
-_MARKS = (artefact.NAME, "config.json", "open_clip_config.json")
+_MARKS = (manifest.NAME, "config.json", "open_clip_config.json")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _write(backend: Backend, processor: Processor, folder: Path, name: str, card
         "card": card.as_dict(),
     }
     settings = backend.settings()
-    body = artefact.write(folder, form=saved.form, settings=settings, about=about, files=files, golden=golden)
+    body = manifest.write(folder, form=saved.form, settings=settings, about=about, files=files, golden=golden)
     Proof(body).remember()
     return saved, card
 
@@ -128,7 +128,7 @@ def _write_quickly(backend: Backend, processor: Processor, folder: Path, name: s
     _write_native(backend, processor, folder, None, proven)
     about = {"name": name, "why": proven.why, "similarity": backend.similarity, "card": card.as_dict()}
     files = list_files(folder, "xxh3")
-    artefact.write(folder, form=proven.form, settings=backend.settings(), about=about, files=files)
+    manifest.write(folder, form=proven.form, settings=backend.settings(), about=about, files=files)
 
 
 def check_written(
@@ -158,11 +158,11 @@ def check_written(
     except ClipkitError as error:
         message = f"the saved model does not open as it was: {error.message}"
         raise ModelError(message, where=name, fix=fix) from error
-    changed = artefact.changed_facts({"fingerprint": facts.as_dict()}, now)
+    changed = manifest.changed_facts({"fingerprint": facts.as_dict()}, now)
     reopened = golden_embeddings(backend, processor, FEW)
     for side, vectors in reopened.items():
         worst = float((vectors - golden[side]).abs().max()) if vectors.shape == golden[side].shape else math.inf
-        if not worst <= artefact.TOLERANCE:
+        if not worst <= manifest.TOLERANCE:
             changed.append(f"{side} embeddings differ by {worst:.2g}")
     if changed:
         message = f"the saved model does not open as it was: {'; '.join(changed)}"

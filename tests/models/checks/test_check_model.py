@@ -24,7 +24,7 @@ from clipkit.models.checks.check_model import Report, check_model
 from clipkit.models.checks.compare_models import compare_models
 from clipkit.models.checks.finding import about
 from clipkit.models.dual_encoder import DualEncoder
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 
 Edit = Callable[[Path], object]
 
@@ -192,11 +192,11 @@ FAULTS = {
 
 def signed_again(folder: Path) -> None:
     """As someone would leave a folder who also mends the hashes."""
-    path = folder / artefact.NAME
+    path = folder / manifest.NAME
     body = json.loads(path.read_text())
     for name in body["files"]:
         body["files"][name] = {"size": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-    body["sha256"] = artefact._own_hash(body)
+    body["sha256"] = manifest._own_hash(body)
     path.write_text(dump_json(body))
 
 
@@ -249,7 +249,7 @@ def test_a_comparison_names_the_fault(case: str, planted: Callable[[str], Path],
     assert fault.named in {about(key) for key, _, _ in found.differences}
     assert found.exit_code == 6
     worst = max(value or 0 for value in found.embeddings.values())
-    assert worst == 0 if fault.unseen else worst > 10 * artefact.TOLERANCE  # the golden inputs show it clearly
+    assert worst == 0 if fault.unseen else worst > 10 * manifest.TOLERANCE  # the golden inputs show it clearly
     if case.split(",")[0] in ("filter", "antialias", "crop", "mean", "std", "crop of a larger image"):
         assert "images: preprocessing alone" in str(found)
     if "activation" in case:
@@ -380,7 +380,7 @@ KNOWN: dict[str, tuple[str, Edit, str, str]] = {
 def test_what_is_known_of_a_family_is_held_against_it(case: str, healthy: dict[str, Path], tmp_path: Path) -> None:
     form, edit, level, named = KNOWN[case]
     folder = shutil.copytree(healthy[form], tmp_path / "broken")
-    (folder / artefact.NAME).unlink()
+    (folder / manifest.NAME).unlink()
     edit(folder)
     report = check_model(folder)
     assert (level, named) in {(finding.level, finding.about) for finding in report.findings}
@@ -406,7 +406,7 @@ def test_every_family_is_healthy(family: str, family_folder: Callable[[str], Pat
 
 def test_an_edited_card_is_a_note(healthy: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(healthy["clip"], tmp_path / "edited")
-    (folder / artefact.CARD).write_text("# My model")
+    (folder / manifest.CARD).write_text("# My model")
     assert DualEncoder.from_pretrained(folder).verified
     report = check_model(folder)
     assert [(finding.level, finding.about) for finding in report.findings] == [("warning", "files")]

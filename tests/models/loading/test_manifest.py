@@ -12,7 +12,7 @@ from clipkit.errors import CorruptArtefact, ModelError
 from clipkit.files import dump_json, sha256_file
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.fingerprint.golden import golden_images
-from clipkit.models.loading import manifest as artefact
+from clipkit.models.loading import manifest
 
 
 @pytest.fixture
@@ -23,20 +23,20 @@ def saved(towers: DualEncoder, tmp_path: Path) -> Path:
 
 def sign_again(folder: Path, change: Any) -> None:
     """Change a saved model as someone would who also mends the hashes."""
-    path = folder / artefact.NAME
+    path = folder / manifest.NAME
     body = json.loads(path.read_text())
     change(body)
     for name in body["files"]:
         file = folder / name
         body["files"][name] = {"size": file.stat().st_size, "sha256": sha256_file(file)}
-    body["sha256"] = artefact._own_hash(body)
+    body["sha256"] = manifest._own_hash(body)
     path.write_text(dump_json(body))
 
 
 def test_every_file_is_listed(saved: Path) -> None:
-    body = json.loads((saved / artefact.NAME).read_text())
+    body = json.loads((saved / manifest.NAME).read_text())
     there = {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()}
-    assert there - {artefact.NAME} == set(body["files"])
+    assert there - {manifest.NAME} == set(body["files"])
     assert body["logit_scale"] == pytest.approx(2.659260, abs=1e-5)
 
 
@@ -81,9 +81,9 @@ def forms(family_folder: Any, open_clip_arch: Any, word_tokenizer: Any, tmp_path
 
 def check_files(folder: Path, kind: Any) -> None:
     """What is done at each opening, before a weight is used."""
-    body = artefact.read(folder)
+    body = manifest.read(folder)
     assert body is not None
-    with artefact.verified_files(folder, body, kind):
+    with manifest.verified_files(folder, body, kind):
         pass
 
 
@@ -100,7 +100,7 @@ def count_found(
         log.clear()
         try:
             check_files(roots[path], kind)
-            found += path.name == artefact.CARD and str(path) in log.text  # a card is reported, all else refused
+            found += path.name == manifest.CARD and str(path) in log.text  # a card is reported, all else refused
         except (CorruptArtefact, ModelError) as error:
             found += path.name in str(error)
         finally:
@@ -121,7 +121,7 @@ def test_every_flipped_bit_and_every_cut_is_found(
 def test_without_the_hashes_damage_would_pass(
     forms: list[Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(artefact, "file_damage", lambda *arguments: None)
+    monkeypatch.setattr(manifest, "file_damage", lambda *arguments: None)
     assert count_found(forms, flipped, caplog) < 50
 
 

@@ -58,3 +58,8 @@ def checked_text(item: object) -> str:
     if is_blank(item):
         raise BadText("EMPTY_TEXT", f"nothing of the text can be seen: {ascii(item)[:60]}")
     return item
+
+
+def is_text(item: object) -> bool:
+    """Whether `checked_text` takes it."""
+    return isinstance(item, str) and not is_broken(item) and not is_blank(item)

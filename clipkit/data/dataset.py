@@ -18,7 +18,7 @@ from clipkit.texts import BadText, checked_text, is_blank
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIXELS = ("image", "hard_images", "image_features")  # never kept, for they would fill the memory
+PIXELS = ("image", "hard_images", "image_features", "text_features")  # never kept, for they would fill the memory
 _AT_ONCE = 1000  # rows
 
 

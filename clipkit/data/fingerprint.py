@@ -35,7 +35,8 @@ _SAMPLE = 1000
 _READ_ALL, _READ_OF_MORE = 100_000, 10_000  # rows: the files of up to so many are all read; of more, so many files
 
 
-_READ = ("texts", "image", "image_features", "hard_texts", "hard_images")  # by every training, where they are there
+# Columns that every training reads, where they are there.
+_READ = ("texts", "image", "image_features", "text_features", "hard_texts", "hard_images")
 
 
 def data_fingerprint(source: Any, columns: Sequence[str] = (), *, progress: bool = False) -> str:
@@ -99,7 +100,7 @@ def _rows_read(rows: int) -> Container[int]:
 def _cell(column: str, cell: Any, seen: dict[str, bytes], content: bool) -> bytes:
     if column == "image":
         return _image(cell, seen) if content else _image_size(cell)
-    if column == "image_features":
+    if column in ("image_features", "text_features"):
         return _features(cell)
     if column == "hard_images":
         several = cell if isinstance(cell, list | tuple) else [cell]

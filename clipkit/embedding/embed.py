@@ -26,7 +26,7 @@ from clipkit.modality import Modality
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.encode import encode, report_cut, text_chunks
 from clipkit.progress import track
-from clipkit.texts import checked_text
+from clipkit.texts import checked_text, is_text
 
 logger = logging.getLogger("clipkit")
 
@@ -58,9 +58,9 @@ def embed(
         kind: which tower.
         store: keeps embeddings by content; what is there is not computed again, and every batch is committed as soon
             as it is done, so that a killed run goes on where it was. Without one nothing is hashed.
-        features: while the image tower is locked, images are embedded from its features, which this store keeps by
-            content and tower (`with_image_features`), and nothing is kept of their embeddings; else it is not read, and
-            the log says so.
+        features: while a tower is frozen, its images or texts are embedded from its features, which this store keeps by
+            content and tower (`with_features`), and nothing is kept of their embeddings; else it is not read, and where
+            neither tower is frozen the log says so.
         batch_size: items at once.
         workers: ``"auto"`` decodes in threads, as many as there are cores, and on an accelerator ahead of the model; a
             number: so many processes, 0 decodes here.
@@ -75,13 +75,20 @@ def embed(
         ModelError: an embedding is NaN or infinite; names the item.
     """
     _check_options(items, kind, batch_size, on_bad, decode)
+    if features is not None and kind == "text":
+        from clipkit.embedding.text_features import embed_locked_texts, is_text_locked
+
+        if is_text_locked(model) and all(is_text(item) for item in items):
+            return embed_locked_texts(model, items, features, batch_size=batch_size, progress=progress)
     if features is not None and kind == "image":
         from clipkit.embedding import image_features as locked
 
         if locked.is_locked(model):
             options: dict[str, Any] = {"workers": workers, "progress": progress, "on_bad": on_bad}
             return locked.embed_locked(model, items, features, batch_size=batch_size, **options)
-        if model.once("features") and distributed.is_main():
+        from clipkit.embedding.text_features import is_text_locked
+
+        if not is_text_locked(model) and model.once("features") and distributed.is_main():
             logger.warning(
                 "kept features are not used, for the image tower is not frozen, and each image runs through it again; "
                 'a saved model is opened with nothing frozen: model.freeze("image") freezes it'

@@ -93,7 +93,7 @@ class ValidationLoss(Evaluator):
         """
         options: dict[str, Any] = {"store": self.store, "batch_size": self.batch_size, "progress": self.progress}
         images = embed(model, self.images, features=self.features, workers=self.workers, on_bad=self.on_bad, **options)
-        texts = embed(model, [self.texts[row] for row in images.rows], kind="text", **options)
+        texts = embed(model, [self.texts[row] for row in images.rows], kind="text", features=self.features, **options)
         self.rejected, self.used = images.rejected, len(images.rows)
         if not self.used:
             raise DataError("none of the images can be used", where=self.rejected[0].where)

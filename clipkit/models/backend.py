@@ -94,13 +94,16 @@ class Backend(nn.Module, ABC):
         image_features: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
         **text: Tensor,
     ) -> Embeddings:
         """Embed a batch of tensors; arguments as in `DualEncoder.forward`."""
         if pixel_values is not None:
             image_features = self.image_features(pixel_values.to(self.dtype))
         image = None if image_features is None else self.project_image(image_features.to(self.dtype))
-        words = None if input_ids is None else self.embed_text(input_ids, attention_mask, **text)
+        if input_ids is not None:
+            text_features = self.text_features(input_ids, attention_mask, **text)
+        words = None if text_features is None else self.project_text(text_features.to(self.dtype))
         scale, bias = self.logit_scale_and_bias()
         return Embeddings(
             None if image is None else _unit(image),
@@ -122,8 +125,16 @@ class Backend(nn.Module, ABC):
         """(n, width) to (n, dim)."""
 
     @abstractmethod
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
+        """(n, length) to the tower's pooled output (n, width)."""
+
+    @abstractmethod
+    def project_text(self, features: Tensor) -> Tensor:
+        """(n, width) to (n, dim)."""
+
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
         """(n, length) to (n, dim)."""
+        return self.project_text(self.text_features(input_ids, attention_mask, **inputs))
 
     @abstractmethod
     def describe(self, part: Modality) -> dict[str, Any]:

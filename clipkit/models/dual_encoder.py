@@ -118,6 +118,7 @@ class DualEncoder(AdaptableModel):
         image_features: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        text_features: Tensor | None = None,
         **text: Tensor,
     ) -> Embeddings:
         """Embed a batch of tensors. Sides without input are None in what comes out.
@@ -127,11 +128,16 @@ class DualEncoder(AdaptableModel):
             image_features: (n, width), as `vision_features` gives them, in place of pixels.
             input_ids: (m, length), as `processor.texts` gives them.
             attention_mask: (m, length); whatever else `processor.texts` gives is passed on in `text`.
+            text_features: (m, width), as `text_features` gives them, in place of tokens.
         """
         if pixel_values is not None:
             image_features = self.vision_features(pixel_values)
         return self.backend.embed(
-            image_features=image_features, input_ids=input_ids, attention_mask=attention_mask, **text
+            image_features=image_features,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            text_features=text_features,
+            **text,
         )
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
@@ -140,6 +146,13 @@ class DualEncoder(AdaptableModel):
         For SigLIP and open_clip the projection is a part of the tower, and the width is `dim`.
         """
         return self.backend.image_features(pixel_values.to(self.dtype))
+
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None, **text: Tensor) -> Tensor:
+        """The text tower's pooled output, before the projection: (m, width). What a frozen tower keeps.
+
+        For SigLIP and open_clip the projection is a part of the tower, and the width is `dim`.
+        """
+        return self.backend.text_features(input_ids, attention_mask, **text)
 
     # -- encoding -----------------------------------------------------------------------------
 

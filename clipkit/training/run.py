@@ -16,8 +16,8 @@ from clipkit.data.dataset import has_texts, require_texts
 from clipkit.data.overlap import overlap
 from clipkit.data.pairs import load_pairs
 from clipkit.data.split import split_pairs
-from clipkit.embedding.image_features import with_image_features
 from clipkit.embedding.store import EmbeddingStore
+from clipkit.embedding.text_features import with_features
 from clipkit.errors import UsageError, option, within
 from clipkit.evaluation.evaluator import Evaluator
 from clipkit.evaluation.result import build_result
@@ -208,9 +208,9 @@ def _load(source: str, columns: DataConfig | ReferenceConfig, loop: TrainConfig,
 
 
 def keep_features(model: DualEncoder, train: Any, store: EmbeddingStore, draws: int, loop: TrainConfig) -> Any:
-    """Return the training pairs with the features of the frozen image tower; compute those that `store` lacks."""
+    """Return the training pairs with the features of each frozen tower; compute those that `store` lacks."""
     model.to(distributed.start())
-    return with_image_features(
+    return with_features(
         model,
         train,
         store=store,

@@ -114,7 +114,7 @@ def test_a_tower_that_trains_has_no_features_to_keep(pairs, tmp_path):
     with pytest.raises(UsageError, match="a frozen tower"):
         with_image_features(tiny.make_model().freeze("image", blocks=1), pairs)
     basic = ["model.name=a/b", "data.train=b.csv", f"train.output_dir={tmp_path}", "data.features=f.sqlite"]
-    with pytest.raises(ConfigError, match=r"of a frozen image tower(?s:.)*model.freeze=image"):
+    with pytest.raises(ConfigError, match=r"of a frozen tower(?s:.)*model.freeze=image"):
         RunConfig.load(None, basic)
     RunConfig.load(None, [*basic, "model.freeze=[image]"])
     with pytest.raises(ConfigError, match="num_augmentations`: input should be greater than 0, found 0"):

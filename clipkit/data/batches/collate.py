@@ -15,7 +15,7 @@ from torch import Tensor
 from clipkit.data.batches.augment import Augmentation, augment
 from clipkit.data.batches.batch import ROW, VIEW, Batch, RowKeys, Transform
 from clipkit.data.batches.plan import Draw, hash64
-from clipkit.data.batches.records import FEATURES, RecordReader
+from clipkit.data.batches.records import FEATURES, TEXT_FEATURES, RecordReader
 from clipkit.errors import BadImage, DataError, option
 from clipkit.images.load import describe, load_image
 from clipkit.modality import Modality
@@ -77,7 +77,11 @@ class Collator:
         if "image" in self.sides:
             sides["image"] = self._image_rows(keys, images.hard)
         if "text" in self.sides:
-            inputs |= self.transform.texts(texts + hard_texts)
+            if kept and TEXT_FEATURES in kept[0][1]:
+                features = [record[TEXT_FEATURES][draw.caption] for draw, record in kept]
+                inputs[TEXT_FEATURES] = torch.from_numpy(np.asarray(features, dtype=np.float32))
+            else:
+                inputs |= self.transform.texts(texts + hard_texts)
             hard = [_hash(text.encode()) for text in hard_texts]
             sides["text"] = _with_hard(keys, "texts", hard) if "hard_texts" in self.hard else RowKeys(keys)
         return Batch(inputs, sides, len(kept), images.rejected)

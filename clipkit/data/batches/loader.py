@@ -75,6 +75,12 @@ class Loader:
                 where="image_features",
                 fix="train on the images themselves",
             )
+        if "text_features" in source.column_names and "hard_texts" in hard:
+            raise UsageError(
+                "hard texts need tokens, and this data set holds the features of a frozen text tower",
+                where="text_features",
+                fix="train on the texts themselves",
+            )
         shown = range(0 if base else 1, views + 1)
         augmentations = [augmentation if view == 0 else view_augmentation for view in shown]
         self.workers = workers

@@ -14,7 +14,7 @@ from clipkit.data.dataset import drawn
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FEATURES = "image_features"
+FEATURES, TEXT_FEATURES = "image_features", "text_features"
 _USED = ("image", "texts", *HARD)  # columns of which a batch is made
 
 
@@ -31,14 +31,21 @@ class RecordReader:
     def __init__(self, source: Any) -> None:
         self.source = source
         self._rows, self._features = source, None
+        self._arrays: list[str] = []
         if not _is_unformatted(source):
             return
         names = [name for name in _USED if name in source.column_names]
-        if FEATURES in source.column_names and _is_of_floats(source.data.schema.field(FEATURES).type):
-            self._features = source.select_columns([FEATURES]).with_format("arrow")
+        for column in (FEATURES, TEXT_FEATURES):
+            if column not in source.column_names:
+                continue
+            if _is_of_floats(source.data.schema.field(column).type):
+                self._arrays.append(column)
+            else:
+                names.append(column)
+        if FEATURES in self._arrays:
             names = [name for name in names if name != "image"]  # see `image`
-        elif FEATURES in source.column_names:
-            names.append(FEATURES)
+        if self._arrays:
+            self._features = source.select_columns(self._arrays).with_format("arrow")
         self._rows = source.select_columns(names)
 
     def read(self, draws: Sequence[Draw]) -> list[dict[str, Any]]:
@@ -53,9 +60,11 @@ class RecordReader:
         with drawn(hash64(*(draw.seed for draw in draws))):
             records = list(fetch(rows))
         if self._features is not None:
-            cells = _vectors(self._features[rows].column(FEATURES).combine_chunks())
-            for record, cell in zip(records, cells, strict=True):
-                record[FEATURES] = cell
+            table = self._features[rows]
+            for column in self._arrays:
+                cells = _vectors(table.column(column).combine_chunks())
+                for record, cell in zip(records, cells, strict=True):
+                    record[column] = cell
         return records
 
     def image(self, row: int) -> Any:

@@ -24,6 +24,7 @@ class Family:
     """One kind of dual encoder; CLIP itself by default."""
 
     image_projection: bool = True  # a module of its own, so that a locked tower's features can be cached before it
+    text_projection: bool = True
     temperature: bool = False  # divides the logits, in place of exp(logit_scale)
     image_pooling: str = "cls"
     text_pooling: str = "eos"
@@ -40,7 +41,12 @@ FAMILIES = {
     "chinese_clip": Family(text_pooling="cls"),
     # Reads the last position of a text padded to full length, and was trained without a mask.
     "siglip": Family(
-        image_projection=False, image_pooling="attention", text_pooling="last", padding="max_length", mask=False
+        image_projection=False,
+        text_projection=False,
+        image_pooling="attention",
+        text_pooling="last",
+        padding="max_length",
+        mask=False,
     ),
     "align": Family(
         image_projection=False,

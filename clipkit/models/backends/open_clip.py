@@ -71,9 +71,12 @@ class OpenClipBackend(Backend):
     def project_image(self, features: Tensor) -> Tensor:
         return features
 
-    def embed_text(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
         features: Tensor = self.model.encode_text(input_ids, normalize=False)  # finds padding by itself
         return features
+
+    def project_text(self, features: Tensor) -> Tensor:
+        return features  # the projection is a part of the tower
 
     def describe(self, part: Modality) -> dict[str, Any]:
         about = {"class": type(self.model).__name__}

@@ -77,12 +77,14 @@ class TowersBackend(Backend):
         projected: Tensor = self.image_head(features)
         return projected
 
-    def embed_text(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
         output = self.text(input_ids=input_ids, **given, **inputs)
         joint = self.joint
-        pooled = pool_text(output, joint.text_pooling, input_ids, attention_mask, joint.eos_token_id)
-        projected: Tensor = self.text_head(pooled)
+        return pool_text(output, joint.text_pooling, input_ids, attention_mask, joint.eos_token_id)
+
+    def project_text(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.text_head(features)
         return projected
 
     def describe(self, part: Modality) -> dict[str, Any]:

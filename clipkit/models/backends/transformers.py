@@ -54,9 +54,15 @@ class TransformersBackend(Backend):
         projected: Tensor = self.model.visual_projection(features) if self.about.image_projection else features
         return projected
 
-    def embed_text(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
         given = {} if attention_mask is None else {"attention_mask": attention_mask}
-        return _pooled(self.model.get_text_features(input_ids=input_ids, **given, **inputs))
+        output = self.model.text_model(input_ids=input_ids, **given, **inputs)
+        features: Tensor = output.last_hidden_state[:, 0] if self.about.text_pooling == "cls" else output.pooler_output
+        return features
+
+    def project_text(self, features: Tensor) -> Tensor:
+        projected: Tensor = self.model.text_projection(features) if self.about.text_projection else features
+        return projected
 
     def describe(self, part: Modality) -> dict[str, Any]:
         tower = self.model.vision_model if part == "image" else self.model.text_model

@@ -112,13 +112,13 @@ def hash_towers(backend: Backend) -> dict[Modality, str]:
     }
 
 
-def tower_hash(backend: Backend, processor: Processor) -> str:
-    """Return 16 hex characters for the image tower's features, before its head: the head may train on."""
+def tower_hash(backend: Backend, processor: Processor, part: Modality = "image") -> str:
+    """Return 16 hex characters for a tower's features, before its head: the head may train on."""
     weights = {
-        name: tensor for name, tensor in backend.state_dict().items() if backend.belongs_to("image", name, head=False)
+        name: tensor for name, tensor in backend.state_dict().items() if backend.belongs_to(part, name, head=False)
     }
-    image_record = settings_fingerprint(backend, processor).record["image"]
-    return json_hash({"family": backend.family, "weights": hash_weights(weights), "image": image_record})
+    record = settings_fingerprint(backend, processor).record[part]
+    return json_hash({"family": backend.family, "weights": hash_weights(weights), part: record})
 
 
 @one_thread()

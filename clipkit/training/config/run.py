@@ -47,8 +47,8 @@ class RunConfig:
             raise ConfigError(
                 message, where="evaluate.reference", fix=f"{option('forget_budget', 0.01)}, or leave it out"
             )
-        if self.data.features is not None and "image" not in self.model.freeze:
-            message = "features can be stored only of a frozen image tower; a saved model is opened with nothing frozen"
+        if self.data.features is not None and not self.model.freeze:
+            message = "features can be stored only of a frozen tower; a saved model is opened with nothing frozen"
             raise ConfigError(message, where="data.features", fix=option("model.freeze", ["image"]))
 
     @classmethod

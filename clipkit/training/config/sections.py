@@ -30,10 +30,10 @@ class DataConfig:
         split: of a data set of the hub.
         templates: captions for labels, e.g. ``a photo of a {}.``; or for each class its own (see `prompts`).
         separator, encoding, quoting: of text tables and caption files, see `TextFormat`.
-        features: file for the features that a wholly frozen image tower (``model.freeze: [image]``) computes of each
-            image, by the image's content, its augmentation and the tower; created if it does not exist. The tower then
-            runs once, in this run or in an earlier one, and steps and evaluations run only the text tower. None: it
-            runs in each step. There is no such file for texts.
+        features: file for the features that a wholly frozen tower (``model.freeze: [image]``, ``[text]`` or both)
+            computes of each image or caption, by its content, augmentation and the tower; created if it does not exist.
+            The tower then runs once, in this run or in an earlier one, and steps and evaluations run only the rest of
+            the model. None: it runs in each step.
         num_augmentations: with `features`, how many augmented versions of each training image are stored; every step
             draws one of them. ``augmentation: none`` has one.
     """

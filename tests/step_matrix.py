@@ -82,7 +82,7 @@ def sabotage(bug):
     if bug == "gather without gradient":
         return patch.object(distributed, "gather_rows", partial(_own_slot_only, distributed.gather_rows))
     if bug == "mean per rank":
-        return patch.object(softmax.RunningSums, "settle", partialmethod(_per_rank, softmax.RunningSums.settle))
+        return patch.object(softmax.RunningSums, "finish", partialmethod(_per_rank, softmax.RunningSums.finish))
     if bug == "no RNG replay":
         return patch.object(step, "_set_random_state", lambda *_: None)
     raise ValueError(bug)
@@ -93,9 +93,9 @@ def _own_slot_only(gather, rows, counts):
     return torch.cat([gathered[:start], rows, gathered[start + len(rows) :]])
 
 
-def _per_rank(self, settle, weight, total, smoothing):
+def _per_rank(self, finish, weight, total, smoothing):
     own = CUTS[distributed.world_size()][distributed.rank()]
-    settle(self, weight, total if len(weight) == N else total * 0 + own * distributed.world_size(), smoothing)
+    finish(self, weight, total if len(weight) == N else total * 0 + own * distributed.world_size(), smoothing)
 
 
 class _One:

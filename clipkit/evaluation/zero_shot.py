@@ -17,7 +17,7 @@ from clipkit.evaluation.dataset import Subset, require_columns
 from clipkit.evaluation.evaluator import Evaluator
 from clipkit.evaluation.small import small_test
 from clipkit.images.parallel import Workers
-from clipkit.labelling.classifier import Prediction, ZeroShotClassifier
+from clipkit.labelling.classifier import Prediction, Predictions, ZeroShotClassifier
 from clipkit.metrics import classification as metrics
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.text_notices import Notice, tell
@@ -52,7 +52,7 @@ class ZeroShotResult:
     class_names: tuple[str, ...]
     labels: Tensor
     hits: Tensor
-    predictions: list[Prediction]
+    predictions: Sequence[Prediction]
     confusion: Tensor
     per_class: list[ClassFigures]
 
@@ -153,15 +153,34 @@ class ZeroShotEvaluator(Evaluator):
             self.rejected += [replace(reject, row=self._rows[reject.row]) for reject in embedded.rejected]
             self._rows = [self._rows[row] for row in embedded.rows]
             self.images, self.labels = Subset(self.images, embedded.rows), self.labels[embedded.rows]
-        logits = classifier.logits(embedded.vectors)
-        figures = {f"{self.name}/top1": metrics.top_k_accuracy(logits, self.labels)}
-        if len(classifier.class_names) > 5:
-            figures[f"{self.name}/top5"] = metrics.top_k_accuracy(logits, self.labels, 5)
-        figures[f"{self.name}/mean_per_class"] = metrics.mean_per_class(logits, self.labels)
-        predictions = classifier.predict(embedded.vectors, range(len(embedded.vectors)))
-        self.last = _result(figures, classifier.class_names, self.labels, logits, predictions)
+        figures, self.last = self._score(classifier, embedded.vectors)
         self.notices = [*self._small(), *classifier.notices]
         return figures
+
+    def _score(self, classifier: ZeroShotClassifier, vectors: Tensor) -> tuple[dict[str, float], ZeroShotResult]:
+        """The figures and the report; the scores of a part of the images are held at once."""
+        classes = len(classifier.class_names)
+        if not len(vectors):
+            raise DataError("there is nothing to score: no labelled row")
+        hits, predicted = {1: torch.zeros(len(vectors), dtype=torch.float64)}, torch.zeros(len(vectors)).long()
+        if classes > 5:
+            hits[5] = torch.zeros(len(vectors), dtype=torch.float64)
+        for start, stop in classifier.tiles(len(vectors)):
+            logits = classifier.logits(vectors[start:stop])
+            for k in hits:
+                hits[k][start:stop] = metrics.hits(logits, self.labels[start:stop], k)
+            predicted[start:stop] = logits.argmax(1)
+        figures = {f"{self.name}/top{k}": float(hit.mean()) for k, hit in hits.items()}
+        recall = metrics.recall_of_hits(hits[1], self.labels, classes)
+        figures[f"{self.name}/mean_per_class"] = float(recall.nanmean())
+        predictions = Predictions(classifier.class_names, *classifier.best(vectors), range(len(vectors)))
+        confusion = metrics.confusion_of(predicted, self.labels, classes)
+        images, named = confusion.sum(1).tolist(), confusion.sum(0).tolist()
+        rows = []
+        for name, n, part, times in zip(classifier.class_names, images, recall.tolist(), named, strict=True):
+            rows.append(ClassFigures(name, n, part if n else None, times))
+        names, labels = classifier.class_names, self.labels
+        return figures, ZeroShotResult(figures, names, labels, hits[1], predictions, confusion, rows)
 
     def keys(self) -> list[str]:
         """The keys of the metrics, in their order."""
@@ -206,16 +225,6 @@ class ZeroShotEvaluator(Evaluator):
 
     def _present(self) -> int:
         return int((torch.bincount(self.labels) > 0).sum())
-
-
-def _result(
-    figures: dict[str, float], names: tuple[str, ...], labels: Tensor, logits: Tensor, predictions: list[Prediction]
-) -> ZeroShotResult:
-    confusion = metrics.confusion(logits, labels)
-    n, named = confusion.sum(1).tolist(), confusion.sum(0).tolist()
-    recall = [r if c else None for r, c in zip(metrics.per_class_recall(logits, labels).tolist(), n, strict=True)]
-    rows = [ClassFigures(*row) for row in zip(names, n, recall, named, strict=True)]
-    return ZeroShotResult(figures, names, labels, metrics.hits(logits, labels), predictions, confusion, rows)
 
 
 def _align(

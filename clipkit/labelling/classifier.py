@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from clipkit.metrics.ranking import distinct_rows
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.text_notices import class_notices, tell
 from clipkit.prompts import DEFAULT_TEMPLATE, Names, Templates, names_of, prompts
+
+_SCORES = 2**24  # held at once: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,34 @@ class Labelled:
     def rows(self) -> list[int]:
         """For each prediction the place of its image among the images that were passed."""
         return [prediction.row for prediction in self.predictions]
+
+
+class Predictions(Sequence[Prediction]):
+    """Predictions that are made when they are asked for: a million of them take 100 MB.
+
+    Args:
+        class_names: of all classes.
+        classes, scores: (n, k), as `ZeroShotClassifier.best` gives them.
+        rows: the number to call each image by.
+    """
+
+    def __init__(self, class_names: Sequence[str], classes: Tensor, scores: Tensor, rows: Sequence[int]) -> None:
+        self._class_names, self._classes, self._scores, self._rows = class_names, classes, scores, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Prediction: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Prediction]: ...
+    def __getitem__(self, place: int | slice) -> Prediction | list[Prediction]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        best = self._classes[place].tolist()
+        scores = self._scores[place].tolist()
+        labels = [self._class_names[index] for index in best]
+        return Prediction(labels[0], scores[0], best[0], self._rows[place], list(zip(labels, scores, strict=True)))
 
 
 class ZeroShotClassifier:
@@ -149,14 +179,26 @@ class ZeroShotClassifier:
 
     def predict(self, vectors: Tensor, rows: Sequence[int], *, top_k: int = 5) -> list[Prediction]:
         """Predictions from (n, dim) image embeddings; ``rows`` are the numbers to call the images by."""
-        ranked = self.probabilities(vectors).sort(dim=1, descending=True, stable=True)
-        k = min(top_k, len(self.class_names))
-        best, scores = ranked.indices[:, :k].tolist(), ranked.values[:, :k].tolist()
-        return [self._prediction(*parts) for parts in zip(rows, best, scores, strict=True)]
+        return list(Predictions(self.class_names, *self.best(vectors, top_k), rows))
 
-    def _prediction(self, row: int, best: list[int], scores: list[float]) -> Prediction:
-        labels = [self.class_names[i] for i in best]
-        return Prediction(labels[0], scores[0], best[0], row, list(zip(labels, scores, strict=True)))
+    def best(self, vectors: Tensor, top_k: int = 5) -> tuple[Tensor, Tensor]:
+        """The best classes of each of (n, dim) image embeddings and their probabilities, both (n, top_k).
+
+        Of equal probabilities the first class comes first. Never holds the scores of all images at once.
+        """
+        k = min(top_k, len(self.class_names))
+        classes = torch.zeros(len(vectors), k, dtype=torch.int64)
+        scores = torch.zeros(len(vectors), k)
+        for start, stop in self.tiles(len(vectors)):
+            ranked = self.probabilities(vectors[start:stop]).sort(dim=1, descending=True, stable=True)
+            classes[start:stop], scores[start:stop] = ranked.indices[:, :k], ranked.values[:, :k]
+        return classes, scores
+
+    def tiles(self, images: int) -> Iterator[tuple[int, int]]:
+        """Ranges of images whose scores for all classes take at most 64 MiB."""
+        step = max(1, _SCORES // len(self.class_names))
+        for start in range(0, images, step):
+            yield start, min(start + step, images)
 
     def logits(self, vectors: Tensor) -> Tensor:
         """(n, classes): cosine times the model's logit scale, plus its bias if it has one. Ranks like `probabilities`,

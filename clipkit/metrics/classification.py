@@ -41,8 +41,13 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
 
 def per_class_recall(scores: Tensor, labels: Tensor) -> Tensor:
     """(classes,) float64: top-1 accuracy within each class; NaN for a class that no label names."""
-    counts = torch.bincount(labels, minlength=scores.shape[1])
-    right = torch.zeros(scores.shape[1], dtype=torch.float64).scatter_add(0, labels, hits(scores, labels))
+    return recall_of_hits(hits(scores, labels), labels, scores.shape[1])
+
+
+def recall_of_hits(hit: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """`per_class_recall` from what `hits` gives, for scores that were never in memory at once."""
+    counts = torch.bincount(labels, minlength=classes)
+    right = torch.zeros(classes, dtype=torch.float64).scatter_add(0, labels, hit)
     return right / torch.where(counts > 0, counts, torch.nan)
 
 
@@ -54,8 +59,12 @@ def mean_per_class(scores: Tensor, labels: Tensor) -> float:
 def confusion(scores: Tensor, labels: Tensor) -> Tensor:
     """(classes, classes) long: rows are true classes, columns predicted ones (first of equal scores)."""
     _check(scores, labels)
-    c = scores.shape[1]
-    return torch.bincount(labels * c + scores.argmax(1), minlength=c * c).reshape(c, c)
+    return confusion_of(scores.argmax(1), labels, scores.shape[1])
+
+
+def confusion_of(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """`confusion` from the predicted classes."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def chance(classes: int, k: int = 1) -> float:

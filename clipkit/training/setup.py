@@ -20,6 +20,7 @@ from clipkit.data.batches.batch import Batch
 from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.batches.loader import Loader
 from clipkit.data.dataset import as_dataset
+from clipkit.embedding.decoding import smallest_side
 from clipkit.errors import ClipkitError, UsageError, option
 from clipkit.evaluation.evaluator import Evaluator, Measure, as_evaluator
 from clipkit.losses.contrastive import prior_bias
@@ -173,6 +174,7 @@ class TrainSetup:
             world_size=distributed.world_size(),
             workers=config.workers,
             on_bad=config.on_bad,
+            at_least=smallest_side(config.decode, self.model.processor),
         )
 
     # -- for the loop and the checks

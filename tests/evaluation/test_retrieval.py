@@ -78,7 +78,7 @@ def constant(model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A collapsed model: the same embedding for everything."""
     unit = torch.nn.functional.normalize(torch.ones(1, 16), dim=1)
     monkeypatch.setattr(model.backend, "project_image", lambda features: unit.repeat(len(features), 1))
-    monkeypatch.setattr(model.backend, "embed_text", lambda ids, mask, **more: unit.repeat(len(ids), 1))
+    monkeypatch.setattr(model.backend, "project_text", lambda features: unit.repeat(len(features), 1))
 
 
 def test_a_collapsed_model_scores_chance_exactly(model, images, monkeypatch) -> None:

@@ -10,6 +10,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from clipkit.errors import BadImage, DataError, UsageError
 from clipkit.evaluation.zero_shot import ZeroShotEvaluator
+from clipkit.labelling import classifier
 from clipkit.labelling.classifier import ZeroShotClassifier
 
 NAMES = ["red", "green", "blue", "yellow", "cyan", "magenta", "black"]
@@ -64,7 +65,7 @@ def test_top5_only_with_more_than_five_classes(model, images) -> None:
 def test_a_collapsed_model_scores_chance_exactly(model, images, monkeypatch) -> None:
     unit = torch.nn.functional.normalize(torch.randn(1, 16), dim=1)
     monkeypatch.setattr(model.backend, "project_image", lambda features: unit.repeat(len(features), 1))
-    monkeypatch.setattr(model.backend, "embed_text", lambda ids, mask, **more: unit.repeat(len(ids), 1))
+    monkeypatch.setattr(model.backend, "project_text", lambda features: unit.repeat(len(features), 1))
     evaluator = ZeroShotEvaluator(labelled(images, LABELS, NAMES))
     assert evaluator(model) == pytest.approx(evaluator.chance())
 
@@ -120,3 +121,25 @@ def test_bad_images(model, images) -> None:
     assert [(r.row, r.code) for r in evaluator.rejected] == [(2, "EMPTY")]
     assert evaluator(model) == found
     assert evaluator.counts()["zero_shot/images"] == 10
+
+
+def test_the_scores_of_a_part_of_the_images_are_held_at_once(model, images, monkeypatch) -> None:
+    whole = ZeroShotEvaluator(labelled(images, LABELS, NAMES))
+    expected = whole(model)
+    sizes = []
+    logits = ZeroShotClassifier.logits
+
+    def counting(self, vectors):
+        sizes.append(len(vectors))
+        return logits(self, vectors)
+
+    monkeypatch.setattr(ZeroShotClassifier, "logits", counting)
+    monkeypatch.setattr(classifier, "_SCORES", 3 * len(NAMES))
+    tiled = ZeroShotEvaluator(labelled(images, LABELS, NAMES))
+    assert tiled(model) == pytest.approx(expected)
+    assert max(sizes) == 3
+    assert sum(sizes) == 2 * 11  # the figures, and the predictions
+    assert list(tiled.last.predictions) == list(whole.last.predictions)
+    assert tiled.last.predictions[-1].row == 10
+    assert [prediction.row for prediction in tiled.last.predictions[2:5]] == [2, 3, 4]
+    assert torch.equal(tiled.last.confusion, whole.last.confusion)

@@ -7,7 +7,9 @@ import tiny
 from runs import on_ranks
 
 from clipkit import TrainConfig, Trainer, distributed
+from clipkit.data.batches import collate
 from clipkit.errors import ConfigError
+from clipkit.images.load import load_image
 from clipkit.training.config.run import RunConfig
 
 
@@ -86,3 +88,19 @@ def test_the_options_are_read_from_yaml_and_checked():
             RunConfig.parse({**sections, "train": {**given, **wrong}})
     one = RunConfig.parse({**sections, "train": {**given, "distinct": "texts"}}).train
     assert one.distinct == TrainConfig("x", distinct="texts").distinct == ("texts",)
+
+
+@pytest.mark.parametrize(("decode", "at_least"), [("fast", 3 * 16), ("exact", None)])
+def test_the_decoder_of_a_jpeg_may_scale_training_images(tmp_path, make_model, pairs, monkeypatch, decode, at_least):
+    asked = []
+
+    def load(source, **options):
+        asked.append(options["at_least"])
+        return load_image(source, **options)
+
+    monkeypatch.setattr(collate, "load_image", load)
+    model = make_model()
+    assert model.processor.image_size == 16
+    config = TrainConfig(str(tmp_path / "run"), batch_size=8, max_steps=1, decode=decode, progress=False)
+    next(iter(Trainer(model, pairs, config).loader.batches(0, 1)))
+    assert asked == [at_least] * 8

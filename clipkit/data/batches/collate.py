@@ -45,6 +45,7 @@ class Collator:
         sides: which sides are prepared.
         views: (number of the view, its augmentation), 0 being the image itself.
         on_bad: ``error`` or ``skip``.
+        at_least: as for `load_image`.
     """
 
     reader: RecordReader
@@ -55,6 +56,7 @@ class Collator:
     sides: tuple[str, ...]
     views: tuple[tuple[int, Augmentation], ...]
     on_bad: str
+    at_least: int | None = None
 
     def batch(self, draws: Sequence[Draw]) -> Batch:
         """Return the batch of some draws.
@@ -104,8 +106,9 @@ class Collator:
         hard_hashes: list[int] = []
         for i, (draw, record) in enumerate(zip(draws, records, strict=True)):
             try:
-                image = load_image(record["image"])
-                hard_images = [load_image(cell) for cell in _listed(record.get("hard_images"), "hard_images")]
+                image = load_image(record["image"], at_least=self.at_least)
+                cells = _listed(record.get("hard_images"), "hard_images")
+                hard_images = [load_image(cell, at_least=self.at_least) for cell in cells]
             except BadImage as error:
                 rejected.append(self._refused(draw, error))
                 continue

@@ -41,6 +41,7 @@ class Loader:
         rank, world_size: which part of each batch to load.
         workers: processes that decode; 0 decodes in this one.
         on_bad: ``error`` stops at an image that cannot be used, ``skip`` leaves its row out and lists it.
+        at_least: as for `load_image`: the decoder of a JPEG may scale it down to so many pixels a side.
 
     Raises:
         UsageError: a column that does not exist or cannot be a key; views or hard images of a locked tower; a stream.
@@ -63,6 +64,7 @@ class Loader:
         world_size: int = 1,
         workers: int = 0,
         on_bad: Literal["error", "skip"] = "error",
+        at_least: int | None = None,
     ) -> None:
         source = as_dataset(source)
         keys = {column: column_codes(source, column) for column in columns if column not in (ROW, *CONTENT)}
@@ -94,6 +96,7 @@ class Loader:
                 tuple(sides),
                 tuple(zip(shown, augmentations, strict=True)),
                 on_bad,
+                at_least,
             ),
             plan,
             rank,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from clipkit.data.batches.augment import Augmentation
+from clipkit.embedding.decoding import Decode
 from clipkit.errors import ConfigError
 from clipkit.losses.contrastive import TILE
 from clipkit.training.config.fields import STRICT, FractionBelow1, as_lists, as_paths, check_fields
@@ -56,6 +57,8 @@ class TrainConfig:
         view_augmentation: of the views that a notion of similarity compares.
         seed: of everything random.
         workers: processes that decode images, per rank; 0: this process.
+        decode: ``fast`` lets the decoder of a JPEG scale it down as long as three times the model's input remains;
+            ``exact`` decodes all pixels, as evaluators do.
         evaluate_every: steps between evaluations; None: once an epoch. The last step is always measured.
         forget_budget: how much of the reference metric may be lost (0.01: one point of a hundred); after training the
             weights go back towards the start as far as that requires (see `Guardrail`). None: no limit.
@@ -102,6 +105,7 @@ class TrainConfig:
     view_augmentation: Augmentation = "simclr"
     seed: int = 0
     workers: NonNegativeInt = 0
+    decode: Decode = "fast"
     evaluate_every: PositiveInt | None = None
     forget_budget: Annotated[NonNegativeFloat, Field(allow_inf_nan=False)] | None = None
     best: str | None = None

@@ -55,8 +55,11 @@ class Toy(Backend):
     def project_image(self, features: Tensor) -> Tensor:
         return self.head(features)
 
-    def embed_text(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
+    def text_features(self, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
         return self.words(input_ids)
+
+    def project_text(self, features):
+        return features
 
     def describe(self, part: str) -> dict[str, Any]:
         return {}

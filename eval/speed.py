@@ -367,8 +367,9 @@ def features(bench: Bench) -> Iterator[Row]:
     model = bench.model().freeze("image").freeze("text")
     with EmbeddingStore(bench.folder / "features.store") as store:
         kept = with_features(model, pairs, store=store)
-    images = torch.tensor(np.array(kept["image_features"]), device=bench.device)
-    texts = torch.tensor(np.array([features[0] for features in kept["text_features"]]), device=bench.device)
+    images = torch.tensor(np.array(kept["image_features"], dtype=np.float32), device=bench.device)
+    first = [features[0] for features in kept["text_features"]]
+    texts = torch.tensor(np.array(first, dtype=np.float32), device=bench.device)
     steps, batch, runs = 100, 256, count()
 
     def ours() -> None:

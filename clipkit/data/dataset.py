@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from clipkit.codes import assign_codes
 from clipkit.errors import DataError, UsageError, option
+from clipkit.metrics.codes import assign_codes
 from clipkit.suggest import closest
 from clipkit.texts import BadText, checked_text, is_blank
 

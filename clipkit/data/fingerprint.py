@@ -26,11 +26,7 @@ from clipkit.images.load import bytes_of
 from clipkit.progress import track
 
 _VERSION = b"clipkit data 1"
-
-
 _WHOLE, _WINDOW = 64 * 1024, 16 * 1024  # files up to here are read whole, of longer ones three windows
-
-
 _SAMPLE = 1000
 _READ_ALL, _READ_OF_MORE = 100_000, 10_000  # rows: the files of up to so many are all read; of more, so many files
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from clipkit.codes import assign_codes
 from clipkit.data.dataset import as_dataset, key_values, require_column
 from clipkit.data.fingerprint import file_or_bytes, raw_cells
 from clipkit.errors import DataError, UsageError, option
+from clipkit.metrics.codes import assign_codes
 
 if TYPE_CHECKING:
     from datasets import Dataset

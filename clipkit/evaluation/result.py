@@ -18,7 +18,6 @@ from clipkit.models.dual_encoder import DualEncoder
 
 logger = logging.getLogger("clipkit")
 
-
 _PACKAGES = (
     *(DISTRIBUTION, "torch", "transformers", "open_clip_torch", "datasets", "accelerate"),
     *("tokenizers", "timm", "numpy", "pillow"),

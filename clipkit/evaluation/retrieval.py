@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from clipkit import distributed
-from clipkit.codes import assign_codes
 from clipkit.data.dataset import key_values, require_texts
 from clipkit.data.reading.rejects import Reject
 from clipkit.embedding.embed import embed
@@ -24,6 +23,7 @@ from clipkit.evaluation.small import small_test
 from clipkit.files import content_hash
 from clipkit.images.load import bytes_of
 from clipkit.images.parallel import Workers
+from clipkit.metrics.codes import assign_codes
 from clipkit.metrics.ranking import Ranks, Relevance, chance, concat, rank, tiles
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.processor import Processor, TextSide

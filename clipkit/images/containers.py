@@ -8,11 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 Info: TypeAlias = "dict[str | tuple[int, int], Any]"
-
-
 _TEXT = 4 * 1024**2  # bytes of one text that are unpacked, of whatever size it is: what is looked for stands in front
-
-
 _KEYS = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 

@@ -10,11 +10,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 Array: TypeAlias = np.ndarray[Any, Any]
-
-
 _BITS, _PHOTOMETRIC, _MAX, _PLANAR, _MIN_SAMPLE, _MAX_SAMPLE = 258, 262, 281, 284, 340, 341  # tags of TIFF 6.0
-
-
 _DARK = 64  # the high byte of a 16-bit value stays below it if the value has 14 bits or fewer
 
 
@@ -105,16 +101,12 @@ def lightened(image: Image.Image, rawmode: str, again: Callable[[], Image.Image]
 
 
 _OTHER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
-
-
 _UNPACKED = ("RGB", "RGBA", "RGBX", "CMYK", *"RGBA")
 
 
 # To read the other byte of each sample, ask for the other byte order. Grey with alpha is taken as four bytes: grey's
 # high and low one, then alpha's.
 _LOW = {f"{mode};16{order}": f"{mode};16{other}" for mode in _UNPACKED for order, other in _OTHER.items()}
-
-
 _LOW["LA;16B"] = "RGBA"
 
 

@@ -40,11 +40,7 @@ from clipkit.images.signatures import ends_early, signature
 from clipkit.paths import Tree, did_you_mean, is_url, show
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Mapping[str, Any]"
-
-
 log = logging.getLogger("clipkit")
-
-
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 

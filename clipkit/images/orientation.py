@@ -11,7 +11,6 @@ from PIL import Image
 
 _TAG = 0x0112
 
-
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

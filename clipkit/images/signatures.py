@@ -18,10 +18,7 @@ class Signature(NamedTuple):
 
 
 _AGAIN = "the download failed: fetch the file again"
-
-
 _CONVERT = "convert it to JPEG or PNG"
-
 
 _OTHER_IMAGES = {
     b"%PDF": "a PDF document",
@@ -39,7 +36,6 @@ _OTHER_IMAGES = {
     b"qoif": "QOI",
 }
 
-
 _OTHER_FILES = {
     b"PK\3\4": "a ZIP archive",
     b"\x1f\x8b": "a gzip file",
@@ -49,9 +45,7 @@ _OTHER_FILES = {
     b"\x1aE\xdf\xa3": "a WebM or Matroska video",
 }
 
-
 _HEIF = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1"}
-
 
 _TEXTS = {
     "an HTML page": (b"<!doctype", b"<html", b"<head", b"<body"),

@@ -20,8 +20,6 @@ from clipkit.errors import UsageError, option
 from clipkit.modality import Modality
 
 Keys = Mapping[str, Tensor]  # column -> (n,) int64 codes, or (n,) or (n, d) float32 numbers
-
-
 Treat = Literal["positive", "ignore", "negative"]
 Head = Literal["mlp", "linear"]
 

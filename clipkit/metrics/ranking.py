@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clipkit.codes import assign_codes
 from clipkit.errors import ClipkitError, DataError, UsageError
+from clipkit.metrics.codes import assign_codes
 
 _TILE = 2**24  # scores held at once: 64 MiB of float32, and as much again in comparisons
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipkit.errors import ModelError
 from clipkit.modality import Modality
 from clipkit.models.processor import Processor
-from clipkit.threads import one_thread
+from clipkit.models.threads import one_thread
 
 
 class ParameterPrefixes(NamedTuple):

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from clipkit.models.exporting.report import ExportReport
 
 logger = logging.getLogger("clipkit")
-
-
 _ROOT = "backend."  # of the name of every parameter
 
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipkit.allocator import keep_freed_memory
 from clipkit.errors import BadImage, DataError, ModelError, UsageError
 from clipkit.images.load import load_image
 from clipkit.images.parallel import Workers, decode_batch, prepared
 from clipkit.modality import Modality
+from clipkit.models.allocator import keep_freed_memory
 from clipkit.models.backend import Backend, Embeddings
 from clipkit.models.eval_mode import eval_mode
 from clipkit.models.processor import Processor

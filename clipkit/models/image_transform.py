@@ -18,14 +18,8 @@ from clipkit.errors import ModelError
 from clipkit.files import dump_json
 
 Resize = Literal["squash", "shortest"]
-
-
 Filter = Literal["bicubic", "bilinear"]
-
-
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
 _MARK = "clipkit_transform"  # in preprocessor_config.json: this file describes an ImageTransform
 
 

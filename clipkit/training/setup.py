@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from clipkit import distributed
-from clipkit.allocator import keep_freed_memory
 from clipkit.data.batches.batch import Batch
 from clipkit.data.batches.build_plan import build_plan
 from clipkit.data.batches.loader import Loader
@@ -25,6 +24,7 @@ from clipkit.errors import ClipkitError, UsageError, option
 from clipkit.evaluation.evaluator import Evaluator, Measure, as_evaluator
 from clipkit.losses.contrastive import prior_bias
 from clipkit.losses.similarity import Paired, Similarity, key_columns
+from clipkit.models.allocator import keep_freed_memory
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.saving.model_card import base_of
 from clipkit.training.accelerator import make_accelerator

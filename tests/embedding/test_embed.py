@@ -183,14 +183,14 @@ def test_what_was_done_before_an_error_is_kept(model, tiny, tmp_path: Path, call
 
 def test_a_file_that_changes_meanwhile_is_not_stored_under_the_old_content(model, tiny, tmp_path, monkeypatch) -> None:
     paths = tiny.write_pictures(tmp_path, range(2))
-    original = module._identify
+    original = module.identify
 
     def then_change(*args, **kwargs):
         work = original(*args, **kwargs)
         tiny.picture(99).save(paths[1])
         return work
 
-    monkeypatch.setattr(module, "_identify", then_change)
+    monkeypatch.setattr(module, "identify", then_change)
     with EmbeddingStore() as store:
         found = embed(model, paths, store=store, on_bad="skip")
         assert [r.code for r in found.rejected] == ["CHANGED"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clipkit.embedding import decoding
-from clipkit.embedding import embed as module
+from clipkit.embedding import distinct as module
 from clipkit.embedding.embed import embed
 from clipkit.embedding.store import EmbeddingStore
 from clipkit.errors import BadImage, UsageError

@@ -34,7 +34,7 @@ def wordpiece(tmp_path_factory) -> Processor:
 def clip() -> Processor:
     import open_clip
 
-    from clipkit.models.backends.open_clip import OpenClipTexts
+    from clipkit.models.backends.open_clip_processor import OpenClipTexts
 
     return Processor(None, OpenClipTexts(open_clip.get_tokenizer("ViT-B-32")))
 

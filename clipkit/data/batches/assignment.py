@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
-
-
 _MASK = (1 << 64) - 1
 
 

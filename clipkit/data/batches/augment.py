@@ -13,8 +13,6 @@ from typing import Literal
 from PIL import Image, ImageEnhance, ImageFilter
 
 Augmentation = Literal["none", "crop", "crop+flip", "affine", "simclr"]
-
-
 Augment = Callable[[Image.Image, random.Random], Image.Image]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.codes import assign_codes
 from clipkit.data.batches.assignment import Ints
 from clipkit.data.batches.plan import Plan
 from clipkit.data.dataset import as_dataset, caption_counts, iterate_column, key_values, require_texts
 from clipkit.data.fingerprint import opened, steady
 from clipkit.data.split import image_keys
 from clipkit.errors import DataError, UsageError
+from clipkit.metrics.codes import assign_codes
 
 
 def build_plan(

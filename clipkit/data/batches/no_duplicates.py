@@ -16,11 +16,7 @@ from clipkit.data.batches.samplers import LEAST, NoDuplicatesSampler, Sampler, S
 from clipkit.errors import UsageError, option
 
 _LOOKS = 64  # at batches a row, so that an epoch takes time in proportion to its rows; a row that fits nowhere waits
-
-
 _TRIES = 20
-
-
 Key = tuple[Ints, Ints]
 
 

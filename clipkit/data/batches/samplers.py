@@ -14,8 +14,6 @@ from clipkit.data.batches.assignment import Ints, assign, full_batches, places
 from clipkit.errors import UsageError, option
 
 Shown: TypeAlias = tuple[Ints, Ints]
-
-
 LEAST = 0.5  # of the rows an epoch has to show: a demand that leaves out more than it trains on is taken for an error
 
 

@@ -25,8 +25,6 @@ _KIND = re.compile(r"(images?|imgs?|jpe?gs?|pngs?|jpe?gimages)", re.I)
 
 # Not classes if all folders have such names: collections, 00000 of img2dataset, years, days, cameras' folders.
 _PLACE = re.compile(r"photos|pictures|pics|data|dataset|files|raw|all|masks|labels|annotations", re.I)
-
-
 _NUMBER = re.compile(r"\d{4,}([-_]\d\d)*|(part|shard|chunk|batch)[-_]?\d+|\d{3}[A-Z_]{5}")
 
 

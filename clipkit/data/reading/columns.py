@@ -16,8 +16,6 @@ from clipkit.texts import checked_text, is_blank
 # fmt: off
 IMAGE_NAMES = ["image", "images", "img", "image_path", "image_file", "filepath", "file_path", "file", "filename",
                "file_name", "path", "photo"]
-
-
 TEXT_NAMES = ["texts", "captions", "text", "caption", "sentences", "sentence", "title", "description", "alt_text",
               "alt", "prompt"]
 

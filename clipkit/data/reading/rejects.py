@@ -14,11 +14,7 @@ from clipkit.files import dump_json, write_text
 from clipkit.paths import Tree, show
 
 log = logging.getLogger("clipkit")
-
-
 OnBad = Literal["error", "skip"]
-
-
 _SHOWN = 10
 
 

@@ -21,20 +21,10 @@ from clipkit.models.backends.layers import transformer_blocks
 from clipkit.suggest import near
 
 ADAPTER = "default"  # peft's own name for the only adapter
-
-
 MARK = ".lora_"  # in the names of peft's matrices
-
-
 UPDATE = ".lora_B."  # of the factor that begins at 0
-
-
 _LINEAR = (nn.Linear, Conv1D)
-
-
 _ADAPTABLE = (*_LINEAR, nn.Conv1d, nn.Conv2d)
-
-
 _BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 
 

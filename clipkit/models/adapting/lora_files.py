@@ -31,14 +31,8 @@ from clipkit.models.fingerprint.fingerprint import Fingerprint, full_fingerprint
 from clipkit.models.processor import Processor
 
 NAME, REST = "adapter.json", "trained.safetensors"
-
-
 SCHEMA = 1
-
-
 _PREFIX = "base_model.model."  # of every name in peft's files
-
-
 _AGAIN = "copy the adapter again"
 
 

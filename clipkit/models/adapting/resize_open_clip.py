@@ -11,7 +11,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from clipkit.errors import ModelError
 from clipkit.models.adapting.positions import Change, cannot, resample_grid, resample_line, set_parameter, takes
 from clipkit.models.backend import Backend
-from clipkit.models.backends.open_clip import OpenClipImages, OpenClipTexts
+from clipkit.models.backends.open_clip_processor import OpenClipImages, OpenClipTexts
 from clipkit.models.processor import Processor
 
 

@@ -113,8 +113,6 @@ def settle_end_of_text(text_tower: Any, tokenizer: Any) -> None:
 
 
 _HIGHEST_ID = 2  # what transformers' CLIP takes for "the highest id", whatever token 2 may be
-
-
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "feed_forward_proj")
 
 

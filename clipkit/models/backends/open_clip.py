@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,20 +17,15 @@ from clipkit.errors import ModelError
 from clipkit.files import dump_json
 from clipkit.modality import Modality
 from clipkit.models.backend import Backend, ParameterPrefixes
-from clipkit.models.processor import END, START, Processor, hash_tokenizer, vocabulary_hash
+from clipkit.models.backends.open_clip_processor import OpenClipImages, OpenClipTexts, is_hf
+from clipkit.models.processor import Processor
 from clipkit.suggest import near
 
 logger = logging.getLogger("clipkit")
-
-
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-
-
 TEXT_CONFIG = (
     "text_config"  # a folder with the config of a text tower of transformers, which open_clip_config.json names
 )
-
-
 _TEXT = ("text", "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 
 
@@ -103,7 +96,7 @@ class OpenClipBackend(Backend):
         if bias is not None:
             config.setdefault("init_logit_bias", float(bias.detach().reshape(())))
         config["text_cfg"].pop("hf_tokenizer_name", None)
-        if _is_hf(processor.text_side):
+        if is_hf(processor.text_side):
             config["text_cfg"]["hf_tokenizer_name"] = "."  # open_clip reads its files from the same folder
         return config
 
@@ -143,73 +136,6 @@ def _square(size: Any) -> Any:
 def _preprocess_config(model: Any) -> dict[str, Any]:
     settings = dict(model.visual.preprocess_cfg)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
-
-
-class OpenClipImages:
-    """open_clip's evaluation transform, used as it is."""
-
-    def __init__(self, preprocess: Callable[[Image.Image], Tensor], settings: Mapping[str, Any]) -> None:
-        self.preprocess, self.settings = preprocess, dict(settings)
-        size = self.settings["size"]
-        self.image_size = size if isinstance(size, int) else max(size)
-
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        return torch.stack([self.preprocess(image) for image in images])
-
-    def describe(self) -> dict[str, Any]:
-        # Its text names every step with its numbers, whoever built it.
-        steps = " ".join(str(self.preprocess).replace("[", "(").replace("]", ")").split())
-        return {"transform": steps, "image_size": self.image_size, **_jsonable(self.settings)}
-
-    def save(self, folder: Path) -> None:
-        """Nothing: open_clip_config.json holds it."""
-
-
-class OpenClipTexts:
-    """open_clip's tokenizer, used as it is."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.context_length = tokenizer, int(tokenizer.context_length)
-        vocabulary = tokenizer.tokenizer.get_vocab() if _is_hf(self) else tokenizer.encoder
-        self.highest_id = max(vocabulary.values())
-        self.eos_token_id = tokenizer.tokenizer.eos_token_id if _is_hf(self) else tokenizer.eot_token_id
-        self.pad_token_id = tokenizer.tokenizer.pad_token_id if _is_hf(self) else 0
-        self.unknown_id: int | None = tokenizer.tokenizer.unk_token_id if _is_hf(self) else None
-        self._hash: str | None = None
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        return {"input_ids": self.tokenizer(list(texts))}
-
-    def counts(self, texts: Sequence[str]) -> list[int]:
-        if _is_hf(self):
-            cleaned = [self.tokenizer.clean_fn(text) for text in texts]
-            rows = self.tokenizer.tokenizer(cleaned, padding=False, truncation=False, verbose=False)["input_ids"]
-            return [len(row) for row in rows]
-        return [len(self.tokenizer.encode(text)) + 2 for text in texts]  # start and end of text
-
-    def describe(self) -> dict[str, Any]:
-        if self._hash is None:
-            self._hash = self._hash_tokenizer()
-        return {"tokenizer": self._hash}
-
-    def _hash_tokenizer(self) -> str:
-        if _is_hf(self):
-            return hash_tokenizer(self.tokenizer.tokenizer)
-        start, end = (self.tokenizer.decoder[n] for n in (self.tokenizer.sot_token_id, self.tokenizer.eot_token_id))
-        return vocabulary_hash(self.tokenizer.encoder, {start: START, end: END})
-
-    def save(self, folder: Path) -> None:
-        if _is_hf(self):
-            self.tokenizer.save_pretrained(folder)
-
-
-def _is_hf(side: Any) -> bool:
-    return hasattr(side.tokenizer, "tokenizer")
-
-
-def _jsonable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    jsonable: dict[str, Any] = json.loads(json.dumps(dict(settings)))
-    return jsonable
 
 
 def wrap(

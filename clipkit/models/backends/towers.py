@@ -24,8 +24,6 @@ from clipkit.models.backends.quiet import quiet
 from clipkit.models.processor import Processor
 
 Head = Literal["linear", "mlp"]
-
-
 LN_1_OVER_007 = math.log(1 / 0.07)  # the starting temperature of Radford et al. 2021, section 2.5
 
 

@@ -19,16 +19,12 @@ if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
 
 _COLLAPSED = 1e-6  # of any component between the embeddings of different inputs
-
-
 _BF16_COSINE = 0.98  # of the same input; tiny random models reach 0.999
-
 
 _UNDO = (
     "copy or download the model again, or install the library versions it was saved with; "
     "if the change is meant, save it as a new model"
 )
-
 
 _BY_VOCABULARY = ("ids", "case", "start_token", "end_token", "end_when_cut", "pad_token")
 

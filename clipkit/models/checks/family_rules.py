@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipkit.models.checks.finding import Finding, Level, about, why
+from clipkit.models.checks.sizes import PREPROCESSING, size_findings
 
 if TYPE_CHECKING:
-    from clipkit.models.backend import Backend
     from clipkit.models.dual_encoder import DualEncoder
     from clipkit.models.fingerprint.fingerprint import Fingerprint
 
@@ -20,9 +20,6 @@ class _Rule(NamedTuple):
     level: Level
     says: str
     fix: str
-
-
-_PREPROCESSING = "preprocessor_config.json (processor_config.json, open_clip_config.json)"
 
 
 _CLIP_ACTIVATION = [
@@ -37,24 +34,22 @@ _CLIP_ACTIVATION = [
     for part in ("image", "text")
 ]
 
-
 _CLIP_COLOURS = [
     _Rule(
         "image.mean",
         ("0.4815 0.4578 0.4082",),
         "warning",
         "CLIP's is 0.4815 0.4578 0.4082",
-        f"image_mean in {_PREPROCESSING}",
+        f"image_mean in {PREPROCESSING}",
     ),
     _Rule(
         "image.std",
         ("0.2686 0.2613 0.2758",),
         "warning",
         "CLIP's is 0.2686 0.2613 0.2758",
-        f"image_std in {_PREPROCESSING}",
+        f"image_std in {PREPROCESSING}",
     ),
 ]
-
 
 _CLIP = [
     _Rule(
@@ -62,9 +57,9 @@ _CLIP = [
         ("shortest side", "none"),
         "warning",
         "CLIP resizes the shortest side",
-        f"size in {_PREPROCESSING}",
+        f"size in {PREPROCESSING}",
     ),
-    _Rule("image.crop", ("centre",), "warning", "CLIP crops the centre", f"do_center_crop in {_PREPROCESSING}"),
+    _Rule("image.crop", ("centre",), "warning", "CLIP crops the centre", f"do_center_crop in {PREPROCESSING}"),
     _Rule(
         "text.case",
         ("lower-cased", "unknown"),
@@ -81,7 +76,6 @@ _CLIP = [
     ),
 ]
 
-
 _END_TOKEN = _Rule(
     "text.pooling",
     ("end token", "not measured"),
@@ -89,7 +83,6 @@ _END_TOKEN = _Rule(
     "CLIP reads the state of the end token",
     "eos_token_id in the text config must be the id that the tokenizer ends texts with",
 )
-
 
 _FIRST_TOKEN = _Rule(
     "text.pooling",
@@ -99,12 +92,11 @@ _FIRST_TOKEN = _Rule(
     "take config.json and the tokenizer's files from the original model; it pads on the right",
 )
 
-
 _SIGLIP = [
-    _Rule("image.mean", ("0.5 0.5 0.5",), "warning", "SigLIP's is 0.5", f"image_mean in {_PREPROCESSING}"),
-    _Rule("image.std", ("0.5 0.5 0.5",), "warning", "SigLIP's is 0.5", f"image_std in {_PREPROCESSING}"),
-    _Rule("image.resize", ("squash",), "warning", "SigLIP squashes images to a square", f"size in {_PREPROCESSING}"),
-    _Rule("image.crop", ("none",), "warning", "SigLIP does not crop", f"do_center_crop in {_PREPROCESSING}"),
+    _Rule("image.mean", ("0.5 0.5 0.5",), "warning", "SigLIP's is 0.5", f"image_mean in {PREPROCESSING}"),
+    _Rule("image.std", ("0.5 0.5 0.5",), "warning", "SigLIP's is 0.5", f"image_std in {PREPROCESSING}"),
+    _Rule("image.resize", ("squash",), "warning", "SigLIP squashes images to a square", f"size in {PREPROCESSING}"),
+    _Rule("image.crop", ("none",), "warning", "SigLIP does not crop", f"do_center_crop in {PREPROCESSING}"),
     _Rule(
         "text.case",
         ("lower-cased", "unknown"),
@@ -125,7 +117,6 @@ _SIGLIP = [
     ),
 ]
 
-
 _ANY = [
     _Rule(
         "image.antialias",
@@ -139,10 +130,9 @@ _ANY = [
         ("bicubic", "-", "unlike"),
         "warning",
         "CLIP, SigLIP and most others use bicubic",
-        f"resample 3 in {_PREPROCESSING}",
+        f"resample 3 in {PREPROCESSING}",
     ),
 ]
-
 
 _MADE_WITH_CLIP_TOKENS = "49407"
 
@@ -172,7 +162,7 @@ def known_answers(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
         yield Finding(rule.level, name, f"{part} {name}: {value}; {rule.says}", why(name), rule.fix)
     yield from siglip2
     yield from _scale(facts)
-    yield from _sizes(model, facts)
+    yield from size_findings(model, training_family(model, facts))
 
 
 def _rules(model: DualEncoder, facts: Fingerprint) -> list[_Rule]:
@@ -219,58 +209,3 @@ def _scale(facts: Fingerprint) -> Iterator[Finding]:
         yield Finding(
             "warning", "logit scale", what, why("logit scale"), "if the model was trained, its scale was not saved"
         )
-
-
-def _sizes(model: DualEncoder, facts: Fingerprint) -> Iterator[Finding]:
-    given = model.processor.image_size
-    expected = tower_size(model.backend)
-    if expected is not None and given != expected:
-        what = f"image size: the processor gives {given} pixels, the image tower takes {expected}"
-        yield Finding(
-            "error",
-            "image size",
-            what,
-            "the tower refuses such images or reads its positions wrongly",
-            f"size {expected} in {_PREPROCESSING}",
-        )
-    length = model.processor.context_length
-    positions = text_positions(model.backend)
-    if positions is not None and length > positions:
-        what = f"context length: texts of up to {length} tokens, but the text tower has {positions} positions"
-        yield Finding(
-            "error",
-            "context length",
-            what,
-            "long texts fail or are read wrongly",
-            f"model_max_length {positions} in tokenizer_config.json",
-        )
-    elif positions is not None and length != positions and training_family(model, facts) == "siglip":
-        what = f"context length: {length} tokens, but the text tower has {positions} positions and reads the last one"
-        yield Finding(
-            "error", "context length", what, why("padding"), f"model_max_length {positions} in tokenizer_config.json"
-        )
-
-
-def tower_size(backend: Backend) -> int | None:
-    """Pixels that the image tower was built for, if it says so."""
-    model: Any = getattr(backend, "model", None)
-    visual = getattr(model, "visual", None)
-    config = getattr(getattr(model, "config", None), "vision_config", None) or getattr(
-        getattr(backend, "vision", None), "config", None
-    )
-    positions = any(
-        "position" in name and p.ndim > 1 for name, p in backend.named_parameters() if backend.belongs_to("image", name)
-    )
-    size = getattr(visual, "image_size", None) if visual is not None else getattr(config, "image_size", None)
-    size = max(size) if isinstance(size, tuple | list) else size
-    return size if isinstance(size, int) and positions else None
-
-
-def text_positions(backend: Backend) -> int | None:
-    """How many tokens the text tower has positions for, if it says so."""
-    model: Any = getattr(backend, "model", None)
-    if getattr(model, "context_length", None) is not None:
-        return int(model.context_length)
-    config = getattr(getattr(model, "config", None), "text_config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    return int(positions) if isinstance(positions, int) and positions > 0 else None

@@ -69,7 +69,6 @@ WHY = {
     "context length": "long texts are cut at another place",
 }
 
-
 _OTHER = "embeddings are not those of the model that was meant"
 
 

@@ -17,8 +17,6 @@ from clipkit.models.checks.finding import Finding
 from clipkit.models.loading import manifest
 
 _PREFIXES = ("module.", "_orig_mod.")
-
-
 _READ_BY_LIBRARIES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".bin")
 
 

@@ -40,7 +40,6 @@ _MARKS = {
     "Ġ": "GPT-2's byte pairs",
 }
 
-
 _MARK_OF_FAMILY = {
     "clip": "</w>",
     "siglip": "▁",
@@ -50,10 +49,7 @@ _MARK_OF_FAMILY = {
     "align": "##",
 }
 
-
 _TABLES = ("token_embedding", "word_embeddings", "embed_tokens", "tok_embeddings", "shared", "wte")
-
-
 _PADDED = 0.9  # tables are rounded up to a multiple of 64 or more: CLIPA's has 32,000 rows for 30,522 tokens
 
 

@@ -34,8 +34,6 @@ from clipkit.models.saving.model_card import Card
 from clipkit.models.saving.save import check_place, save
 
 Target = Literal["transformers", "open_clip", "onnx"]
-
-
 TOLERANCE = 1e-5
 
 

@@ -26,14 +26,8 @@ from clipkit.models.saving.model_card import Card
 from clipkit.models.saving.save import check_place
 
 FACTS = "onnx.json"
-
-
 TOLERANCE = 1e-4  # other kernels, other orders of summation
-
-
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
 _ONE_FILE = 1.5e9  # bytes of weights; a protobuf ends at 2 GB, more goes into a file beside it
 
 

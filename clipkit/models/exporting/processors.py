@@ -25,7 +25,6 @@ PROBES = (
     "日本語 🙂",
 )
 
-
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 

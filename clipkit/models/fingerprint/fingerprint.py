@@ -18,7 +18,7 @@ from clipkit.models.fingerprint.image_transform import measure_transform
 from clipkit.models.fingerprint.tokenizer import measure_tokenizer
 from clipkit.models.fingerprint.tower import measure_towers
 from clipkit.models.processor import Processor
-from clipkit.threads import one_thread
+from clipkit.models.threads import one_thread
 
 # What load_image does to every image before a transform sees it.
 _IMAGE_POLICY = {"exif": "applied", "alpha": "over white", "mode": "RGB"}
@@ -167,8 +167,6 @@ def hash_weights(weights: Mapping[str, Tensor]) -> str:
 
 
 _REMEMBERED = 256  # states: a training that is measured at every step must not grow
-
-
 _hashed: dict[bytes, str] = {}  # by XXH3, for all models of this process
 
 

@@ -15,7 +15,7 @@ from clipkit.modality import Modality
 from clipkit.models.backend import Backend
 from clipkit.models.encode import encode, image_chunks, text_chunks
 from clipkit.models.processor import Processor
-from clipkit.threads import one_thread
+from clipkit.models.threads import one_thread
 
 GOLDEN_TEXTS = (
     "a photo of a cat",
@@ -55,8 +55,6 @@ def _drawn() -> tuple[Image.Image, ...]:
 
 
 GoldenEmbeddings = dict[Modality, Tensor]
-
-
 FEW: dict[Modality, tuple[int, ...]] = {"image": (3,), "text": (0, 1, 3)}
 """Rows that show most: the image in which filter and crop show; texts that are short, with capitals, and cut."""
 

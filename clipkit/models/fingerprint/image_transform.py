@@ -16,10 +16,7 @@ from torch import Tensor
 from clipkit.models.processor import ImageSide
 
 UNKNOWN = "unlike any known"
-
-
 _CLOSE = 0.01  # mean difference of pixels in [0, 1]; the filters lie 0.02 to 0.2 apart on noise, rounding moves 0.002
-
 
 _SMOOTH: dict[str, Any] = {
     "box": Image.Resampling.BOX,

@@ -9,8 +9,6 @@ from clipkit.files import json_hash
 from clipkit.models.processor import TextSide
 
 _CASES = ("Cat", "Dog", "A", "The", "Red", "Photo", "Of", "Sentence")
-
-
 _SHORT, _LONGER = "a cat", "a photo of two dogs on a beach"
 
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _ACTIVATION = re.compile(r"(elu|relu6?|silu|swish|mish|tanh|sigmoid|activation|act)$", re.IGNORECASE)
 
-
 _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu (tanh)": lambda x: F.gelu(x, approximate="tanh"),
@@ -32,10 +31,7 @@ _KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": F.hardswish,
 }
 
-
 NOT_MEASURED = "not measured"
-
-
 _FAILURES = (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, AssertionError)
 
 

@@ -11,11 +11,7 @@ from clipkit.models.loading.layouts import tower_folder
 from clipkit.suggest import closest, near
 
 Library = Literal["transformers", "open_clip"]
-
-
 _OTHER_FORMATS = ("*.msgpack", "*.h5", "*.onnx", "*.ckpt", "*.gguf", "onnx/*")
-
-
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 

@@ -18,8 +18,6 @@ from clipkit.models.loading.proof import Proof, Verify
 from clipkit.models.processor import Processor
 
 Opened = tuple[Backend, Processor, dict[str, Any] | None, Path | None]
-
-
 OPEN_CLIP, HUB = "open_clip:", "hf-hub:"
 
 

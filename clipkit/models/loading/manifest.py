@@ -35,20 +35,10 @@ from clipkit.models.fingerprint.fingerprint import Fingerprint, words
 from clipkit.models.fingerprint.golden import FEW, GOLDEN_TEXTS, GoldenEmbeddings
 
 logger = logging.getLogger(__name__)
-
-
 NAME = "clipkit.json"
-
-
 CARD = "README.md"  # the model card: people edit it by hand, and no library reads a model from it
-
-
 SCHEMA = 2  # 2: the fingerprint is measured
-
-
 _LARGE = 2**24  # bytes: hashed beside the opening
-
-
 TOLERANCE = 1e-4  # of any component; other CPUs and thread counts move fp32 by some 1e-6
 
 

@@ -32,8 +32,6 @@ Config = dict[str, Any]
 
 # In the order of preference; other files of a hub model are often transformers' copies of the same weights.
 _PICKLED = ("*.bin", "*.pt", "*.pth")
-
-
 _PREFERRED = ("open_clip_*.safetensors", *(f"open_clip_{pattern}" for pattern in _PICKLED), "*.safetensors", *_PICKLED)
 
 

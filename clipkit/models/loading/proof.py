@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from clipkit.files import json_hash, write_json
-from clipkit.user_cache import cache_folder
+from clipkit.paths import cache_folder
 
 Verify: TypeAlias = Literal["once", "always", "files"]
 """What is checked when a folder that clipkit saved is opened; see `DualEncoder.from_pretrained`."""

@@ -35,8 +35,6 @@ from clipkit.models.loading.weights import check_folder, load_exactly
 from clipkit.models.processor import ImageSide, Processor, TransformersImages
 
 logger = logging.getLogger("clipkit")
-
-
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.spm", "*bpe*", "*.tiktoken")
 
 

@@ -19,8 +19,6 @@ from clipkit.models.loading.remote_code import refuse_code
 
 # What transformers opens, the first that is there. Beside them may lie other libraries' weights, or half of them.
 _TRANSFORMERS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
-
-
 _OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".onnx", ".h5", ".msgpack", ".gguf")
 
 

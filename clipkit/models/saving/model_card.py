@@ -20,11 +20,7 @@ if TYPE_CHECKING:
     from clipkit.models.backend import Backend
 
 NAME = "README.md"
-
-
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
 _LIBRARY = {"open_clip": "open_clip", "towers": "clipkit", "onnx": "onnxruntime"}  # all other forms are transformers'
 
 

@@ -26,8 +26,6 @@ from clipkit.models.saving import model_card, standalone
 from clipkit.models.saving.model_card import Card
 
 logger = logging.getLogger("clipkit")
-
-
 _MARKS = (manifest.NAME, "config.json", "open_clip_config.json")
 
 

@@ -12,7 +12,6 @@ _IMAGE = {
     "mean": "(lambda h: h.flatten(2).mean(2) if h.ndim == 4 else h.mean(1))(pooled.last_hidden_state)",
 }
 
-
 _TEXT = {
     "pooler": "pooled.pooler_output",
     "cls": "pooled.last_hidden_state[:, 0]",
@@ -44,20 +43,14 @@ with torch.no_grad():
 print((image_embedding @ text_embedding.T).item())
 """
 
-
 _LAUNCH = """# The similarity of an image and a caption by this model, without clipkit:
 #     python without_clipkit.py photo.jpg "a caption"
 import sys
 from pathlib import Path
 """
 
-
 _PARTS = ("vision", "text", "heads.safetensors")
-
-
 _LINEAR = '    return F.linear(x, heads[f"{side}_head.weight"])'
-
-
 _MLP = """    x = F.gelu(F.linear(x, heads[f"{side}_head.0.weight"], heads[f"{side}_head.0.bias"]))
     return F.linear(x, heads[f"{side}_head.2.weight"], heads[f"{side}_head.2.bias"])"""
 

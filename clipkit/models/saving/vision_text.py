@@ -23,8 +23,6 @@ from clipkit.models.fingerprint.golden import FEW, GOLDEN_TEXTS, GoldenEmbedding
 from clipkit.models.processor import Processor, TransformersTexts
 
 FORM = "vision-text-dual-encoder"
-
-
 TOLERANCE = 1e-5  # of pixels and of embeddings
 
 

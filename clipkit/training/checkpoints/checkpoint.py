@@ -29,20 +29,10 @@ from clipkit.files import dump_json, file_damage, list_files, nearest, publish, 
 from clipkit.training.state import Stateful
 
 logger = logging.getLogger("clipkit")
-
-
 MANIFEST, STATE = "manifest.json", "state.json"
-
-
 SCHEMA = 1
-
-
 KEPT = 2
-
-
 _NAME = re.compile(r"step_(\d{8,})")
-
-
 _ROOM = 16 * 2**20  # bytes for JSON, logs and what a file system needs beside the tensors
 
 

@@ -17,8 +17,6 @@ from clipkit.files import resource_errors
 from clipkit.training.state import Facts
 
 logger = logging.getLogger("clipkit")
-
-
 NAME = "nonfinite.jsonl"
 
 

@@ -36,7 +36,6 @@ _PLACE = (
     "progress",
 )
 
-
 FREE = frozenset((*_PLACE, "skip_nonfinite", "max_bad", "best"))
 
 

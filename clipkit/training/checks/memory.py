@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipkit.allocator import give_back_freed_memory
 from clipkit.data.batches.batch import Batch
 from clipkit.errors import ResourceError, option
+from clipkit.models.allocator import give_back_freed_memory
 from clipkit.training.config.train import TrainConfig
 from clipkit.training.heads import ModelWithHeads
 from clipkit.training.step import outputs

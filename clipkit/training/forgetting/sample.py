@@ -79,9 +79,7 @@ CAPTIONS = (
     "an open book",
 )
 
-
 SIDE = 96  # pixels
-
 
 COLOURS = (
     (220, 40, 40),
@@ -94,12 +92,8 @@ COLOURS = (
     (60, 190, 200),
 )
 
-
 _GROUNDS = ((250, 250, 250), (200, 215, 230), (225, 210, 190), (120, 125, 130))
-
-
 _Grid = NDArray[np.int64]
-
 
 _SHAPES: tuple[Callable[[_Grid, _Grid], NDArray[np.bool_]], ...] = (  # x and y from -48 to 47
     lambda x, y: x * x + y * y < 30 * 30,  # a disc

@@ -10,7 +10,7 @@ def faults(keep: bool, **environment: str) -> int:
     """Page faults of filling and freeing 64 MiB twenty times, after the first."""
     program = f"""
 import ctypes, resource
-from clipkit.allocator import keep_freed_memory
+from clipkit.models.allocator import keep_freed_memory
 if {keep}:
     print(keep_freed_memory())
 libc = ctypes.CDLL(None)

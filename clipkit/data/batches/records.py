@@ -32,17 +32,22 @@ class RecordReader:
         self.source = source
         self._rows, self._features = source, None
         self._arrays: list[str] = []
+        self._matrices: dict[str, _Cells] = {}
         if not _is_unformatted(source):
             return
         names = [name for name in _USED if name in source.column_names]
         for column in (FEATURES, TEXT_FEATURES):
             if column not in source.column_names:
                 continue
-            if _is_of_floats(source.data.schema.field(column).type):
+            if not _is_of_floats(source.data.schema.field(column).type):
+                names.append(column)
+                continue
+            cells = _Cells.of(source, column)
+            if cells is None:
                 self._arrays.append(column)
             else:
-                names.append(column)
-        if FEATURES in self._arrays:
+                self._matrices[column] = cells
+        if FEATURES in self._arrays or FEATURES in self._matrices:
             names = [name for name in names if name != "image"]  # see `image`
         if self._arrays:
             self._features = source.select_columns(self._arrays).with_format("arrow")
@@ -65,6 +70,9 @@ class RecordReader:
                 cells = _vectors(table.column(column).combine_chunks())
                 for record, cell in zip(records, cells, strict=True):
                     record[column] = cell
+        for column, matrix in self._matrices.items():
+            for record, row in zip(records, rows, strict=True):
+                record[column] = matrix[row]
         return records
 
     def image(self, row: int) -> Any:
@@ -78,6 +86,45 @@ class RecordReader:
 
     def __reduce__(self) -> tuple[type[RecordReader], tuple[Any]]:
         return RecordReader, (self.source,)  # a worker that is spawned gets the table once
+
+
+class _Cells:
+    """A column of features as one array over Arrow's own memory.
+
+    Args:
+        vectors: (n, width), all vectors of all cells.
+        starts: (rows + 1,) where each cell begins; None where each cell is one vector.
+    """
+
+    def __init__(self, vectors: np.ndarray[Any, Any], starts: np.ndarray[Any, Any] | None) -> None:
+        self.vectors, self.starts = vectors, starts
+
+    @classmethod
+    def of(cls, source: Any, column: str) -> _Cells | None:
+        """None where rows are not in the table's order, or a cell is empty, or Arrow holds it in several parts."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        chunks = source.data.column(column).chunks
+        if source._indices is not None or len(chunks) != 1 or chunks[0].null_count or not len(chunks[0]):
+            return None
+        cells = chunks[0]
+        values = cells.flatten()
+        if pa.types.is_floating(values.type):
+            width = _width(cells)
+            return None if not width or values.null_count else cls(values.to_numpy().reshape(-1, width), None)
+        width = _width(values) if len(values) and not values.null_count else None
+        numbers = values.flatten()
+        if not width or numbers.null_count:
+            return None
+        lengths = pc.list_value_length(cells).to_numpy()
+        return cls(numbers.to_numpy().reshape(-1, width), np.concatenate([[0], np.cumsum(lengths)]))
+
+    def __getitem__(self, row: int) -> np.ndarray[Any, Any]:
+        if self.starts is None:
+            vector: np.ndarray[Any, Any] = self.vectors[row]
+            return vector
+        return self.vectors[self.starts[row] : self.starts[row + 1]]
 
 
 def _is_unformatted(source: Any) -> bool:

@@ -451,11 +451,12 @@ def rows(bench: Bench) -> Iterator[Row]:
     with table.open("w") as file:
         file.write("file,caption\n")
         file.writelines(f"{path},photo number {number}\n" for number, path in enumerate(files))
-    model = ["model.from_config=" + str(bench.clip())] if False else ["model.name=" + str(bench.clip())]
+    settings = {
+        "model.name": bench.clip(), "data.train": table, "data.image": "file", "data.text": "caption", "data.test": 0,
+        "train.output_dir": bench.folder / "million-run", "train.max_steps": 1, "train.batch_size": 8,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "clipkit", "train", *(f"{key}={value}" for key, value in settings.items())]
     begin = time.perf_counter()
-    command = [sys.executable, "-m", "clipkit", "train", *model, f"data.train={table}", "data.image=file",
-               "data.text=caption", f"train.output_dir={bench.folder / 'million-run'}", "train.max_steps=1",
-               "train.batch_size=8"]  # fmt: skip
     peak = peak_of(command)
     yield Row(
         "clipkit train, 1,000,000 rows to the end of step 1",
@@ -481,7 +482,7 @@ def peak_of(command: list[str]) -> int:
 
 def anonymous_memory(process: int | str = "self") -> int:
     status = Path(f"/proc/{process}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 # -- the index

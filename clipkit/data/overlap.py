@@ -35,7 +35,7 @@ class Overlap:
         sentence = f"{of} are in the training data, too"
         if self.images:
             return f"{sentence}: figures on them are no test; take these rows out of one of the two"
-        return f"{sentence}, which is no fault where captions are names of classes"
+        return f"{sentence}, which is expected where captions are names of classes"
 
 
 def overlap(train: Any, test: Any) -> Overlap:

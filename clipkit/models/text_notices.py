@@ -22,7 +22,7 @@ _CHUNK = 1024  # texts tokenized at once
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that is no error, and that a user should know before a result is believed.
+    """Something that is not an error, but that a user should know before a result is believed.
 
     Attributes:
         code: ``UNKNOWN``: every token of the text is unknown to the model, or it has none; ``PARTLY_UNKNOWN``: a word

@@ -37,7 +37,7 @@ def test_it_is_said_in_words() -> None:
     assert str(Overlap(0, 5, 0, 9)) == ""
     assert str(Overlap(1, 5, 2, 9)).startswith("1 of 5 test images and 2 of 9 test captions are in the training data")
     assert "no test; take these rows out" in str(Overlap(1, 5, 0, 9))
-    assert str(Overlap(0, 5, 9, 9)).endswith("which is no fault where captions are names of classes")
+    assert str(Overlap(0, 5, 9, 9)).endswith("which is expected where captions are names of classes")
 
 
 def test_a_file_and_an_embedded_image_of_one_content(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _prefix(backend: Backend, processor: Processor) -> int:
     ]
     patch = convolutions[0].stride[0] if convolutions else 0
     if tokens.ndim != 3 or not patch or convolutions[0].kernel_size != convolutions[0].stride:
-        raise ModelError("the image tower is no transformer over patches, so there are none to drop")
+        raise ModelError("the image tower is not a transformer over patches, so there are none to drop")
     if others:
         message = "the image tower hands its blocks positions or masks besides the tokens, which would no longer fit"
         raise ModelError(

@@ -111,7 +111,7 @@ def _longer(tower: nn.Module, twin: nn.Module, usable: int, goal: int) -> dict[s
 
 
 def _skipped(tower: nn.Module, name: str) -> int:
-    """Rows that no token uses: RoBERTa and its kin count positions from the padding's id upwards."""
+    """Rows that no token uses: RoBERTa and its relatives count positions from the padding's id upwards."""
     padding = getattr(tower.get_submodule(name.rpartition(".")[0]), "padding_idx", None)
     return 0 if padding is None else int(padding) + 1
 

@@ -74,7 +74,7 @@ def family_of(model_type: str, model: Any) -> Family:
         return FAMILIES[model_type]
     towers = "join it with another tower: DualEncoder.from_towers(vision, text, tokenizer)"
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-        raise ModelError(f"{name} is no dual encoder: it does not embed both images and texts", fix=towers)
+        raise ModelError(f"{name} is not a dual encoder: it does not embed both images and texts", fix=towers)
     known = ", ".join(sorted(FAMILIES))
     message = f"{name} ({model_type}) is none of the dual encoders known here: {known}"
     raise ModelError(message, fix="its towers can be joined anew: DualEncoder.from_towers(vision, text, tokenizer)")
@@ -84,7 +84,7 @@ def as_trained(model_type: str, tokenizer: Any) -> Any:
     """The tokenizer in the case that its model was trained with.
 
     SigLIP 2 saw lower-cased texts (Tschannen et al. 2025, section 2.1). The checkpoints of fixed
-    resolution bring Gemma's tokenizer, which keeps the case: transformers mends it for NaFlex alone.
+    resolution bring Gemma's tokenizer, which keeps the case: transformers corrects it for NaFlex alone.
     """
     if model_type != "siglip" or not isinstance(tokenizer, GemmaTokenizer):
         return tokenizer
@@ -117,7 +117,7 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activ
 
 
 def positions_of(text: Any, pad_token_id: int | None) -> int:
-    """How many tokens a text tower has positions for. RoBERTa and its kin count them from the padding's id upwards."""
+    """How many tokens a text tower has positions for. RoBERTa counts them from the padding's id upwards."""
     positions = int(getattr(text.config, "max_position_embeddings", None) or 10**9)
     for name, module in text.named_modules():
         offset = getattr(module, "padding_idx", None)

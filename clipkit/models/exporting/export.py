@@ -151,7 +151,7 @@ def _to_transformers(backend: Backend, processor: Processor, folder: Path) -> li
     shell.save_pretrained(folder)
     (SiglipProcessor if siglip else CLIPProcessor)(images, tokenizer).save_pretrained(folder)
     return [
-        "open_clip mends HTML entities and wrongly decoded letters before it tokenises; transformers does not",
+        "open_clip repairs HTML entities and wrongly decoded letters before it tokenises; transformers does not",
         "processors of transformers resize on tensors, not with PIL; backend='pil' of AutoProcessor is closer",
     ]
 

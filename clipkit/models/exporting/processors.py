@@ -15,7 +15,7 @@ from clipkit.errors import ModelError
 from clipkit.models.fingerprint.golden import GOLDEN_TEXTS
 
 # Texts whose ids have to agree: case, accents, punctuation, digits, white space, too long, other scripts. None holds
-# HTML entities or wrongly decoded letters, which open_clip mends and transformers does not.
+# HTML entities or wrongly decoded letters, which open_clip repairs and transformers does not.
 PROBES = (
     *GOLDEN_TEXTS,
     "It's 3 o'clock; we're late...",

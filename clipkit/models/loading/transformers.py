@@ -61,7 +61,7 @@ def open_tower(tower: Any, part: Modality, pooling: str, trust: bool, class_name
 
 
 def _class_name(folder: Path, part: Modality) -> str:
-    """Of an encoder and decoder (T5 and its kin) the encoder alone reads texts."""
+    """Of an encoder and decoder (T5 and its relatives) the encoder alone reads texts."""
     name = str(MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(str(read_json(folder / "config.json").get("model_type"))))
     return name if part == "text" and name.endswith("EncoderModel") else "AutoModel"
 

@@ -117,8 +117,8 @@ def test_gradients_with_checkpointing_are_those_without(any_model: DualEncoder, 
         ("swin", "cannot do without some of its patches"),
         ("beit", "cannot do without some of its patches"),
         ("dinov3", "positions or masks besides the tokens"),
-        ("convnext", "no transformer over patches"),
-        ("mobilenetv2_035", "no transformer over patches"),
+        ("convnext", "not a transformer over patches"),
+        ("mobilenetv2_035", "not a transformer over patches"),
     ],
 )
 def test_towers_that_need_every_patch_are_refused(

@@ -357,13 +357,13 @@ def test_naflex_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("clap", "ClapModel is no dual encoder"),
+        ("clap", "ClapModel is not a dual encoder"),
         ("blip", r"BlipModel \(blip\) is none of the dual encoders known here: align, altclip"),
-        ("xclip", "XCLIPModel is no dual encoder"),
+        ("xclip", "XCLIPModel is not a dual encoder"),
         ("groupvit", "none of the dual encoders known here"),
         ("owlvit", "none of the dual encoders known here"),
         ("flava", "none of the dual encoders known here"),
-        ("bert", "BertModel is no dual encoder"),
+        ("bert", "BertModel is not a dual encoder"),
     ],
 )
 def test_another_kind_of_model_is_refused_by_name(kind: str, words: str, clip_folder: Path, tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_folder_that_timm_wrote_is_a_vision_tower(
     assert torch.equal(
         DualEncoder.from_pretrained(tmp_path / "saved").encode_images(images), model.encode_images(images)
     )
-    with pytest.raises(ModelError, match="no dual encoder") as refused:
+    with pytest.raises(ModelError, match="not a dual encoder") as refused:
         DualEncoder.from_pretrained(tmp_path / "timm")
     assert "from_towers" in refused.value.fix
 
